@@ -1,0 +1,89 @@
+"""`maskdm-client`: the institution's command line."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from maskdm import cli
+from maskdm.config import Precision
+from maskdm.data import choose_slice, open_source
+from maskdm.errors import UsageError
+from maskdm.interruption import Interruption
+from maskdm.precision import pick_device
+from maskdm.reporting import say
+from maskdm.runfolder import claim, owned, write_json
+
+from maskdm_client.settings import SiteSettings
+from maskdm_client.supernode import work
+
+app = typer.Typer(add_completion=False, no_args_is_help=False)
+
+
+@app.callback(invoke_without_command=True)
+def join(
+    context: typer.Context,
+    data: Annotated[Path | None, typer.Option(help="Local images: a folder of any depth, a zip, .npz or .npy.")] = None,
+    server: Annotated[str, typer.Option(help="Coordinator, HOST:PORT.")] = "127.0.0.1:8000",
+    kit: Annotated[Path | None, typer.Option(help="Folder with ca.crt of the coordinator: connects by TLS.")] = None,
+    out: Annotated[Path, typer.Option(help="This site's own folder: log, audit, slice, final model.")] = Path(
+        "maskdm-site"
+    ),
+    fraction: Annotated[float, typer.Option(help="Share of the local images to use, always the same ones.")] = 0.1,
+    held_out: Annotated[float, typer.Option(help="Share of those kept to measure, never trained on.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Key of the choice of images.")] = 0,
+    upscale: Annotated[
+        bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")
+    ] = False,
+    wait: Annotated[float, typer.Option(help="Seconds to keep trying while the coordinator is not there.")] = 600,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="Arithmetic of matrix products.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
+) -> None:
+    """Join a federation, fine-tune on a slice of the local images in each round, send back only the update."""
+    if context.invoked_subcommand:
+        return
+    if data is None:
+        raise UsageError("--data is missing: give the folder, zip, .npz or .npy with your images")
+    host, port = _address(server)
+    certificate = kit / "ca.crt" if kit else None
+    if certificate and not certificate.is_file():
+        raise UsageError(f"--kit {kit} holds no ca.crt: give the folder that the coordinator made for you")
+    values = {
+        "data": data.absolute(),
+        "fraction": fraction,
+        "held_out": held_out,
+        "seed": seed,
+        "upscale": upscale,
+        "device": device,
+        "precision": precision,
+        "threads": threads,
+    }
+    settings = cli.configure(SiteSettings, values)
+    pick_device(device)
+    source = open_source(data)
+    with owned(out), Interruption() as interruption:
+        may_change = ("site.device", "site.precision", "site.threads")
+        claim(out, "client", {"site": settings.model_dump(mode="json")}, may_change=may_change)
+        chosen = choose_slice(source, fraction, held_out=held_out, seed=seed)
+        write_json(out / "slice.json", {"train": chosen.train, "held_out": chosen.held_out})
+        say(
+            f"{chosen.total:,} local images; {len(chosen.train):,} to train on, {len(chosen.held_out):,} held out"
+            + (f"; {len(chosen.unreadable):,} could not be read" if chosen.unreadable else "")
+        )
+        if certificate is None:
+            say("WARNING: no --kit, so the connection is not encrypted: use it on one machine or a closed network only")
+        work(out, host, port, certificate, wait, interruption.check)
+        say(f"done; the final model is {out / 'model.safetensors'}, what left is listed in {out / 'audit.jsonl'}")
+
+
+def _address(server: str) -> tuple[str, int]:
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"--server {server}: give HOST:PORT, e.g. maskdm.example.org:8000")
+    return host.strip("[]"), int(port)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(cli.run(app, "maskdm-client"))

@@ -1,0 +1,36 @@
+"""What a site decided about its own work: written by `maskdm-client`, read by every process of the site."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from maskdm.config import Frozen, Precision
+from maskdm.protocol import REPORT_NAMES
+from pydantic import Field
+
+
+class SitePolicy(Frozen):
+    """What may leave. Only the site can change it; what is not listed stays."""
+
+    scalars: tuple[str, ...] = REPORT_NAMES
+    # An update longer than the model itself is no fine-tuning; it is stopped here rather than at the server.
+    max_relative_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class SiteSettings(Frozen):
+    """The site's own options; nothing here is ever sent."""
+
+    data: Path
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: Annotated[int, Field(ge=0)] = 0
+    upscale: bool = False
+    device: str = "auto"
+    precision: Precision = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    policy: SitePolicy = SitePolicy()
+
+
+def load_settings(folder: Path) -> SiteSettings:
+    """The settings of a site folder."""
+    return SiteSettings.model_validate(json.loads((folder / "config.json").read_text())["site"])

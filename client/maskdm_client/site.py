@@ -1,0 +1,180 @@
+"""One site's answer to one plan: measure, fine-tune on the slice, measure again, hand the result to the gate.
+
+Knows nothing of Flower: a plan and weights come in as a parcel, a parcel goes out.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from maskdm.checkpoint import expected_shapes, first_problem, model_from, save_checkpoint
+from maskdm.config import MaskConfig, TrainingConfig
+from maskdm.data import Images, batches, load_images, open_source
+from maskdm.diffusion import denoising_loss
+from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
+from maskdm.model import MaskedUViT, patchify
+from maskdm.precision import autocast, pick_device, pick_precision
+from maskdm.protocol import Outcome, Parcel, Report, RoundPlan, from_arrays
+from maskdm.runfolder import append_line
+from maskdm.seeding import derive_seed
+from maskdm.training import Progress, TrainingState, train
+from pydantic import ValidationError
+from torch import Tensor
+
+from maskdm_client.gate import record, release_numbers, release_outcome, release_update
+from maskdm_client.settings import SiteSettings, load_settings
+
+# Enough (image, timestep, noise) draws for a held-out loss whose differences between rounds can be read.
+HELD_OUT_DRAWS = 512
+
+Say = Callable[[dict[str, Any]], None]
+
+
+class PlanRefused(MaskDMError):
+    """The coordinator asked for something that this site will not or cannot do."""
+
+
+def answer(parcel: Parcel, folder: Path) -> Parcel:
+    """Do what the plan asks and return what may leave; a failure leaves as a code, its reason stays in `folder`."""
+    audit, events = folder / "audit.jsonl", folder / "events.jsonl"
+
+    def say(event: dict[str, Any]) -> None:
+        append_line(events, {"time": time.time(), **event})
+
+    round_number = 1
+    try:
+        plan = _read_plan(parcel)
+        round_number = plan.round
+        record(audit, "in", round_number, parcel, plan.action)
+        weights = _read_weights(parcel, plan)
+        settings = load_settings(folder)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        if plan.action == "train":
+            return _train(plan, weights, settings, folder, say)
+        return _finish(plan, weights, settings, folder, say)
+    except Exception as error:
+        outcome = _outcome(error)
+        reason = str(error) if isinstance(error, MaskDMError) else f"unexpected {type(error).__name__}: {error}"
+        say({"event": "failed", "round": round_number, "outcome": outcome.name, "reason": reason})
+        return release_outcome(outcome, round_number, audit)
+
+
+def _train(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say) -> Parcel:
+    started = time.monotonic()
+    training = TrainingConfig(
+        images=plan.local_images,
+        batch_size=plan.batch_size,
+        lr=plan.lr,
+        precision=settings.precision,
+        seed=derive_seed("local work", plan.seed, plan.federation, plan.round),
+    )
+    model, train_set, held_out = _prepare(plan, weights, settings, folder, say)
+    before = _held_out_loss(model, plan, held_out, settings)
+    say({"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": before})
+
+    last = time.monotonic()
+
+    def on_step(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last > 2:
+            last = time.monotonic()
+            say({"event": "training", "round": plan.round, "images": progress.images, "of": training.images})
+
+    state = TrainingState.fresh(model, training)
+    order = batches(train_set.pixels, training.batch_size, 0, training.seed)
+    train(state, order, training, plan.model.diffusion, MaskConfig(kind="none"), on_step=on_step)
+    # The moving average of the local steps is what goes up: with its ramp it averages the last quarter or so.
+    update = {name: average.cpu() - weights[name] for name, average in state.average.items()}
+    model.load_state_dict(state.average)
+    after = _held_out_loss(model, plan, held_out, settings)
+    report = Report(
+        round=plan.round,
+        examples=len(train_set),
+        images_seen=state.images_seen,
+        loss_before=before,
+        loss_after=after,
+        seconds=round(time.monotonic() - started, 3),
+        skipped_steps=state.skipped,
+    )
+    released = release_update(update, report, weights, settings.policy, folder / "audit.jsonl")
+    say({"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")})
+    return released
+
+
+def _finish(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say) -> Parcel:
+    started = time.monotonic()
+    save_checkpoint(folder / "model.safetensors", weights, plan.model)
+    model, train_set, held_out = _prepare(plan, weights, settings, folder, say)
+    loss = _held_out_loss(model, plan, held_out, settings)
+    report = Report(
+        round=plan.round,
+        examples=len(train_set),
+        images_seen=0,
+        loss_before=loss,
+        loss_after=loss,
+        seconds=round(time.monotonic() - started, 3),
+        skipped_steps=0,
+    )
+    released = release_numbers(report, settings.policy, folder / "audit.jsonl")
+    say({"event": "finished", "round": plan.round, "loss": loss})
+    return released
+
+
+def _read_plan(parcel: Parcel) -> RoundPlan:
+    try:
+        return RoundPlan.model_validate_json(parcel.document)
+    except ValidationError as error:
+        raise PlanRefused(f"the coordinator's plan was refused: {first_problem(error)}") from error
+
+
+def _read_weights(parcel: Parcel, plan: RoundPlan) -> dict[str, Tensor]:
+    expected = expected_shapes(plan.model.model)
+    found = {name: array.shape for name, array in parcel.arrays.items()}
+    if found != expected or any(str(array.dtype) != "float32" for array in parcel.arrays.values()):
+        raise PlanRefused("the coordinator's weights do not fit the model that the plan describes")
+    weights = from_arrays(parcel.arrays)
+    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+        raise PlanRefused("the coordinator's weights are not finite")
+    return weights
+
+
+def _prepare(
+    plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
+) -> tuple[MaskedUViT, Images, Images]:
+    """The model on its device, and both sides of the slice."""
+    shape = plan.model.model
+    source = open_source(settings.data)
+    chosen = json.loads((folder / "slice.json").read_text())
+    sides = [
+        load_images(source, shape.image_size, shape.channels, names=chosen[side], upscale=settings.upscale)
+        for side in ("train", "held_out")
+    ]
+    if plan.round == 1 or plan.action == "finish":
+        say({"event": "data", "train": sides[0].summary(), "held_out": sides[1].summary()})
+    device = pick_device(settings.device)
+    return model_from(weights, shape, device), sides[0], sides[1]
+
+
+def _held_out_loss(model: MaskedUViT, plan: RoundPlan, images: Images, settings: SiteSettings) -> float:
+    device = next(model.parameters()).device
+    pixels = images.pixels[:HELD_OUT_DRAWS]
+    patches = patchify(pixels, plan.model.model.patch_size).to(device)
+    model.eval()
+    with autocast(device, pick_precision(settings.precision, device)):
+        draws = max(1, HELD_OUT_DRAWS // len(pixels))
+        return denoising_loss(model, plan.model.diffusion, patches, draws=draws, seed=settings.seed)
+
+
+def _outcome(error: Exception) -> Outcome:
+    if isinstance(error, DataError):
+        return Outcome.WRONG_CHANNELS if "channel" in str(error) else Outcome.DATA_UNUSABLE
+    by_kind = (
+        (TrainingDiverged, Outcome.DIVERGED),
+        (GateRefused, Outcome.GATE_REFUSED),
+        (PlanRefused, Outcome.PLAN_REFUSED),
+    )
+    return next((outcome for kind, outcome in by_kind if isinstance(error, kind)), Outcome.FAILED)

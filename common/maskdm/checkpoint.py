@@ -1,0 +1,158 @@
+"""Checkpoints: safetensors whose metadata is JSON. Strict names, shapes and dtypes; nothing is ever unpickled."""
+
+import json
+from datetime import UTC, datetime
+from hashlib import file_digest
+from pathlib import Path
+from typing import Annotated, Literal
+
+import safetensors
+import torch
+from pydantic import Field, ValidationError
+from safetensors.torch import save
+from torch import Tensor
+
+from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, TrainingConfig
+from maskdm.errors import CheckpointError
+from maskdm.model import MaskedUViT
+from maskdm.runfolder import atomic_write
+from maskdm.training import TrainingState, optimizer_tensors, restore_optimizer
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "maskdm"
+
+
+class CheckpointMetadata(Frozen):
+    """What a checkpoint says about itself; sampling and fine-tuning take everything from here."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    mask: MaskConfig
+    effective_mask_ratio: Annotated[float, Field(ge=0, lt=1)]
+    images_seen: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
+    weights: Literal["ema", "raw"] = "ema"
+    prior_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    rounds: Annotated[int, Field(ge=0)] = 0
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, streamed."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
+    """Write weights (fp32) and metadata, whole or not at all."""
+    cpu = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    atomic_write(path, save(cpu, {METADATA_KEY: metadata.model_dump_json()}))
+
+
+def load_checkpoint(path: Path, option: str = "--model") -> tuple[dict[str, Tensor], CheckpointMetadata]:
+    """Read and check a checkpoint.
+
+    Raises:
+        CheckpointError: missing, truncated, foreign, from a newer version, or not fitting its own description.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{option} {path} does not exist or is no file: give a .safetensors written by MaskDM")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = _parse_metadata(file.metadata() or {}, path, option)
+            _check_shapes(
+                {name: tuple(file.get_slice(name).get_shape()) for name in file}, metadata, path, option
+            )
+            weights = {name: file.get_tensor(name) for name in file}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{option} {path} is not a whole safetensors file ({error}): copy it again") from error
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise CheckpointError(f"{option} {path}: weight {name} is not finite fp32: the file is damaged")
+    return weights, metadata
+
+
+def model_from(weights: dict[str, Tensor], config: ModelConfig, device: torch.device | str = "cpu") -> MaskedUViT:
+    """A network with a copy of the given weights, in evaluation mode."""
+    with torch.device("meta"):
+        model = MaskedUViT(config)
+    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True, assign=True)
+    return model.requires_grad_().to(device).eval()
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights, without allocating them."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in MaskedUViT(config).named_parameters()}
+
+
+def save_state(path: Path, state: TrainingState, config: TrainingConfig) -> None:
+    """Everything resume needs, in one atomic file."""
+    tensors = {f"raw.{name}": p.detach() for name, p in state.model.named_parameters()}
+    tensors |= {f"ema.{name}": p for name, p in state.average.items()}
+    tensors |= {f"optimizer.{name}": p for name, p in optimizer_tensors(state).items()}
+    counts = {"images_seen": state.images_seen, "steps": state.steps, "skipped": state.skipped}
+    document = json.dumps({"schema_version": SCHEMA_VERSION, "seed": config.seed, **counts})
+    cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, save(cpu, {METADATA_KEY: document}))
+
+
+def load_state(path: Path, state: TrainingState) -> None:
+    """Restore a state saved by `save_state` into a fresh state of the same shape.
+
+    Raises:
+        CheckpointError: the file is damaged or belongs to another model.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            counts = json.loads((file.metadata() or {})[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file}
+        weights = _under(tensors, "raw.")
+        average = _under(tensors, "ema.")
+        if {n: t.shape for n, t in average.items()} != {n: t.shape for n, t in state.average.items()}:
+            raise ValueError("weights of another model")
+        state.model.load_state_dict(weights, strict=True)
+        state.images_seen, state.steps = int(counts["images_seen"]), int(counts["steps"])
+        state.skipped = int(counts["skipped"])
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"--out: {path} cannot be resumed ({error}): use --resume never and a new --out"
+        ) from error
+    device = next(state.model.parameters()).device
+    state.average = {name: average[name].to(device) for name in state.average}
+    restore_optimizer(state, {name: t.to(device) for name, t in _under(tensors, "optimizer.").items()})
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _parse_metadata(found: dict[str, str], path: Path, option: str) -> CheckpointMetadata:
+    if METADATA_KEY not in found:
+        raise CheckpointError(f"{option} {path} was not written by MaskDM: give a prior or a model of MaskDM")
+    try:
+        version = json.loads(found[METADATA_KEY]).get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CheckpointError(f"{option} {path} has schema version {version}, this MaskDM reads {SCHEMA_VERSION}")
+        return CheckpointMetadata.model_validate_json(found[METADATA_KEY])
+    except (ValidationError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{option} {path} has damaged metadata: {first_problem(error)}") from error
+
+
+def _check_shapes(found: dict[str, tuple[int, ...]], metadata: CheckpointMetadata, path: Path, option: str) -> None:
+    expected = expected_shapes(metadata.model)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{option} {path} does not fit its own description: {name} is {found.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such weight')}"
+            )
+
+
+def first_problem(error: Exception) -> str:
+    """One line out of a validation error: which key, and what is wrong with it."""
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
+    return str(error)

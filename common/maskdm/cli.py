@@ -1,0 +1,109 @@
+"""What the two command lines share: precedence of options, errors as one line, exit codes.
+
+Precedence: default < `--config FILE` (TOML) < environment (`MASKDM_…`) < flag.
+"""
+
+import sys
+import tomllib
+import traceback
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import typer
+from pydantic import ValidationError
+
+from maskdm.config import Frozen
+from maskdm.errors import Interrupted, MaskDMError, UsageError
+
+INTERRUPTED = 130
+
+Config = TypeVar("Config", bound=Frozen)
+
+
+def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = typer.main.get_command(app)
+    _prepare(command)
+    try:
+        result = command.main(args=arguments, prog_name=program, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except (Interrupted, KeyboardInterrupt, click.Abort) as stopped:
+        return _fail(program, str(stopped) or "interrupted", INTERRUPTED)
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else program
+        return _fail(where, f"{error.format_message()} (see {where} --help)", 2)
+    except MaskDMError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _fail(program, str(error), error.exit_code)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _fail(program, f"unexpected {type(error).__name__}: {error}; --debug shows where", 1)
+
+
+def configure(build: type[Config], values: dict[str, Any], options: dict[str, str] | None = None) -> Config:
+    """Build a configuration; a bad value becomes a UsageError that names its option.
+
+    Args:
+        options: field → option, where the option is not simply the field's name.
+    """
+    try:
+        return build.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        if not problem["loc"]:
+            raise UsageError(message) from error
+        name = str(problem["loc"][0])
+        option = (options or {}).get(name, f"--{name.replace('_', '-')}")
+        raise UsageError(f"{option} {problem.get('input')}: {message}") from error
+
+
+def _fail(where: str, message: str, code: int) -> int:
+    print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _prepare(command: click.Command) -> None:
+    """Give every option its environment variable, and every command --config and --debug."""
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name and parameter.envvar is None:
+            parameter.envvar = f"MASKDM_{parameter.name.upper()}"
+            parameter.show_envvar = True
+    command.params.append(
+        click.Option(
+            ["--config"],
+            type=click.Path(path_type=Path),
+            envvar="MASKDM_CONFIG",
+            is_eager=True,
+            expose_value=False,
+            callback=_read_config,
+            help="TOML file of options, e.g. batch-size = 64; the environment and flags come first.",
+        )
+    )
+    command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
+    if isinstance(command, click.Group):
+        for child in command.commands.values():
+            _prepare(child)
+
+
+def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        document = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {path} is not TOML: {error}") from error
+    known = {p.name for p in context.command.params if isinstance(p, click.Option) and p.expose_value}
+    values = {key.replace("-", "_"): value for key, value in document.items()}
+    for key in document:
+        if key.replace("-", "_") not in known:
+            raise UsageError(f"--config {path}: unknown key {key!r}: see {context.command_path} --help for the options")
+    context.default_map = {**(context.default_map or {}), **values}

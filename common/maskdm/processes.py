@@ -1,0 +1,87 @@
+"""Child processes that end with their parent, whatever happens to it."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from maskdm import guard
+
+GRACE_SECONDS = 10.0
+
+
+class Child:
+    """A command under a guard: it and all it starts end when this object is closed or this process dies."""
+
+    def __init__(self, arguments: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        reading, self._pipe = os.pipe()
+        self.log = log
+        try:
+            with log.open("ab") as output:
+                self._guard = subprocess.Popen(
+                    [sys.executable, "-S", guard.__file__, str(reading), str(GRACE_SECONDS), *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **(environment or {})},
+                    pass_fds=[reading],
+                    start_new_session=True,
+                )
+        finally:
+            os.close(reading)
+
+    def exit_code(self) -> int | None:
+        """None while the command runs."""
+        return self._guard.poll()
+
+    def close(self) -> None:
+        """End the command and everything it started, and wait for that."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+        self._guard.wait()
+
+    def last_lines(self, count: int = 20) -> str:
+        """The end of the command's own output."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def script(name: str) -> str:
+    """Path of a console script installed beside this Python."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def script_environment() -> dict[str, str]:
+    """PATH with this Python's scripts first: Flower starts its children by bare name."""
+    return {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_is_taken(host: str, port: int) -> bool:
+    """True where something already listens, or the address cannot be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False

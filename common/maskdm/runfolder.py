@@ -1,0 +1,139 @@
+"""Folders that runs leave: atomic files, append-only JSON lines, and one owner at a time."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from maskdm.errors import UsageError
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write under a temporary name, flush to the disk, rename: readers see the old file or the whole new one."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """A readable JSON file, written atomically."""
+    atomic_write(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON object as one line; NaN is refused because it is not JSON."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("a") as file:
+        file.write(line)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a JSON-lines file; a last line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def keep_lines(path: Path, keep: list[dict[str, Any]]) -> None:
+    """Replace the file by the given records, e.g. to drop what a crash made obsolete."""
+    atomic_write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in keep))
+
+
+class LineReader:
+    """Reads what another process appends to a JSON-lines file, from the end of what is there now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = path.stat().st_size if path.exists() else 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Whole lines since the last call."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self.position += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines() if line]
+
+
+@contextmanager
+def owned(folder: Path, option: str = "--out") -> Iterator[None]:
+    """Create the folder if needed and hold it for this process; the lock dies with the process.
+
+    Raises:
+        UsageError: it cannot be written, or another running process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{option} {folder} cannot be written ({error.strerror}): choose another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{option} {folder} is in use by a running process: stop it or choose another") from error
+        yield
+
+
+def claim(folder: Path, kind: str, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()) -> bool:
+    """Record `config` in a new folder, or check that the folder holds this very run.
+
+    Args:
+        kind: what the folder holds, e.g. "pretrain"; kept as `kind` in config.json.
+        config: JSON-ready; dotted names of nested keys appear in the error.
+        may_change: dotted names that may differ when a run is continued.
+
+    Returns:
+        True where the run is being continued.
+
+    Raises:
+        UsageError: the folder holds something else; the message names the first difference.
+    """
+    path = folder / "config.json"
+    wanted = {"kind": kind, **config}
+    if not path.exists():
+        foreign = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+        if foreign:
+            raise UsageError(
+                f"--out {folder} already holds {sorted(foreign)[0]!r}, which is no MaskDM run: choose another"
+            )
+        write_json(path, wanted)
+        return False
+    try:
+        found = json.loads(path.read_text())
+        before, now = flatten(found), flatten(json.loads(json.dumps(wanted)))
+    except (ValueError, AttributeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--out {folder}: config.json is not readable: choose another folder") from error
+    for name in sorted(before.keys() | now.keys()):
+        if name not in may_change and before.get(name) != now.get(name):
+            raise UsageError(
+                f"--out {folder} holds another run: {name} is {before.get(name)!r} there and {now.get(name)!r} here; "
+                f"choose another folder, or give the same options to continue it"
+            )
+    write_json(path, wanted)
+    return True
+
+
+def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping → one level with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

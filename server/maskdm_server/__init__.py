@@ -1,0 +1,1 @@
+"""The coordinator: pre-trains the prior, serves the federation, samples."""

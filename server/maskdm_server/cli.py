@@ -1,0 +1,303 @@
+"""`maskdm-server`: the coordinator's command line."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import typer
+from maskdm import cli
+from maskdm.checkpoint import load_checkpoint, model_from
+from maskdm.config import SIZES, DiffusionConfig, MaskConfig, MaskKind, ModelConfig, Precision, Size, TrainingConfig
+from maskdm.data import Images, load_images, open_source
+from maskdm.errors import UsageError
+from maskdm.images import grid_picture, save_png
+from maskdm.precision import pick_device, pick_precision
+from maskdm.processes import free_port
+from maskdm.reporting import WorkBar, say
+from maskdm.runfolder import atomic_write, owned
+from maskdm.sampling import Sampler, sample
+
+from maskdm_server import pretrain as pretraining
+from maskdm_server.rounds import FederationConfig
+from maskdm_server.serve import check_address, federation_config, serve
+from maskdm_server.simulate import split_by_label, split_iid, start_clients, write_shares
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="The coordinator of a MaskDM federation.")
+
+# Options that several commands share.
+Out = Annotated[Path, typer.Option(help="Folder of this run; the same command again continues it.")]
+Data = Annotated[Path, typer.Option(help="Images: a folder of any depth, a zip, .npz or .npy.")]
+Prior = Annotated[Path, typer.Option(help="Checkpoint to start from.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+PrecisionOption = Annotated[Precision, typer.Option(help="Arithmetic of matrix products.")]
+Seed = Annotated[int, typer.Option(help="All randomness follows from it.")]
+Upscale = Annotated[bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")]
+Rounds = Annotated[int, typer.Option(help="Rounds of the federation.")]
+LocalImages = Annotated[int, typer.Option(help="Images each client sees in a round, counting repetitions.")]
+LocalBatch = Annotated[int, typer.Option(help="Batch size at the clients.")]
+LocalRate = Annotated[float, typer.Option(help="Learning rate at the clients.")]
+
+
+@app.command()
+def pretrain(
+    data: Data,
+    out: Out,
+    size: Annotated[Size, typer.Option(help="Network: tiny (ours), or S, B, L as published.")] = "S",
+    image_size: Annotated[int, typer.Option(help="Pixels along a side.")] = 64,
+    channels: Annotated[str, typer.Option(help="1, 3, or auto: grey where all images are grey.")] = "auto",
+    patch_size: Annotated[int, typer.Option(help="Pixels along a patch.")] = 4,
+    mask: Annotated[MaskKind, typer.Option(help="What is hidden from a training step.")] = "block",
+    mask_ratio: Annotated[float, typer.Option(help="Share that is hidden.")] = 0.9,
+    block_size: Annotated[int, typer.Option(help="Patches along a block of --mask block.")] = 4,
+    schedule: Annotated[Literal["linear", "cosine"], typer.Option(help="Noise schedule.")] = "cosine",
+    prediction: Annotated[Literal["epsilon", "x0", "v"], typer.Option(help="Prediction target.")] = "epsilon",
+    images: Annotated[str, typer.Option(help="How many images to see, e.g. 200K or 1.5M.")] = "200K",
+    steps: Annotated[int | None, typer.Option(help="Length in steps, instead of --images.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    warmup_images: Annotated[int, typer.Option(help="Images of linear warm-up.")] = 0,
+    betas: Annotated[str, typer.Option(help="AdamW's two decay rates.")] = "0.99,0.99",
+    weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.")] = 0.03,
+    ema_decay: Annotated[float, typer.Option(help="Longest decay of the moving average of the weights.")] = 0.999,
+    clip_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
+    horizontal_flip: Annotated[float, typer.Option(help="Probability of mirroring an image.")] = 0.0,
+    precision: PrecisionOption = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    upscale: Upscale = False,
+    resume: Annotated[Literal["auto", "never"], typer.Option(help="Continue what --out holds, or refuse to.")] = "auto",
+    save_every: Annotated[float, typer.Option(help="Seconds between saves: what a crash may cost.")] = 120.0,
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Pre-train a prior on a public corpus with most of each image masked."""
+    total = steps * batch_size if steps is not None else _count(images)
+    source = open_source(data)
+    found = _channels(channels) or source.channels()
+    shape = {"image_size": image_size, "channels": found, "patch_size": patch_size}
+    model = cli.configure(ModelConfig, shape | SIZES[size])
+    diffusion = DiffusionConfig(schedule=schedule, prediction=prediction)
+    names = {"kind": "--mask", "ratio": "--mask-ratio"}
+    masking = cli.configure(MaskConfig, {"kind": mask, "ratio": mask_ratio, "block_size": block_size}, names)
+    values = {
+        "images": total,
+        "batch_size": batch_size,
+        "lr": lr,
+        "warmup_images": warmup_images,
+        "betas": _pair("--betas", betas),
+        "weight_decay": weight_decay,
+        "ema_decay": ema_decay,
+        "clip_norm": clip_norm,
+        "horizontal_flip": horizontal_flip,
+        "precision": precision,
+        "seed": seed,
+    }
+    training = cli.configure(TrainingConfig, values)
+    resolved = pretraining.plan(model, diffusion, masking, training)
+    if dry_run:
+        print(json.dumps(resolved, indent=2))
+        return
+    picked = pick_device(device)
+    with owned(out):
+        corpus = load_images(source, image_size, found, upscale=upscale)
+        say(f"corpus: {corpus.summary()}")
+        prior = pretraining.pretrain(
+            corpus,
+            out,
+            model,
+            diffusion,
+            masking,
+            training,
+            device=picked,
+            resume=resume == "auto",
+            save_every=save_every,
+        )
+    say(f"prior: {prior}; samples: {out / 'samples'}")
+
+
+@app.command("sample")
+def sample_command(
+    model: Annotated[Path, typer.Option(help="Checkpoint.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
+    count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 16,
+    sampler: Annotated[Sampler, typer.Option(help="dpmpp is DPM-Solver++(2M).")] = "dpmpp",
+    steps: Annotated[int | None, typer.Option(min=1, help="Evaluations of the network.")] = None,
+    eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM: 0 deterministic, 1 ancestral.")] = 0.0,
+    npz: Annotated[Path | None, typer.Option(help="Also write the images as uint8 (N, H, W, C).")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    precision: PrecisionOption = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Draw images; noise schedule and prediction target come from the checkpoint."""
+    weights, metadata = load_checkpoint(model)
+    if steps is not None and steps > metadata.diffusion.timesteps:
+        raise UsageError(f"--steps {steps} is more than the checkpoint's {metadata.diffusion.timesteps} timesteps")
+    picked = pick_device(device)
+    network = model_from(weights, metadata.model, picked)
+    with WorkBar("sample", count) as bar:
+        images = sample(
+            network,
+            metadata.diffusion,
+            count,
+            sampler=sampler,
+            steps=steps,
+            eta=eta,
+            seed=seed,
+            batch_size=batch_size,
+            precision=pick_precision(precision, picked),
+            progress=bar.update,
+        )
+    save_png(out, grid_picture(images))
+    if npz:
+        _write_npz(npz, images.permute(0, 2, 3, 1).numpy())
+    say(f"{count} samples: {out}")
+
+
+@app.command("serve")
+def serve_command(
+    prior: Prior,
+    out: Out,
+    rounds: Rounds = 10,
+    min_clients: Annotated[int, typer.Option(help="Clients needed to begin.")] = 2,
+    min_replies: Annotated[int, typer.Option(help="Usable updates that close a round.")] = 1,
+    local_images: LocalImages = 2048,
+    batch_size: LocalBatch = 32,
+    lr: LocalRate = 5e-5,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    tls: Annotated[Path | None, typer.Option(help="Folder with ca.crt, server.crt, server.key.")] = None,
+    insecure: Annotated[bool, typer.Option(help="Listen without TLS where others can reach it.")] = False,
+    join_deadline: Annotated[float, typer.Option(help="Seconds to wait for clients.")] = 3600.0,
+    round_deadline: Annotated[float, typer.Option(help="Seconds for one round.")] = 3600.0,
+    seed: Seed = 0,
+) -> None:
+    """Hand a prior to institutions, gather their updates round by round, and keep the federated model."""
+    check_address(host, tls, insecure)
+    load_checkpoint(prior, "--prior")
+    values = {
+        "rounds": rounds,
+        "min_clients": min_clients,
+        "min_replies": min_replies,
+        "local_images": local_images,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "join_deadline": join_deadline,
+        "round_deadline": round_deadline,
+    }
+    config = cli.configure(FederationConfig, federation_config(prior, values))
+    with owned(out):
+        model = serve(prior, out, config, host=host, port=port, tls=tls)
+    say(f"model: {model}; samples before and after: {out / 'samples'}")
+
+
+@app.command()
+def simulate(
+    prior: Prior,
+    data: Annotated[list[Path], typer.Option(help="Images to share out, or one --data for each client.")],
+    out: Out,
+    clients: Annotated[int, typer.Option(min=1, help="Institutions.")] = 3,
+    rounds: Rounds = 5,
+    split: Annotated[Literal["iid", "label"], typer.Option(help="Equal shares, or Dirichlet label skew.")] = "iid",
+    alpha: Annotated[float, typer.Option(min=1e-3, help="Dirichlet concentration of --split label.")] = 0.5,
+    fraction: Annotated[float, typer.Option(help="Share of its images that each client uses.")] = 0.1,
+    local_images: LocalImages = 2048,
+    batch_size: LocalBatch = 32,
+    lr: LocalRate = 5e-5,
+    upscale: Upscale = False,
+    seed: Seed = 0,
+) -> None:
+    """Run a whole federation on this machine: a real Flower server and real clients on loopback."""
+    _, metadata = load_checkpoint(prior, "--prior")
+    if len(data) not in (1, clients):
+        raise UsageError(f"--data is given {len(data)} times for --clients {clients}: give it once, or once a client")
+    values = {
+        "rounds": rounds,
+        "min_clients": clients,
+        "min_replies": clients,
+        "local_images": local_images,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+    }
+    config = cli.configure(FederationConfig, federation_config(prior, values))
+    options = ["--fraction", str(fraction), "--seed", str(seed), *(["--upscale"] if upscale else [])]
+    with owned(out):
+        paths = data
+        if len(data) == 1:
+            shape = metadata.model
+            images = load_images(open_source(data[0]), shape.image_size, shape.channels, upscale=upscale)
+            say(f"data: {images.summary()}")
+            shares = _shares(images, clients, split, alpha, seed)
+            paths = write_shares(images, shares, out / "sites")
+        port = free_port()
+        model = serve(
+            prior,
+            out,
+            config,
+            host="127.0.0.1",
+            port=port,
+            tls=None,
+            start_sites=lambda: start_clients(paths, out / "sites", f"127.0.0.1:{port}", options),
+        )
+    say(f"model: {model}; samples before and after: {out / 'samples'}")
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder of the demonstration.")] = Path("maskdm-demo"),
+    seed: Seed = 0,
+) -> None:
+    """The whole story in minutes: draw faces, pre-train a prior, federate three institutions, show the result."""
+    from maskdm_server.demo import demo
+
+    with owned(out):
+        page = demo(out, seed)
+    print(page)
+
+
+def _shares(images: Images, clients: int, split: str, alpha: float, seed: int) -> list[np.ndarray]:
+    if split == "iid":
+        if len(images) < 2 * clients:
+            raise UsageError(f"--data holds {len(images)} images, too few for --clients {clients}")
+        return split_iid(len(images), clients, seed)
+    if len(set(images.labels)) < 2:
+        raise UsageError("--split label needs labels: sub-folders, or an .npz with an array 'labels'")
+    return split_by_label(images.labels, clients, alpha, seed)
+
+
+def _count(text: str) -> int:
+    """'200K' → 200000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KkMm]?)", text.strip())
+    if not match:
+        raise UsageError(f"--images {text}: give a number such as 50000, 200K or 1.5M")
+    return round(float(match[1]) * {"": 1, "K": 1_000, "M": 1_000_000}[match[2].upper()])
+
+
+def _channels(text: str) -> int | None:
+    if text not in ("auto", "1", "3"):
+        raise UsageError(f"--channels {text}: give 1, 3 or auto")
+    return None if text == "auto" else int(text)
+
+
+def _pair(option: str, text: str) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: give two numbers such as 0.9,0.99") from error
+    return first, second
+
+
+def _write_npz(path: Path, images: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, images=images)
+    atomic_write(path, buffer.getvalue())
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(cli.run(app, "maskdm-server"))

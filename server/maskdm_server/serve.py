@@ -1,0 +1,155 @@
+"""Serves a prior to a federation: one folder, one SuperLink, all rounds, resumable by the same command."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from maskdm.checkpoint import load_checkpoint, model_from, sha256_of
+from maskdm.errors import FederationError, UsageError
+from maskdm.images import grid_picture, save_png
+from maskdm.interruption import Interruption
+from maskdm.precision import pick_device, pick_precision
+from maskdm.processes import Child
+from maskdm.reporting import say
+from maskdm.runfolder import LineReader, atomic_write, claim, read_lines
+from maskdm.sampling import sample
+from maskdm.seeding import derive_seed
+
+from maskdm_server.rounds import FederationConfig
+from maskdm_server.superlink import SuperLink
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Sites leave by themselves after the last round; those of a simulation get this long before they are ended.
+LEAVE_SECONDS = 30.0
+
+StartSites = Callable[[], Sequence[Child]]
+
+
+def federation_config(prior: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Options plus what identifies the federation, ready for FederationConfig."""
+    digest = sha256_of(prior) if prior.is_file() else ""
+    seed = values.get("seed", 0)
+    return {**values, "prior_sha256": digest, "federation": f"{derive_seed('federation', digest, seed):016x}"}
+
+
+def serve(
+    prior: Path,
+    out: Path,
+    config: FederationConfig,
+    *,
+    host: str,
+    port: int,
+    tls: Path | None,
+    start_sites: StartSites = lambda: (),
+    sample_count: int = 16,
+) -> Path:
+    """Run the federation to its end and return the path of the final model.
+
+    Args:
+        out: federation folder, already owned by this process.
+        start_sites: called once the SuperLink runs; its children belong to the federation (simulations).
+
+    Raises:
+        FederationError: it could not be finished; the last good model stays in `out`.
+    """
+    claim(out, "serve", {"federation": config.model_dump(mode="json")}, may_change=_MAY_CHANGE)
+    _, metadata = load_checkpoint(prior, "--prior")
+    if not (out / "prior.safetensors").exists():
+        atomic_write(out / "prior.safetensors", prior.read_bytes())
+    if (out / "result.json").exists() and len(read_lines(out / "rounds.jsonl")) >= config.rounds:
+        say(f"all {config.rounds} rounds are done: {out / 'model.safetensors'}")
+        return out / "model.safetensors"
+    (out / "result.json").unlink(missing_ok=True)
+    shape = metadata.model
+    say(
+        f"prior: {shape.image_size}x{shape.image_size} pixels, {shape.channels} channels, {metadata.images_seen:,} images seen"
+    )
+    draw_samples(out / "prior.safetensors", out / "samples" / "before.png", config.seed, sample_count)
+    if tls is None:
+        say(
+            f"WARNING: the connection is not encrypted and sites are not authenticated; {host} must be a closed network"
+        )
+    with Interruption() as interruption, ExitStack() as children:
+        events = LineReader(out / "events.jsonl")
+        link = children.enter_context(SuperLink(out, host, port, tls))
+        run = link.submit(interruption.check)
+        say(f"listening on {host}:{port}; clients join with: maskdm-client --data ./local --server HOST:{port}")
+        sites = [children.enter_context(site) for site in start_sites()]
+
+        def check() -> None:
+            interruption.check()
+            for site in sites:
+                if site.exit_code():
+                    raise FederationError(f"a client ended: {site.last_lines(3)} (details: {site.log})")
+
+        link.wait(run, tell, check, events)
+        _let_leave(sites)
+    if not (out / "model.safetensors").exists():
+        raise FederationError("the federation ended without a model")
+    draw_samples(out / "model.safetensors", out / "samples" / "after.png", config.seed, sample_count)
+    shutil.rmtree(out / ".flwr", ignore_errors=True)
+    return out / "model.safetensors"
+
+
+# Continuing with more rounds, or more patience, is the same federation.
+_MAY_CHANGE = tuple(
+    f"federation.{name}" for name in ("rounds", "min_clients", "min_replies", "join_deadline", "round_deadline")
+)
+
+
+def draw_samples(model_path: Path, picture: Path, seed: int, count: int) -> None:
+    """A grid of samples of a checkpoint; the same seed before and after, so that they can be compared."""
+    if picture.exists() or not count:
+        return
+    weights, metadata = load_checkpoint(model_path)
+    device = pick_device()
+    model = model_from(weights, metadata.model, device)
+    drawn = sample(model, metadata.diffusion, count, seed=seed, precision=pick_precision("auto", device))
+    save_png(picture, grid_picture(drawn))
+
+
+def tell(event: dict[str, Any]) -> None:
+    """One event of the federation as a line for a person."""
+    kind = event["event"]
+    if kind == "start":
+        down, up = event["bytes_down"] / 1e6, event["bytes_up"] / 1e6
+        say(
+            f"each round sends {down:.1f} MB to a client and gets {up:.1f} MB back; {event['round']} rounds done before"
+        )
+    elif kind == "waiting":
+        say(f"{event['clients']} of {event['needed']} clients are there; waiting")
+    elif kind == "sent" and event["action"] == "train":
+        say(f"round {event['round']}/{event['rounds']}: {event['clients']} clients at work")
+    elif kind == "rejected":
+        say(f"round {event['round']}: the reply of site {event['site']} was rejected: {event['reason']}")
+    elif kind == "round":
+        say(
+            f"round {event['round']}/{event['rounds']}: held-out loss {event['loss_before']:.4f} → {event['loss_after']:.4f} "
+            f"on {event['clients']} clients, {event['images_seen']:,} images, {event['seconds']:.0f} s, "
+            f"{event['bytes_up'] / 1e6:.1f} MB up"
+        )
+    elif kind == "retry":
+        say(f"round {event['round']}: {event['accepted']} usable updates, {event['needed']} needed; trying again")
+    elif kind == "finished" and event["loss_final"] is not None:
+        say(f"held-out loss: prior {event['loss_prior']:.4f} → final {event['loss_final']:.4f}")
+
+
+def check_address(host: str, tls: Path | None, insecure: bool) -> None:
+    """An open port without TLS must be asked for.
+
+    Raises:
+        UsageError: neither --tls nor --insecure for an address that others can reach, or both.
+    """
+    if tls and insecure:
+        raise UsageError("--tls and --insecure exclude each other: choose one")
+    if not tls and not insecure and host not in LOOPBACK:
+        raise UsageError(f"--host {host} can be reached by others: give --tls DIR, or --insecure to accept the risk")
+
+
+def _let_leave(sites: Sequence[Child]) -> None:
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while time.monotonic() < deadline and any(site.exit_code() is None for site in sites):
+        time.sleep(0.1)
