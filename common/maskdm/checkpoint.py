@@ -62,9 +62,9 @@ def load_checkpoint(path: Path, option: str = "--model") -> tuple[dict[str, Tens
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = _parse_metadata(file.metadata() or {}, path, option)
             _check_shapes(
-                {name: tuple(file.get_slice(name).get_shape()) for name in file}, metadata, path, option
+                {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, metadata, path, option
             )
-            weights = {name: file.get_tensor(name) for name in file}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{option} {path} is not a whole safetensors file ({error}): copy it again") from error
     for name, tensor in weights.items():
@@ -107,7 +107,7 @@ def load_state(path: Path, state: TrainingState) -> None:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             counts = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         weights = _under(tensors, "raw.")
         average = _under(tensors, "ema.")
         if {n: t.shape for n, t in average.items()} != {n: t.shape for n, t in state.average.items()}:

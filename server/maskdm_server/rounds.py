@@ -109,7 +109,7 @@ def run_federation(
         )
         update, line = _round_with_retries(link, plan, config, weights, shapes, say, pause)
         weights = federated_average(weights, update)
-        metadata = finetuned(metadata, number, metadata.images_seen + line.pop("images_seen"))
+        metadata = finetuned(metadata, number, metadata.images_seen + line["images_seen"])
         save_round(folder, weights, metadata)
         append_line(folder / "rounds.jsonl", line)
         say({"event": "round", "rounds": config.rounds, **line})

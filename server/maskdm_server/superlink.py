@@ -6,7 +6,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from maskdm.errors import FederationError, UsageError
 from maskdm.processes import Child, port_is_taken, script, script_environment
@@ -36,7 +37,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class SuperLink:
-    """A running SuperLink; close it (or leave the `with`) to end it and all it started."""
+    """A running SuperLink; leaving the `with` ends it and all it started."""
 
     def __init__(self, folder: Path, host: str, port: int, tls: Path | None) -> None:
         """Start it.
@@ -60,6 +61,14 @@ class SuperLink:
         else:
             arguments += ["--insecure"]
         self.process = Child(arguments, log=folder / "logs" / "superlink.log", environment=environment(folder))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.close()
 
     def submit(self, check: Callable[[], None]) -> str:
         """Wait until it answers, submit the federation's run, and return the run's id."""
