@@ -11,7 +11,7 @@ from maskdm_client.site import answer
 app = ClientApp()
 
 
-@app.train()
+@app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Answer one plan of the coordinator."""
     config, weights = message.content["plan"], message.content["weights"]

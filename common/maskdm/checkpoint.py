@@ -18,7 +18,7 @@ from maskdm.model import MaskedUViT
 from maskdm.runfolder import atomic_write
 from maskdm.training import TrainingState, optimizer_tensors, restore_optimizer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 METADATA_KEY = "maskdm"
 
 

@@ -14,7 +14,7 @@ MaskKind = Literal["block", "patch", "crop", "none"]
 # Published sizes (Lei et al. 2023, arXiv 2306.11363, appendix); `tiny` is ours, for CPUs and demonstrations.
 # "Depth" counts as published: depth // 2 blocks in, 1 in the middle, depth // 2 out.
 SIZES: dict[Size, dict[str, int | bool]] = {
-    "tiny": {"dim": 192, "depth": 6, "heads": 3},
+    "tiny": {"dim": 128, "depth": 4, "heads": 4},
     "S": {"dim": 512, "depth": 13, "heads": 8},
     "B": {"dim": 768, "depth": 12, "heads": 12},
     "L": {"dim": 1024, "depth": 16, "heads": 16, "qkv_bias": True},

@@ -132,7 +132,7 @@ class ArraySource:
         return "" if self._labels is None else str(self._labels[int(name)])
 
     def content(self, name: str) -> bytes:
-        return self._images[int(name)].tobytes()
+        return bytes(self._images[int(name)].tobytes())
 
     def pixels(self, name: str, size: int, channels: int, upscale: bool) -> tuple[Pixels, bool]:
         pixels = from_array(self._images[int(name)], size, channels, upscale=upscale)

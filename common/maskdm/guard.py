@@ -19,6 +19,7 @@ import time
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 POLL_SECONDS = 0.1
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def descendants(pid: int) -> list[int]:
@@ -53,18 +54,22 @@ def _reap(command: "subprocess.Popen[bytes]") -> None:
                 os.waitpid(pid, os.WNOHANG)
 
 
+def _in_command() -> None:
+    """Between fork and exec: die with the guard, and hear signals again."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def main(pipe: int, grace: float, arguments: list[str]) -> int:
     """Run the command until it ends or the pipe closes; then end whatever is left."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)  # only the pipe and the command's end count
     command = subprocess.Popen(
         arguments,
         start_new_session=True,
-        preexec_fn=lambda: (
-            _prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
-            [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
-        ),
+        preexec_fn=_in_command,
     )
     while command.poll() is None:
         if select.select([pipe], [], [], POLL_SECONDS)[0]:

@@ -5,6 +5,8 @@ Every function draws for a whole batch on the generator's device, without host s
 Source: Lei et al. 2023 (arXiv 2306.11363), section 3.2; counts as in the published code.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def draw_visible(mask: MaskConfig, grid: int, batch: int, generator: torch.Gener
 
 def _crop_side(ratio: float, grid: int) -> int:
     """Side of the square crop, in patches, nearest to the ratio."""
-    return max(1, round(grid * (1 - ratio) ** 0.5))
+    return max(1, round(grid * math.sqrt(1 - ratio)))
 
 
 def _blocks(grid: int, block: int, visible: int, batch: int, generator: torch.Generator) -> Tensor:

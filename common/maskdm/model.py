@@ -18,13 +18,17 @@ from maskdm.config import ModelConfig
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) → (B, N, P·P·C), row-major over the grid."""
-    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+    patches: Tensor = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+    return patches
 
 
 def unpatchify(patches: Tensor, patch_size: int, channels: int) -> Tensor:
     """(B, N, P·P·C) → (B, C, H, W), the inverse of `patchify` for square images."""
     grid = math.isqrt(patches.shape[1])
-    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch_size, q=patch_size, c=channels)
+    images: Tensor = rearrange(
+        patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch_size, q=patch_size, c=channels
+    )
+    return images
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -75,7 +79,8 @@ class Block(nn.Module):
         if self.skip is not None:
             x = self.skip(torch.cat([x, skip], dim=-1))  # type: ignore[list-item]
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class PositionEmbedding(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 from maskdm.checkpoint import CheckpointMetadata
 from maskdm.config import Frozen
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION: Literal[1] = 1
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Scalars = Mapping[str, int | float]

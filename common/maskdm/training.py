@@ -3,6 +3,7 @@
 A step is a pure function of (state, batch, seed, images seen), so a resumed run repeats an uninterrupted one.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ def learning_rate(config: TrainingConfig, images_seen: int) -> float:
 
 def ema_decay(step: int, longest: float) -> float:
     """Decay of the moving average at a step: ramps as 1 − (1 + n)^(−2/3) up to `longest` (published recipe)."""
-    return min(longest, 1 - (1 + step) ** (-2 / 3))
+    return min(longest, 1 - math.pow(1 + step, -2 / 3))
 
 
 def train(
@@ -126,7 +127,7 @@ def training_step(
     noise = torch.randn(clean.shape, generator=randomness, device=images.device)
     with autocast(images.device, precision):
         loss = masked_loss(model, diffusion, schedule, clean, visible, timesteps, noise).mean()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     apply_gradients(state, lr, config.clip_norm, config.ema_decay)
     state.images_seen += batch
     return loss.item()

@@ -16,7 +16,7 @@ from maskdm_server.rounds import FederationConfig, Reply, run_federation
 app = ServerApp()
 
 
-@app.main()
+@app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Run the federation whose folder the run configuration names."""
     folder = Path(str(context.run_config["federation"]))

@@ -4,7 +4,7 @@ The public corpus shows bare heads. Each institution sees what the others and th
 masks, a laboratory safety glasses, a workshop hard hats.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from maskdm.seeding import derive_seed
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Domain = Literal["public", "clinic", "laboratory", "workshop"]
 SITES: tuple[Domain, ...] = ("clinic", "laboratory", "workshop")
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 SKIN = np.array([[255, 219, 188], [238, 190, 150], [214, 158, 112], [168, 113, 74], [120, 76, 50], [86, 54, 38]])
 HAIR = np.array([[40, 28, 22], [92, 58, 32], [150, 100, 52], [214, 176, 106], [150, 60, 36], [150, 146, 144]])
@@ -118,4 +118,5 @@ def _draw(count: int, domain: Domain, size: int, rng: np.random.Generator) -> ND
         paint(helmet * 0.8, inside(u - 0.5 * turn, v + 0.42, 1.28, 0.1))
     canvas += rng.normal(0, 0.012, canvas.shape).astype(np.float32)
     small = canvas.reshape(count, size, 2, size, 2, 3).mean(axis=(2, 4))
-    return (small.clip(0, 1) * 255).round().astype(np.uint8)
+    pixels: NDArray[np.uint8] = (small.clip(0, 1) * 255).round().astype(np.uint8)
+    return pixels

@@ -65,7 +65,8 @@ def serve(
     (out / "result.json").unlink(missing_ok=True)
     shape = metadata.model
     say(
-        f"prior: {shape.image_size}x{shape.image_size} pixels, {shape.channels} channels, {metadata.images_seen:,} images seen"
+        f"prior: {shape.image_size}x{shape.image_size} pixels, {shape.channels} channels, "
+        f"{metadata.images_seen:,} images seen"
     )
     draw_samples(out / "prior.safetensors", out / "samples" / "before.png", config.seed, sample_count)
     if tls is None:
@@ -126,10 +127,10 @@ def tell(event: dict[str, Any]) -> None:
     elif kind == "rejected":
         say(f"round {event['round']}: the reply of site {event['site']} was rejected: {event['reason']}")
     elif kind == "round":
+        before, after, megabytes = event["loss_before"], event["loss_after"], event["bytes_up"] / 1e6
         say(
-            f"round {event['round']}/{event['rounds']}: held-out loss {event['loss_before']:.4f} → {event['loss_after']:.4f} "
-            f"on {event['clients']} clients, {event['images_seen']:,} images, {event['seconds']:.0f} s, "
-            f"{event['bytes_up'] / 1e6:.1f} MB up"
+            f"round {event['round']}/{event['rounds']}: held-out loss {before:.4f} → {after:.4f} at {event['clients']} "
+            f"clients, {event['images_seen']:,} images, {event['seconds']:.0f} s, {megabytes:.1f} MB up"
         )
     elif kind == "retry":
         say(f"round {event['round']}: {event['accepted']} usable updates, {event['needed']} needed; trying again")
