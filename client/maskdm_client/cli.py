@@ -1,6 +1,5 @@
 """`maskdm-client`: the institution's command line."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -82,8 +81,3 @@ def _address(server: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(f"--server {server}: give HOST:PORT, e.g. maskdm.example.org:8000")
     return host.strip("[]"), int(port)
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(cli.run(app, "maskdm-client"))

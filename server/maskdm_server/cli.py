@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +15,7 @@ from maskdm.data import Images, load_images, open_source
 from maskdm.errors import UsageError
 from maskdm.images import grid_picture, save_png
 from maskdm.precision import pick_device, pick_precision
-from maskdm.processes import free_port
+from maskdm.processes import Child, free_port
 from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import atomic_write, owned
 from maskdm.sampling import Sampler, sample
@@ -227,14 +226,18 @@ def simulate(
     config = cli.configure(FederationConfig, federation_config(prior, values))
     options = ["--fraction", str(fraction), "--seed", str(seed), *(["--upscale"] if upscale else [])]
     with owned(out):
-        paths = data
+        shares = None
         if len(data) == 1:
             shape = metadata.model
             images = load_images(open_source(data[0]), shape.image_size, shape.channels, upscale=upscale)
             say(f"data: {images.summary()}")
             shares = _shares(images, clients, split, alpha, seed)
-            paths = write_shares(images, shares, out / "sites")
-        port = free_port()
+        server = f"127.0.0.1:{(port := free_port())}"
+
+        def start_sites() -> list[Child]:
+            paths = data if shares is None else write_shares(images, shares, out / "sites")
+            return start_clients(paths, out / "sites", server, options)
+
         model = serve(
             prior,
             out,
@@ -242,7 +245,8 @@ def simulate(
             host="127.0.0.1",
             port=port,
             tls=None,
-            start_sites=lambda: start_clients(paths, out / "sites", f"127.0.0.1:{port}", options),
+            start_sites=start_sites,
+            simulation={"clients": clients, "split": split, "alpha": alpha, "fraction": fraction, "upscale": upscale},
         )
     say(f"model: {model}; samples before and after: {out / 'samples'}")
 
@@ -296,8 +300,3 @@ def _write_npz(path: Path, images: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, images=images)
     atomic_write(path, buffer.getvalue())
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(cli.run(app, "maskdm-server"))

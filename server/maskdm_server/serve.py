@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,21 @@ def serve(
     port: int,
     tls: Path | None,
     start_sites: StartSites = lambda: (),
+    simulation: Mapping[str, Any] | None = None,
     sample_count: int = 16,
 ) -> Path:
     """Run the federation to its end and return the path of the final model.
 
     Args:
         out: federation folder, already owned by this process.
+        simulation: how `start_sites` makes its sites, kept in config.json with the rest.
         start_sites: called once the SuperLink runs; its children belong to the federation (simulations).
 
     Raises:
         FederationError: it could not be finished; the last good model stays in `out`.
     """
-    claim(out, "serve", {"federation": config.model_dump(mode="json")}, may_change=_MAY_CHANGE)
+    identity = {"federation": config.model_dump(mode="json"), "simulation": dict(simulation or {})}
+    claim(out, "federation", identity, may_change=_MAY_CHANGE)
     _, metadata = load_checkpoint(prior, "--prior")
     if not (out / "prior.safetensors").exists():
         atomic_write(out / "prior.safetensors", prior.read_bytes())

@@ -1,0 +1,150 @@
+"""The README's story with real processes: pretrain, serve, two clients; and what happens when someone stops or dies."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from maskdm.checkpoint import expected_shapes, load_checkpoint, sha256_of
+from maskdm.processes import free_port
+from maskdm.protocol import REPORT_NAMES
+from maskdm.runfolder import read_lines
+
+from .conftest import RecordingProxy, Started, processes_with, wait_until, write_faces
+
+pytestmark = pytest.mark.slow
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def story() -> list[list[str]]:
+    """The commands of the README's story, one after another."""
+    block = re.search(r"<!-- story -->\n```bash\n(.*?)```", README.read_text(), re.DOTALL)
+    assert block, "the README has no story"
+    return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines() if line and line[0] != "#"]
+
+
+def with_port(command: list[str], port: int) -> list[str]:
+    return [part.replace(":8000", f":{port}") for part in command]
+
+
+def test_the_readme_story_trains_a_federated_model_and_only_listed_names_leave_a_client(workplace: Path) -> None:
+    write_faces(workplace / "public" / "nested", 400, "public", "face")
+    secret = "SMITH-1961-ward7"
+    write_faces(workplace / "local" / "DIAGNOSIS-positive", 120, "clinic", secret)
+    write_faces(workplace / "other", 120, "workshop", "other")
+    pretrain, serve, client = story()
+    port = free_port()
+    run = Started(pretrain, workplace, "pretrain")
+    assert run.wait() == 0, run.output()
+    server = Started(serve, workplace, "serve", MASKDM_PORT=str(port), MASKDM_MIN_CLIENTS="2")
+    server.until("listening on")
+    proxy = RecordingProxy(port)
+    first = Started(with_port(client, proxy.port), workplace, "first", MASKDM_OUT="site-a")
+    other = ["maskdm-client", "--data", "./other", "--server", f"127.0.0.1:{port}", "--out", "site-b"]
+    second = Started(other, workplace, "second")
+    assert server.wait() == 0, server.output() + first.output()
+    assert first.wait() == 0, first.output()
+    assert second.wait() == 0, second.output()
+    proxy.close()
+    wait_until(lambda: not processes_with(str(workplace)), lambda: str(processes_with(str(workplace))))
+
+    federation = workplace / "federation"
+    prior, metadata = load_checkpoint(federation / "prior.safetensors")
+    model, after = load_checkpoint(federation / "model.safetensors")
+    assert any(not prior[name].equal(model[name]) for name in prior)
+    assert after.rounds == 2
+    assert after.prior_sha256 == sha256_of(federation / "prior.safetensors")
+    rounds = read_lines(federation / "rounds.jsonl")
+    wanted = {
+        *("round", "clients", "examples", "loss_before", "loss_after"),
+        *("bytes_down", "bytes_up", "seconds", "rejected"),
+    }
+    assert [line["round"] for line in rounds] == [1, 2]
+    assert all(wanted <= line.keys() and line["clients"] == 2 and line["rejected"] == 0 for line in rounds)
+    result = json.loads((federation / "result.json").read_text())
+    assert result["loss_final"] < result["loss_prior"]
+    for name in ("config.json", "samples/before.png", "samples/after.png", "rounds"):
+        assert (federation / name).exists(), name
+
+    site = workplace / "site-a"
+    released = [line for line in read_lines(site / "audit.jsonl") if line["direction"] == "out"]
+    names = set(expected_shapes(metadata.model))
+    assert [set(line["arrays"]) for line in released] == [names, names, set()]
+    assert all(set(line["scalars"]) == set(REPORT_NAMES) for line in released)
+    assert load_checkpoint(site / "model.safetensors")[0].keys() == names
+    sent = bytes(proxy.sent)
+    assert len(sent) > sum(line["bytes"] for line in released), "the proxy saw less than the audit log"
+    for private in (secret, "DIAGNOSIS", str(workplace), "slice.json"):
+        assert private.encode() not in sent, f"{private} left the site"
+
+
+def test_a_client_gives_up_with_a_message_when_no_server_comes(workplace: Path) -> None:
+    write_faces(workplace / "local", 12, "clinic", "face")
+    port = free_port()
+    command = ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}", "--wait", "1"]
+    client = Started(command, workplace, "client")
+    assert client.wait() == 1
+    assert f"no server at 127.0.0.1:{port} yet" in client.output()
+    assert "--wait" in client.output().splitlines()[-1]
+
+
+def test_interrupted_server_and_client_end_with_130_and_leave_no_process_and_the_same_commands_continue(
+    workplace: Path, prior: Path
+) -> None:
+    write_faces(workplace / "local", 60, "clinic", "face")
+    port = free_port()
+    serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--min-clients", "1", "--port", str(port)]
+    join = ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}", "--out", "site"]
+    server = Started([*serve, "--rounds", "50"], workplace, "serve")
+    client = Started(join, workplace, "client")
+    server.until("round 1/50: held-out")
+    assert server.interrupt() == 130, server.output()
+    assert client.interrupt() == 130, client.output()
+    wait_until(lambda: not processes_with(str(workplace)), lambda: str(processes_with(str(workplace))))
+    done = len(read_lines(workplace / "fed" / "rounds.jsonl"))
+    assert done >= 1
+    more = str(done + 1)
+    server = Started([*serve, "--rounds", more], workplace, "serve-again")
+    client = Started(join, workplace, "client-again")
+    assert server.wait() == 0, server.output()
+    assert client.wait() == 0, client.output()
+    assert [line["round"] for line in read_lines(workplace / "fed" / "rounds.jsonl")] == list(range(1, done + 2))
+
+
+def test_nothing_survives_when_server_and_client_are_killed(workplace: Path, prior: Path) -> None:
+    write_faces(workplace / "local", 60, "clinic", "face")
+    port = free_port()
+    serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--min-clients", "1", "--port", str(port)]
+    join = ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}", "--out", "site"]
+    server = Started([*serve, "--rounds", "50"], workplace, "serve")
+    client = Started(join, workplace, "client")
+    server.until("clients at work")
+    assert any("flower-superlink" in line for line in processes_with(str(workplace)))
+    client.kill()
+    server.kill()
+    wait_until(lambda: not processes_with(str(workplace)), lambda: str(processes_with(str(workplace))))
+
+
+def test_colour_images_for_a_grey_prior_end_the_client_with_one_clear_line(workplace: Path) -> None:
+    write_faces(workplace / "public", 60, "public", "face")
+    write_faces(workplace / "local", 60, "clinic", "face")
+    command = ["maskdm-server", "pretrain", "--data", "./public", "--out", "run", "--channels", "3", "--images", "64"]
+    assert Started(command, workplace, "pretrain").wait() == 0
+    grey = workplace / "grey"
+    grey.mkdir()
+    from PIL import Image
+
+    for path in sorted((workplace / "public").iterdir()):
+        Image.open(path).convert("L").save(grey / path.name)
+    command = ["maskdm-server", "pretrain", "--data", "./grey", "--out", "grey-run", "--images", "64"]
+    assert Started(command, workplace, "pretrain-grey").wait() == 0
+    port = free_port()
+    serve = ["maskdm-server", "serve", "--prior", "grey-run/prior.safetensors", "--out", "fed", "--port", str(port)]
+    server = Started([*serve, "--min-clients", "1"], workplace, "serve")
+    server.until("listening on")
+    client = Started(["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}"], workplace, "client")
+    assert client.wait() == 2, client.output()
+    assert "colour images" in client.output().splitlines()[-1]
+    server.interrupt()
