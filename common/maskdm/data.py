@@ -289,10 +289,10 @@ def _is_picture(name: str) -> bool:
 
 
 def _load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded, None
-    with loaded:
+    with path.open("rb") as file:  # opened here: NumPy leaves it open when the archive is damaged
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded, None
         for images, labels in (("images", "labels"), ("x_train", "y_train")):
             if images in loaded.files:
                 return loaded[images], loaded[labels] if labels in loaded.files else None

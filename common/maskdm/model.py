@@ -43,8 +43,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(QKᵀ/√d)V over (B, H, N, d)."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] <= 1024:
         # The CPU's fused bf16 kernel spends over half of a training step in its backward pass.
-        weights = (query * query.shape[3] ** -0.5 @ key.transpose(2, 3)).softmax(dim=3, dtype=torch.float32)
-        return weights.to(value.dtype) @ value
+        scores: Tensor = query * query.shape[3] ** -0.5 @ key.transpose(2, 3)  # (B, H, N, N)
+        return scores.softmax(dim=3, dtype=torch.float32).to(value.dtype) @ value
     return functional.scaled_dot_product_attention(query, key, value)
 
 

@@ -31,7 +31,7 @@ class Budget:
     pretrain_images: int = 100_000
     rounds: int = 5
     local_images: int = 1024
-    samples: int = 40
+    samples: int = 36
 
 
 # Small enough to learn in minutes on a CPU. x_0 as the target gives coherent pictures long before ε does, and shorter

@@ -30,7 +30,7 @@ SMALL = {
     "MASKDM_LR": "1e-3",
     "MASKDM_BETAS": "0.9,0.95",
     "MASKDM_ROUNDS": "2",
-    "MASKDM_LOCAL_IMAGES": "256",
+    "MASKDM_LOCAL_IMAGES": "1024",
     "MASKDM_FRACTION": "0.5",
     "MASKDM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -123,9 +123,13 @@ class RecordingProxy:
         while True:
             try:
                 client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            try:
                 server = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
-                return
+                client.close()
+                continue
             threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
             threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
 

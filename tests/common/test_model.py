@@ -1,0 +1,163 @@
+"""The denoiser against a second, plain implementation, and what it may and may not depend on."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from maskdm.config import ModelConfig
+from maskdm.model import MaskedUViT, attend, build_model, patchify, timestep_embedding, unpatchify
+from torch import Tensor
+from torch.nn import functional
+
+
+def plain_forward(model: MaskedUViT, patches: Tensor, visible: Tensor, timesteps: Tensor) -> Tensor:
+    """The paper's order: embed every patch, add every position, then drop the hidden tokens; float64 throughout."""
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    config = model.config
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        bias = weights.get(f"{name}.bias", torch.zeros(1, dtype=torch.float64))
+        return torch.matmul(x, weights[f"{name}.weight"].T) + bias
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(dim=-1, keepdim=True)
+        scaled = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def block(x: Tensor, name: str) -> Tensor:
+        width = config.dim // config.heads
+        query, key, value = linear(norm(x, f"{name}.norm1"), f"{name}.attention.qkv").chunk(3, dim=-1)
+        mixed = []
+        for head in range(config.heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = query[..., part] @ key[..., part].transpose(1, 2) / math.sqrt(width)
+            mixed.append(scores.softmax(dim=-1) @ value[..., part])
+        x = x + linear(torch.cat(mixed, dim=-1), f"{name}.attention.proj")
+        hidden = linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        return x + linear(hidden, f"{name}.mlp.fc2")
+
+    table = weights["position.table"]
+    tokens = linear(patches.double(), "patch_embedding") + table[1:]
+    tokens = torch.stack([row[kept] for row, kept in zip(tokens, visible, strict=True)])
+    half = config.dim // 2
+    angles = timesteps.double()[:, None] * torch.tensor([10_000 ** (-i / half) for i in range(half)]).double()
+    time = torch.cat([angles.cos(), angles.sin()], dim=1)[:, None] + table[0]
+    x = torch.cat([time, tokens], dim=1)
+    skips = []
+    for i in range(config.depth // 2):
+        x = block(x, f"in_blocks.{i}")
+        skips.append(x)
+    x = block(x, "mid_block")
+    for i in range(config.depth // 2):
+        x = block(linear(torch.cat([x, skips.pop()], dim=-1), f"out_blocks.{i}.skip"), f"out_blocks.{i}")
+    return linear(norm(x[:, 1:], "norm"), "head")
+
+
+@pytest.fixture
+def inputs(tiny: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """All patches (B, N, P), six visible positions of each image, timesteps."""
+    randomness = torch.Generator().manual_seed(1)
+    patches = torch.randn(3, tiny.grid**2, tiny.patch_dim, generator=randomness)
+    visible = torch.rand(3, tiny.grid**2, generator=randomness).argsort(dim=1)[:, :6].sort(dim=1).values
+    return patches, visible, torch.tensor([0, 7, 49])
+
+
+def shown(patches: Tensor, visible: Tensor) -> Tensor:
+    return patches.gather(1, visible[:, :, None].expand(-1, -1, patches.shape[2]))
+
+
+@given(grid=st.integers(1, 4), patch=st.integers(1, 4), channels=st.integers(1, 3), batch=st.integers(1, 3))
+def test_unpatchify_undoes_patchify(grid: int, patch: int, channels: int, batch: int) -> None:
+    images = torch.arange(batch * channels * (grid * patch) ** 2).view(batch, channels, grid * patch, grid * patch)
+    patches = patchify(images, patch)
+    assert patches.shape == (batch, grid**2, patch**2 * channels)
+    assert torch.equal(unpatchify(patches, patch, channels), images)
+
+
+def test_patches_are_in_reading_order() -> None:
+    image = torch.arange(16).view(1, 1, 4, 4)
+    assert patchify(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_visible_patches_give_what_embedding_all_and_dropping_gives(
+    tiny: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    patches, visible, timesteps = inputs
+    model = build_model(tiny.model_copy(update={"depth": 5, "qkv_bias": True}), seed=2)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms that are not at their trivial start
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9)), alpha=0.05)
+        found = model(shown(patches, visible), visible, timesteps)
+        expected = plain_forward(model, patches, visible, timesteps)
+    assert found.double() == pytest.approx(expected, abs=2e-5)
+
+
+def test_all_positions_in_order_are_the_same_as_no_positions(
+    tiny: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    patches, _, timesteps = inputs
+    model = build_model(tiny)
+    everything = torch.arange(tiny.grid**2).expand(3, -1)
+    with torch.no_grad():
+        assert torch.equal(model(patches, everything, timesteps), model(patches, None, timesteps))
+
+
+def test_the_output_depends_on_position_and_time(tiny: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    patches, visible, timesteps = inputs
+    model = build_model(tiny)
+    seen = shown(patches, visible)
+    with torch.no_grad():
+        here = model(seen, visible, timesteps)
+        assert not torch.allclose(here, model(seen, (visible + 1) % tiny.grid**2, timesteps))
+        assert not torch.allclose(here, model(seen, visible, timesteps + 1))
+
+
+def test_images_of_a_batch_do_not_influence_each_other(
+    tiny: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    patches, visible, timesteps = inputs
+    model = build_model(tiny)
+    seen = shown(patches, visible)
+    with torch.no_grad():
+        together = model(seen, visible, timesteps)
+        alone = torch.cat([model(seen[i : i + 1], visible[i : i + 1], timesteps[i : i + 1]) for i in range(3)])
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_timestep_embedding_is_cosines_then_sines_of_geometric_frequencies() -> None:
+    found = timestep_embedding(torch.tensor([0.0, 3.5]), 6)
+    frequencies = [1.0, 10_000 ** (-1 / 3), 10_000 ** (-2 / 3)]
+    expected = [[1, 1, 1, 0, 0, 0], [f(3.5 * w) for f in (math.cos, math.sin) for w in frequencies]]
+    assert found == pytest.approx(torch.tensor(expected), abs=1e-6)
+
+
+def test_all_timesteps_are_told_apart() -> None:
+    table = timestep_embedding(torch.arange(1000), 16)
+    distances = torch.cdist(table, table) + torch.eye(1000)
+    assert float(distances.min()) > 1e-3
+
+
+def test_plain_bf16_attention_is_close_to_exact_attention_in_values_and_gradients() -> None:
+    randomness = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 33, 16, generator=randomness).bfloat16().requires_grad_() for _ in range(3))
+    rough = (query, key, value)
+    fine = tuple(tensor.detach().double().requires_grad_() for tensor in rough)
+    found = attend(query, key, value)
+    expected = functional.scaled_dot_product_attention(fine[0], fine[1], fine[2])
+    assert found.dtype == torch.bfloat16
+    assert found.detach().double() == pytest.approx(expected.detach(), abs=0.02)
+    gradients = torch.autograd.grad(found.float().square().sum(), rough)
+    exact = torch.autograd.grad(expected.square().sum(), fine)
+    for gradient, truth in zip(gradients, exact, strict=True):
+        assert float((gradient.double() - truth).norm() / truth.norm()) < 0.02
+
+
+def test_the_same_seed_builds_the_same_network_and_leaves_the_global_generator_alone(tiny: ModelConfig) -> None:
+    before = torch.random.get_rng_state()
+    first, again, other = (build_model(tiny, seed=seed).state_dict() for seed in (4, 4, 5))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
