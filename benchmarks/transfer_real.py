@@ -38,22 +38,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 CPU = torch.device("cpu")
-SCRATCH_RATES = (5e-4, 1e-3, 2e-3)
+SCRATCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 Array = NDArray[np.uint8]
 
 # One setting for all arms: a small network, x_0 as the target, short optimiser memory (runs are short).
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fashion": {"size": 32, "clients": 3, "images": 100_000, "rounds": 5, "local": 1024, "lr": 5e-4, "split": []},
-    "xray": {
-        "size": 64,
-        "clients": 2,
-        "images": 60_000,
-        "rounds": 4,
-        "local": 1024,
-        "lr": 5e-4,
-        "split": ["--split", "label", "--alpha", "0.5"],
-    },
+    "fashion": {"size": 32, "clients": 3, "images": 100_000, "split": []},
+    "xray": {"size": 64, "clients": 2, "images": 80_000, "split": ["--split", "label", "--alpha", "0.5"]},
 }
+ROUNDS, LOCAL_IMAGES, LOCAL_BATCH, LOCAL_RATE = 5, 256, 16, 1e-3
 
 
 def fashion(data: Path) -> dict[str, tuple[Array, Array]]:
@@ -126,7 +119,9 @@ def scratch(
         source = open_source(site)
         chosen = choose_slice(source, 0.1, seed=seed)
         pools.append(load_images(source, shape.image_size, shape.channels, names=chosen.train).pixels)
-    config = TrainingConfig(images=images, batch_size=32, lr=lr, warmup_images=1000, betas=(0.9, 0.95), seed=seed)
+    config = TrainingConfig(
+        images=images, batch_size=LOCAL_BATCH, lr=lr, warmup_images=500, betas=(0.9, 0.95), seed=seed
+    )
     state = TrainingState.fresh(build_model(shape, seed=seed), config)
     order = batches(torch.cat(pools), config.batch_size, 0, seed)
     train(state, order, config, metadata.diffusion, MaskConfig(kind="none"))
@@ -151,9 +146,9 @@ def one_seed(task: str, parts: dict[str, tuple[Array, Array]], out: Path, seed: 
         ),
         command(
             *("simulate", "--prior", str(out / "run/prior.safetensors"), "--data", str(out / "local.npz")),
-            *("--out", str(out / "fed"), "--clients", str(setting["clients"]), "--rounds", str(setting["rounds"])),
-            *("--local-images", str(setting["local"]), "--lr", str(setting["lr"]), "--seed", str(seed)),
-            *setting["split"],
+            *("--out", str(out / "fed"), "--clients", str(setting["clients"]), "--rounds", str(ROUNDS)),
+            *("--local-images", str(LOCAL_IMAGES), "--batch-size", str(LOCAL_BATCH), "--lr", str(LOCAL_RATE)),
+            *("--seed", str(seed), *setting["split"]),
         ),
     ]
     prior, model = out / "run/prior.safetensors", out / "fed/model.safetensors"

@@ -29,6 +29,8 @@ from maskdm_client.settings import SiteSettings, load_settings
 
 # Enough (image, timestep, noise) draws for a held-out loss whose differences between rounds can be read.
 HELD_OUT_DRAWS = 512
+# The optimiser starts anew each round, so its memory must suit tens of steps, not the published 200,000.
+LOCAL_BETAS = (0.9, 0.95)
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -69,6 +71,7 @@ def _train(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, 
         images=plan.local_images,
         batch_size=plan.batch_size,
         lr=plan.lr,
+        betas=LOCAL_BETAS,
         precision=settings.precision,
         seed=derive_seed("local work", plan.seed, plan.federation, plan.round),
     )

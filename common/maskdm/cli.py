@@ -28,6 +28,8 @@ def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> i
     _prepare(command)
     try:
         result = command.main(args=arguments, prog_name=program, standalone_mode=False)
+        if result == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt, without a word
+            return _fail(program, "interrupted", INTERRUPTED)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as done:
         return done.exit_code
@@ -70,22 +72,23 @@ def _fail(where: str, message: str, code: int) -> int:
 
 
 def _prepare(command: click.Command) -> None:
-    """Give every option its environment variable, and every command --config and --debug."""
+    """Give every option its environment variable, every command --debug, and those that do the work --config."""
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.name and parameter.envvar is None:
             parameter.envvar = f"MASKDM_{parameter.name.upper()}"
             parameter.show_envvar = True
-    command.params.append(
-        click.Option(
-            ["--config"],
-            type=click.Path(path_type=Path),
-            envvar="MASKDM_CONFIG",
-            is_eager=True,
-            expose_value=False,
-            callback=_read_config,
-            help="TOML file of options, e.g. batch-size = 64; the environment and flags come first.",
+    if not (isinstance(command, click.Group) and command.commands):  # MASKDM_CONFIG is meant for the subcommand
+        command.params.append(
+            click.Option(
+                ["--config"],
+                type=click.Path(path_type=Path),
+                envvar="MASKDM_CONFIG",
+                is_eager=True,
+                expose_value=False,
+                callback=_read_config,
+                help="TOML file of options, e.g. batch-size = 64; the environment and flags come first.",
+            )
         )
-    )
     command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
     if isinstance(command, click.Group):
         for child in command.commands.values():

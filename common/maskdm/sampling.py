@@ -4,7 +4,7 @@ Each takes a function `x0_at(x, t)` that gives the (clipped) estimate of x_0, th
 initial noise. The last step always lands on x_0 itself, so no residual noise is left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -31,9 +31,12 @@ def timestep_grid(total: int, steps: int) -> list[int]:
 
 
 def sample_ddim(
-    x0_at: X0At, schedule: Tensor, x: Tensor, steps: int, *, eta: float, randomness: torch.Generator
+    x0_at: X0At, schedule: Tensor, x: Tensor, steps: int, *, eta: float, randomness: Sequence[torch.Generator]
 ) -> Tensor:
-    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16); η = 0 is deterministic, η = 1 ancestral."""
+    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16); η = 0 is deterministic, η = 1 ancestral.
+
+    Each image has a generator of its own, so that its noise does not depend on the others.
+    """
     grid = timestep_grid(len(schedule), steps)
     for t, following in zip(grid, [*grid[1:], None], strict=True):
         x0 = x0_at(x, t)
@@ -41,7 +44,7 @@ def sample_ddim(
             return x0
         now, after = schedule[t], schedule[following]
         sigma = eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt()
-        noise = torch.randn(x.shape, generator=randomness, device=x.device, dtype=x.dtype) if eta else 0.0
+        noise = torch.stack([_normal(image, own) for image, own in zip(x, randomness, strict=True)]) if eta else 0.0
         direction = (1 - after - sigma**2).clamp(min=0).sqrt() * implied_noise(x0, x, now[None])
         x = after.sqrt() * x0 + direction + sigma * noise
     raise AssertionError("unreachable")
@@ -112,8 +115,8 @@ def sample(
         for start in range(0, count, batch_size):
             x = patchify(noise[start : start + batch_size].to(device), shape.patch_size)  # (B, N, P)
             if sampler == "ddim":
-                fresh = generator("ddim noise", seed, start, device=device)
-                x = sample_ddim(x0_at, schedule, x, steps, eta=eta, randomness=fresh)
+                own = [generator("ddim noise", seed, start + i, device=device) for i in range(len(x))]
+                x = sample_ddim(x0_at, schedule, x, steps, eta=eta, randomness=own)
             else:
                 x = sample_dpmpp_2m(x0_at, schedule, x, steps)
             images = unpatchify(x, shape.patch_size, shape.channels)  # (B, C, H, W)
@@ -121,3 +124,7 @@ def sample(
             progress(min(start + batch_size, count))
     model.train(was_training)
     return torch.cat(done)
+
+
+def _normal(like: Tensor, randomness: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=randomness, device=like.device, dtype=like.dtype)

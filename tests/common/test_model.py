@@ -19,12 +19,14 @@ def plain_forward(model: MaskedUViT, patches: Tensor, visible: Tensor, timesteps
 
     def linear(x: Tensor, name: str) -> Tensor:
         bias = weights.get(f"{name}.bias", torch.zeros(1, dtype=torch.float64))
-        return torch.matmul(x, weights[f"{name}.weight"].T) + bias
+        out: Tensor = x @ weights[f"{name}.weight"].T + bias
+        return out
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(dim=-1, keepdim=True)
         scaled = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+        out: Tensor = scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+        return out
 
     def block(x: Tensor, name: str) -> Tensor:
         width = config.dim // config.heads

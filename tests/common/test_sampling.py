@@ -35,7 +35,14 @@ def exact_denoiser(schedule: Tensor) -> X0At:
 def draw(sampler: Sampler, schedule: Tensor, x: Tensor, steps: int, *, eta: float = 0.0, seed: int = 0) -> Tensor:
     x0_at = exact_denoiser(schedule)
     if sampler == "ddim":
-        return sample_ddim(x0_at, schedule, x, steps, eta=eta, randomness=torch.Generator().manual_seed(seed))
+        return sample_ddim(
+            x0_at,
+            schedule,
+            x,
+            steps,
+            eta=eta,
+            randomness=[torch.Generator().manual_seed(seed + i) for i in range(len(x))],
+        )
     return sample_dpmpp_2m(x0_at, schedule, x, steps)
 
 
@@ -70,7 +77,7 @@ def test_the_second_order_sampler_needs_fewer_steps_than_ddim() -> None:
 
 def test_ancestral_sampling_draws_from_the_data_distribution() -> None:
     abar = alphas_bar(DiffusionConfig())
-    noise = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     drawn = draw("ddim", abar, noise, 200, eta=1.0)
     assert float(drawn.mean()) == pytest.approx(MEAN, abs=0.01)
     assert float(drawn.std()) == pytest.approx(STD, abs=0.01)
@@ -88,7 +95,7 @@ def test_the_last_step_lands_on_the_clean_estimate_itself(sampler: Sampler, step
 
     x = torch.ones(1, 2, dtype=torch.float64)
     if sampler == "ddim":
-        found = sample_ddim(x0_at, abar, x, steps, eta=0.0, randomness=torch.Generator())
+        found = sample_ddim(x0_at, abar, x, steps, eta=0.0, randomness=[torch.Generator()])
     else:
         found = sample_dpmpp_2m(x0_at, abar, x, steps)
     assert asked == timestep_grid(20, steps)
@@ -118,17 +125,29 @@ def test_clean_estimates_stay_in_the_range_of_pixels(prediction: str) -> None:
     assert float(estimate.abs().max()) <= 1
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
-def test_the_same_seed_draws_the_same_images_whatever_the_batch_size(tiny: ModelConfig, sampler: Sampler) -> None:
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("dpmpp", 0.0)])
+def test_the_same_seed_draws_the_same_images_whatever_the_batch_size(
+    tiny: ModelConfig, sampler: Sampler, eta: float
+) -> None:
     model = build_model(tiny)
-    config = DiffusionConfig(timesteps=50)
-    images = sample(model, config, 5, sampler=sampler, steps=6, seed=1)
-    assert images.shape == (5, 1, 8, 8)
-    assert images.dtype == torch.uint8
-    assert torch.equal(sample(model, config, 5, sampler=sampler, steps=6, seed=1), images)
-    assert not torch.equal(sample(model, config, 5, sampler=sampler, steps=6, seed=2), images)
-    split = sample(model, config, 5, sampler=sampler, steps=6, seed=1, batch_size=2)
-    assert int((split.int() - images.int()).abs().max()) <= 1  # rounding to 8 bits
+
+    def images(seed: int, batch_size: int = 64) -> Tensor:
+        return sample(
+            model, DiffusionConfig(timesteps=50), 5, sampler=sampler, steps=6, eta=eta, seed=seed, batch_size=batch_size
+        )
+
+    first = images(1)
+    assert first.shape == (5, 1, 8, 8)
+    assert first.dtype == torch.uint8
+    assert torch.equal(images(1), first)
+    assert not torch.equal(images(2), first)
+    assert int((images(1, batch_size=2).int() - first.int()).abs().max()) <= 1  # rounding to 8 bits
+
+
+def test_ancestral_sampling_adds_noise_of_its_own_to_each_image() -> None:
+    abar = alphas_bar(DiffusionConfig(timesteps=20))
+    first, second = draw("ddim", abar, torch.ones(2, 3, dtype=torch.float64), 10, eta=1.0)
+    assert not torch.allclose(first, second)
 
 
 def test_more_steps_than_the_schedule_has_are_cut_and_progress_is_told(tiny: ModelConfig) -> None:

@@ -1,0 +1,31 @@
+"""The drawn corpus of the demonstration."""
+
+import numpy as np
+import pytest
+from maskdm_server.faces import SITES, draw_faces
+
+
+def test_portraits_are_colour_pictures_that_the_same_seed_draws_again() -> None:
+    first = draw_faces(4, size=16, seed=1)
+    assert first.shape == (4, 16, 16, 3)
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, draw_faces(4, size=16, seed=1))
+    assert not np.array_equal(first, draw_faces(4, size=16, seed=2))
+
+
+def test_portraits_differ_from_each_other_and_have_contrast() -> None:
+    faces = draw_faces(16, size=16, seed=0)
+    assert len({face.tobytes() for face in faces}) == 16
+    assert float(faces.reshape(16, -1).std(axis=1).min()) > 10
+
+
+def test_large_corpora_are_drawn_in_whole_chunks() -> None:
+    assert np.array_equal(draw_faces(5, size=8, chunk=2)[:4], draw_faces(4, size=8, chunk=2))
+    assert draw_faces(5, size=8, chunk=2).shape == (5, 8, 8, 3)
+
+
+@pytest.mark.parametrize("domain", SITES)
+def test_each_institution_sees_something_of_its_own(domain: str) -> None:
+    assert domain in ("clinic", "laboratory", "workshop")
+    public, own = draw_faces(200, size=16), draw_faces(200, domain, size=16)  # type: ignore[arg-type]
+    assert float(np.abs(public.mean(axis=0) - own.mean(axis=0)).max()) > 15
