@@ -24,6 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+
 from maskdm.checkpoint import load_checkpoint, model_from
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
 from maskdm.data import batches, choose_slice, load_images, open_source
@@ -34,8 +37,6 @@ from maskdm.precision import autocast, pick_precision
 from maskdm.runfolder import read_lines, write_json
 from maskdm.sampling import sample
 from maskdm.training import TrainingState, train
-from numpy.typing import NDArray
-from PIL import Image
 
 CPU = torch.device("cpu")
 SCRATCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import settings
+
 from maskdm.checkpoint import CheckpointMetadata
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 

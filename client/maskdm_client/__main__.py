@@ -9,7 +9,6 @@ def main() -> None:
     # Before torch loads OpenMP: waiting threads that spin make training a hundred times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from maskdm import cli
-
     from maskdm_client.cli import app
 
     sys.exit(cli.run(app, "maskdm-client"))

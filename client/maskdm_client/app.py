@@ -4,8 +4,8 @@ from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from maskdm.protocol import Parcel
 
+from maskdm.protocol import Parcel
 from maskdm_client.site import answer
 
 app = ClientApp()

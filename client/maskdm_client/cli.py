@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from maskdm import cli
 from maskdm.config import Precision
 from maskdm.data import choose_slice, open_source
@@ -12,7 +13,6 @@ from maskdm.interruption import Interruption
 from maskdm.precision import pick_device
 from maskdm.reporting import say
 from maskdm.runfolder import claim, owned, write_json
-
 from maskdm_client.settings import SiteSettings
 from maskdm_client.supernode import work
 

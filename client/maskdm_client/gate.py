@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from maskdm.errors import GateRefused
 from maskdm.protocol import Outcome, Parcel, Report, encode_bfloat16
 from maskdm.runfolder import append_line
-from torch import Tensor
-
 from maskdm_client.settings import SitePolicy
 
 

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import Field
+
 from maskdm.config import Frozen, Precision
 from maskdm.protocol import REPORT_NAMES
-from pydantic import Field
 
 
 class SitePolicy(Frozen):

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from torch import Tensor
+
 from maskdm.checkpoint import expected_shapes, first_problem, model_from, save_checkpoint
 from maskdm.config import MaskConfig, TrainingConfig
 from maskdm.data import Images, batches, load_images, open_source
@@ -21,9 +24,6 @@ from maskdm.protocol import Outcome, Parcel, Report, RoundPlan, from_arrays
 from maskdm.runfolder import append_line
 from maskdm.seeding import derive_seed
 from maskdm.training import Progress, TrainingState, train
-from pydantic import ValidationError
-from torch import Tensor
-
 from maskdm_client.gate import record, release_numbers, release_outcome, release_update
 from maskdm_client.settings import SiteSettings, load_settings
 

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 import torch
-from maskdm.checkpoint import first_problem
-from maskdm.protocol import Arrays, Outcome, Parcel, Report, RoundPlan, decode_bfloat16
 from pydantic import ValidationError
 from torch import Tensor
+
+from maskdm.checkpoint import first_problem
+from maskdm.protocol import Arrays, Outcome, Parcel, Report, RoundPlan, decode_bfloat16
 
 
 class UpdateRejected(Exception):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
+
 from maskdm.errors import MaskDMError
 from maskdm.protocol import Parcel
 from maskdm.runfolder import append_line
-
 from maskdm_server.rounds import FederationConfig, Reply, run_federation
 
 app = ServerApp()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import typer
+
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint, model_from
 from maskdm.config import SIZES, DiffusionConfig, MaskConfig, MaskKind, ModelConfig, Precision, Size, TrainingConfig
@@ -19,7 +20,6 @@ from maskdm.processes import Child, free_port
 from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import atomic_write, owned
 from maskdm.sampling import Sampler, sample
-
 from maskdm_server import pretrain as pretraining
 from maskdm_server.rounds import FederationConfig
 from maskdm_server.serve import check_address, federation_config, serve

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
 from maskdm.data import load_images, open_source
 from maskdm.images import grid_picture, save_png
@@ -13,7 +14,6 @@ from maskdm.precision import pick_device
 from maskdm.processes import free_port
 from maskdm.reporting import say
 from maskdm.runfolder import read_lines
-
 from maskdm_server.faces import SITES, Domain, draw_faces
 from maskdm_server.page import Panel, write_page
 from maskdm_server.pretrain import pretrain

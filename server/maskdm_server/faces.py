@@ -7,8 +7,9 @@ masks, a laboratory safety glasses, a workshop hard hats.
 from typing import Any, Literal
 
 import numpy as np
-from maskdm.seeding import derive_seed
 from numpy.typing import NDArray
+
+from maskdm.seeding import derive_seed
 
 Domain = Literal["public", "clinic", "laboratory", "workshop"]
 SITES: tuple[Domain, ...] = ("clinic", "laboratory", "workshop")

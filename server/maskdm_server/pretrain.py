@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from maskdm import __version__
 from maskdm.checkpoint import CheckpointMetadata, load_state, model_from, save_checkpoint, save_state
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig

@@ -8,7 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+from torch import Tensor
 
 from maskdm.checkpoint import (
     CheckpointMetadata,
@@ -21,9 +24,6 @@ from maskdm.config import Frozen, MaskConfig
 from maskdm.errors import FederationError
 from maskdm.protocol import Parcel, Report, RoundPlan, to_arrays
 from maskdm.runfolder import append_line, keep_lines, read_lines, write_json
-from pydantic import Field
-from torch import Tensor
-
 from maskdm_server.aggregation import StreamingMean, UpdateRejected, check_reply, federated_average
 
 POLL_SECONDS = 0.1
@@ -96,17 +96,7 @@ def run_federation(
     down = sum(4 * math.prod(shape) for shape in shapes.values())
     say({"event": "start", "round": metadata.rounds, "bytes_down": down, "bytes_up": down // 2})
     for number in range(metadata.rounds + 1, config.rounds + 1):
-        plan = RoundPlan(
-            federation=config.federation,
-            action="train",
-            round=number,
-            rounds=config.rounds,
-            local_images=config.local_images,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            seed=config.seed,
-            model=metadata,
-        )
+        plan = _plan(config, "train", number, metadata)
         update, line = _round_with_retries(link, plan, config, weights, shapes, say, pause)
         weights = federated_average(weights, update)
         metadata = finetuned(metadata, number, metadata.images_seen + line["images_seen"])
@@ -143,6 +133,22 @@ def finetuned(metadata: CheckpointMetadata, rounds: int, images_seen: int) -> Ch
         "images_seen": images_seen,
     }
     return metadata.model_copy(update=changes)
+
+
+def _plan(
+    config: FederationConfig, action: Literal["train", "finish"], number: int, metadata: CheckpointMetadata
+) -> RoundPlan:
+    return RoundPlan(
+        federation=config.federation,
+        action=action,
+        round=number,
+        rounds=config.rounds,
+        local_images=config.local_images,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        seed=config.seed,
+        model=metadata,
+    )
 
 
 def _round_with_retries(
@@ -235,17 +241,7 @@ def _farewell(
     pause: Callable[[float], None],
 ) -> None:
     """Give every site the final model, learn its held-out loss, and let the sites go."""
-    plan = RoundPlan(
-        federation=config.federation,
-        action="finish",
-        round=max(1, metadata.rounds),
-        rounds=config.rounds,
-        local_images=config.local_images,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        seed=config.seed,
-        model=metadata,
-    )
+    plan = _plan(config, "finish", max(1, metadata.rounds), metadata)
     shapes = expected_shapes(metadata.model)
     deadline = min(FAREWELL_SECONDS, config.round_deadline)
     line = _one_round(link, plan, link.sites(), deadline, weights, shapes, StreamingMean(shapes), say, pause)

@@ -17,7 +17,6 @@ from maskdm.reporting import say
 from maskdm.runfolder import LineReader, atomic_write, claim, read_lines
 from maskdm.sampling import sample
 from maskdm.seeding import derive_seed
-
 from maskdm_server.rounds import FederationConfig
 from maskdm_server.superlink import SuperLink
 

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from maskdm.data import Images
 from maskdm.errors import UsageError
 from maskdm.processes import Child, script
 from maskdm.seeding import derive_seed
-from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 

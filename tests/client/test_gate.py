@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
 from maskdm.errors import GateRefused
 from maskdm.protocol import REPORT_NAMES, Outcome, Parcel, Report, decode_bfloat16
 from maskdm.runfolder import read_lines
 from maskdm_client.gate import record, release_numbers, release_outcome, release_update
 from maskdm_client.settings import SitePolicy, SiteSettings, load_settings
-from pydantic import ValidationError
-from torch import Tensor
 
 REPORT = Report(round=3, examples=10, images_seen=64, loss_before=1.0, loss_after=0.5, seconds=2.0, skipped_steps=0)
 RECEIVED = {"head.weight": torch.full((2, 3), 1.0), "head.bias": torch.full((3,), -1.0)}

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint
 from maskdm.config import ModelConfig
 from maskdm.data import choose_slice, open_source
@@ -18,7 +20,6 @@ from maskdm.runfolder import read_lines
 from maskdm_client import site
 from maskdm_client.settings import SitePolicy, SiteSettings
 from maskdm_client.site import answer
-from torch import Tensor
 
 MakePlan = Callable[..., Parcel]
 MakeSite = Callable[..., Path]

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from maskdm.checkpoint import (
     CheckpointMetadata,
     load_checkpoint,
@@ -19,8 +22,6 @@ from maskdm.config import ModelConfig, TrainingConfig
 from maskdm.errors import CheckpointError
 from maskdm.model import build_model
 from maskdm.training import TrainingState
-from safetensors.torch import save_file
-from torch import Tensor
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import pytest
 import typer
+
 from maskdm import cli
 from maskdm.config import MaskConfig, ModelConfig
 from maskdm.errors import (

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+
 from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, Size, TrainingConfig
 from maskdm.model import MaskedUViT, parameter_count
-from pydantic import ValidationError
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
 from maskdm.data import batch_rows, batches, choose_slice, load_images, open_source
 from maskdm.errors import DataError
 from maskdm.images import IsColour, TooSmall, decode, from_array
-from numpy.typing import NDArray
-from PIL import Image
 
 Pixels = NDArray[np.uint8]
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from maskdm.config import DiffusionConfig, ModelConfig
 from maskdm.diffusion import (
     add_noise,
@@ -18,7 +20,6 @@ from maskdm.diffusion import (
     to_model_range,
 )
 from maskdm.model import build_model, patchify
-from torch import Tensor
 
 PREDICTIONS = ("epsilon", "x0", "v")
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from maskdm.config import MaskConfig, MaskKind
 from maskdm.errors import UsageError
 from maskdm.masking import draw_visible, effective_ratio, visible_count
-from torch import Tensor
 
 
 def drawn(mask: MaskConfig, grid: int, batch: int = 3, seed: int = 0) -> Tensor:

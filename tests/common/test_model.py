@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from maskdm.config import ModelConfig
-from maskdm.model import MaskedUViT, attend, build_model, patchify, timestep_embedding, unpatchify
 from torch import Tensor
 from torch.nn import functional
+
+from maskdm.config import ModelConfig
+from maskdm.model import MaskedUViT, attend, build_model, patchify, timestep_embedding, unpatchify
 
 
 def plain_forward(model: MaskedUViT, patches: Tensor, visible: Tensor, timesteps: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from maskdm import processes
 from maskdm.processes import Child, free_port, port_is_taken
 

@@ -8,6 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
 from maskdm.checkpoint import CheckpointMetadata
 from maskdm.protocol import (
     REPORT_NAMES,
@@ -20,8 +23,6 @@ from maskdm.protocol import (
     from_arrays,
     to_arrays,
 )
-from numpy.typing import NDArray
-from pydantic import ValidationError
 
 REPORT: dict[str, Any] = {
     "round": 1,

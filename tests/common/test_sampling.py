@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from maskdm.config import DiffusionConfig, ModelConfig
 from maskdm.diffusion import alphas_bar
 from maskdm.model import build_model
@@ -18,7 +20,6 @@ from maskdm.sampling import (
     timestep_grid,
     x0_estimator,
 )
-from torch import Tensor
 
 MEAN, STD = 0.3, 0.2
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from maskdm.checkpoint import load_state, save_state
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Precision, TrainingConfig
 from maskdm.data import batches
@@ -21,7 +23,6 @@ from maskdm.training import (
     learning_rate,
     train,
 )
-from torch import Tensor
 
 DIFFUSION = DiffusionConfig(timesteps=50)
 MASK = MaskConfig(kind="block", ratio=0.75, block_size=2)
@@ -189,6 +190,16 @@ def test_hidden_pixels_do_not_reach_the_update(tiny: ModelConfig) -> None:
         results.append(everything(state))
     same = [all(torch.equal(result[n], results[0][n]) for n in result) for result in results[1:]]
     assert sorted(same) == [False, True, True, True]
+
+
+def test_every_step_draws_its_own_mask_timesteps_and_noise(tiny: ModelConfig) -> None:
+    config = TrainingConfig(images=12, batch_size=4, precision="fp32")
+    state = fresh(tiny, config)
+    drawn: list[tuple[Tensor, ...]] = []
+    state.model.register_forward_pre_hook(lambda _, inputs: drawn.append(inputs))
+    train(state, batches(pictures(4)[:1].expand(4, -1, -1, -1), 4, 0, 0), config, DIFFUSION, MASK)
+    for first, second in ((0, 1), (1, 2), (0, 2)):
+        assert not any(torch.equal(a, b) for a, b in zip(drawn[first], drawn[second], strict=True))
 
 
 def test_the_loss_falls_on_a_tiny_problem(tiny: ModelConfig) -> None:

@@ -8,13 +8,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from PIL import Image
+
 from maskdm.processes import free_port
 from maskdm_server.faces import Domain, draw_faces
-from PIL import Image
 
 DEADLINE = 240.0
 
@@ -107,6 +114,32 @@ def write_faces(folder: Path, count: int, domain: Domain, prefix: str) -> None:
     folder.mkdir(parents=True)
     for number, pixels in enumerate(draw_faces(count, domain, size=16)):
         Image.fromarray(pixels).save(folder / f"{prefix}-{number:04d}.png")
+
+
+def write_certificates(folder: Path) -> None:
+    """An authority of its own and a server certificate for loopback: ca.crt, server.crt, server.key."""
+    folder.mkdir()
+    now = datetime.now(UTC)
+    authority_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"authority {folder.name}")])
+
+    def certificate(name: x509.Name, key: ec.EllipticCurvePublicKey, is_authority: bool) -> bytes:
+        builder = x509.CertificateBuilder().subject_name(name).issuer_name(authority).public_key(key)
+        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(hours=1))
+        builder = builder.not_valid_after(now + timedelta(days=1))
+        builder = builder.add_extension(x509.BasicConstraints(is_authority, None), critical=True)
+        names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+        signed = builder.add_extension(names, critical=False).sign(authority_key, hashes.SHA256())
+        return signed.public_bytes(serialization.Encoding.PEM)
+
+    server = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server")])
+    (folder / "ca.crt").write_bytes(certificate(authority, authority_key.public_key(), True))
+    (folder / "server.crt").write_bytes(certificate(server, server_key.public_key(), False))
+    (folder / "server.key").write_bytes(
+        server_key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
 
 
 class RecordingProxy:

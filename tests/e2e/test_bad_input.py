@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from maskdm import cli
 from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
@@ -16,7 +18,6 @@ from maskdm.processes import free_port
 from maskdm_client.cli import app as client_app
 from maskdm_server.cli import app as server_app
 from maskdm_server.faces import draw_faces
-from safetensors.torch import save_file
 
 Run = Callable[..., tuple[int, str]]
 

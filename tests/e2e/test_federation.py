@@ -6,12 +6,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from maskdm.checkpoint import expected_shapes, load_checkpoint, sha256_of
 from maskdm.processes import free_port
 from maskdm.protocol import REPORT_NAMES
 from maskdm.runfolder import read_lines
 
-from .conftest import RecordingProxy, Started, processes_with, wait_until, write_faces
+from .conftest import RecordingProxy, Started, processes_with, wait_until, write_certificates, write_faces
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +115,28 @@ def test_interrupted_server_and_client_end_with_130_and_leave_no_process_and_the
     assert [line["round"] for line in read_lines(workplace / "fed" / "rounds.jsonl")] == list(range(1, done + 2))
 
 
+def test_a_federation_over_tls_works_and_a_client_with_another_authority_gets_nothing(
+    workplace: Path, prior: Path
+) -> None:
+    write_faces(workplace / "local", 60, "clinic", "face")
+    write_certificates(workplace / "tls")
+    write_certificates(workplace / "foreign")
+    port = free_port()
+    serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--min-clients", "1", "--rounds", "1"]
+    join = ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}"]
+    server = Started([*serve, "--port", str(port), "--tls", "tls"], workplace, "serve")
+    server.until("listening on")
+    stranger = Started([*join, "--out", "stranger", "--kit", "foreign"], workplace, "stranger")
+    stranger.until("was lost")
+    assert "0 of 1 clients" in server.output()
+    assert stranger.interrupt() == 130
+    client = Started([*join, "--out", "site", "--kit", "tls"], workplace, "client")
+    assert server.wait() == 0, server.output() + client.output()
+    assert client.wait() == 0, client.output()
+    assert "WARNING" not in server.output() + client.output()
+    assert not (workplace / "stranger" / "audit.jsonl").exists()
+
+
 def test_nothing_survives_when_server_and_client_are_killed(workplace: Path, prior: Path) -> None:
     write_faces(workplace / "local", 60, "clinic", "face")
     port = free_port()
@@ -134,8 +158,6 @@ def test_colour_images_for_a_grey_prior_end_the_client_with_one_clear_line(workp
     assert Started(command, workplace, "pretrain").wait() == 0
     grey = workplace / "grey"
     grey.mkdir()
-    from PIL import Image
-
     for path in sorted((workplace / "public").iterdir()):
         Image.open(path).convert("L").save(grey / path.name)
     command = ["maskdm-server", "pretrain", "--data", "./grey", "--out", "grey-run", "--images", "64"]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from maskdm_server.superlink import bundle
 
 ROOT = Path(__file__).parents[2]

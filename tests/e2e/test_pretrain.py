@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from maskdm.checkpoint import load_checkpoint
 from maskdm.runfolder import read_lines
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from maskdm.checkpoint import CheckpointMetadata
 from maskdm.protocol import Outcome, Parcel, RoundPlan, decode_bfloat16, encode_bfloat16
 from maskdm_server.aggregation import StreamingMean, UpdateRejected, check_reply, federated_average
-from numpy.typing import NDArray
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (3,)}
 SCALARS: dict[str, float] = {

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from maskdm_server.faces import SITES, draw_faces
 
 

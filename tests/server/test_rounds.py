@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint, sha256_of
 from maskdm.config import ModelConfig
 from maskdm.errors import FederationError, Interrupted
@@ -15,7 +17,6 @@ from maskdm.model import build_model
 from maskdm.protocol import Outcome, Parcel, RoundPlan, decode_bfloat16, encode_bfloat16, from_arrays
 from maskdm.runfolder import read_lines
 from maskdm_server.rounds import ATTEMPTS, FederationConfig, Reply, run_federation
-from torch import Tensor
 
 # What a site does with a plan and weights; None stands for a site or a transport that failed.
 Site = Callable[[RoundPlan, dict[str, Tensor]], Parcel | None]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from maskdm.data import Images, load_images, open_source
 from maskdm.errors import UsageError
 from maskdm_server.simulate import Rows, split_by_label, split_iid, write_shares
