@@ -1,16 +1,13 @@
 """Entry point of `maskdm-client`; also `python -m maskdm_client`."""
 
-import os
 import sys
+
+from maskdm import cli
+from maskdm_client.cli import app
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # Before torch loads OpenMP: waiting threads that spin make training a hundred times slower on a shared machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from maskdm import cli
-    from maskdm_client.cli import app
-
     sys.exit(cli.run(app, "maskdm-client"))
 
 
