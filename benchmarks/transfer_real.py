@@ -31,15 +31,15 @@ from maskdm.checkpoint import load_checkpoint, model_from
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
 from maskdm.data import batches, choose_slice, load_images, open_source
 from maskdm.diffusion import denoising_loss
-from maskdm.images import grid_picture, save_png
+from maskdm.images import save_png
 from maskdm.model import build_model, patchify
 from maskdm.precision import autocast, pick_precision
 from maskdm.runfolder import read_lines, write_json
-from maskdm.sampling import sample
 from maskdm.training import TrainingState, train
+from maskdm_server.pictures import save_samples
 
 CPU = torch.device("cpu")
-SCRATCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SCRATCH_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 Array = NDArray[np.uint8]
 
 # One setting for all arms: a small network, x_0 as the target, short optimiser memory (runs are short).
@@ -159,8 +159,7 @@ def one_seed(task: str, parts: dict[str, tuple[Array, Array]], out: Path, seed: 
     tried = {lr: scratch(prior, sites, seen, lr, seed, pixels["validation"]) for lr in SCRATCH_RATES}
     best = min(tried, key=lambda lr: tried[lr][0])
     _, metadata = load_checkpoint(prior)
-    drawn = sample(model_from(tried[best][1], metadata.model), metadata.diffusion, 16, seed=seed, precision="bf16")
-    save_png(out / "scratch.png", grid_picture(drawn))
+    save_samples(out / "scratch.png", tried[best][1], metadata.model, metadata.diffusion, seed=seed)
     return {
         "task": task,
         "seed": seed,
@@ -178,6 +177,17 @@ def one_seed(task: str, parts: dict[str, tuple[Array, Array]], out: Path, seed: 
     }
 
 
+def side_by_side(pictures: list[Path]) -> Image.Image:
+    """Grids in one row."""
+    opened = [Image.open(path).convert("L") for path in pictures]
+    sheet = Image.new("L", (sum(p.width for p in opened) + 16 * (len(opened) - 1), opened[0].height), 255)
+    left = 0
+    for picture in opened:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + 16
+    return sheet
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(SETTINGS))
@@ -192,11 +202,15 @@ def main() -> None:
     results = []
     print(f"{'seed':>4} {'prior':>8} {'federated':>10} {'scratch':>8} (lr)")
     for seed in range(options.seeds):
-        row = one_seed(options.task, parts, options.out / f"{options.task}-{seed}", seed)
+        out = options.out / f"{options.task}-{seed}"
+        row = one_seed(options.task, parts, out, seed)
         results.append({**row, "machine": machine, "versions": versions})
         print(f"{seed:>4} {row['prior']:8.4f} {row['federated']:10.4f} {row['scratch']:8.4f} ({row['scratch_lr']})")
         if options.json:
             write_json(options.json, results)
+            if seed == 0:  # prior, federated, scratch, from the same noise
+                grids = [out / "fed/samples/before.png", out / "fed/samples/after.png", out / "scratch.png"]
+                save_png(options.json.with_suffix(".png"), side_by_side(grids))
 
 
 if __name__ == "__main__":

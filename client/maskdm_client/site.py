@@ -18,6 +18,7 @@ from maskdm.config import MaskConfig, TrainingConfig
 from maskdm.data import Images, batches, load_images, open_source
 from maskdm.diffusion import denoising_loss
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
+from maskdm.images import IsColour
 from maskdm.model import MaskedUViT, patchify
 from maskdm.precision import autocast, pick_device, pick_precision
 from maskdm.protocol import Outcome, Parcel, Report, RoundPlan, from_arrays
@@ -173,9 +174,9 @@ def _held_out_loss(model: MaskedUViT, plan: RoundPlan, images: Images, settings:
 
 
 def _outcome(error: Exception) -> Outcome:
-    if isinstance(error, DataError):
-        return Outcome.WRONG_CHANNELS if "channel" in str(error) else Outcome.DATA_UNUSABLE
     by_kind = (
+        (IsColour, Outcome.WRONG_CHANNELS),
+        (DataError, Outcome.DATA_UNUSABLE),
         (TrainingDiverged, Outcome.DIVERGED),
         (GateRefused, Outcome.GATE_REFUSED),
         (PlanRefused, Outcome.PLAN_REFUSED),

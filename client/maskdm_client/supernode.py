@@ -91,7 +91,7 @@ def _start(folder: Path, host: str, port: int, certificate: Path | None) -> Chil
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(home),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         **script_environment(),
     }
     return Child(arguments, log=folder / "logs" / "supernode.log", environment=environment)

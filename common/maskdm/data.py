@@ -170,7 +170,8 @@ def load_images(
     """Decode images (all, or those named) into memory; what cannot be used is skipped with its reason.
 
     Raises:
-        DataError: nothing usable is left, or most images are colour and the model has one channel.
+        IsColour: most images are colour and the model has one channel.
+        DataError: nothing usable is left.
     """
     wanted = source.names if names is None else names
     pixels = np.empty((len(wanted), channels, size, size), np.uint8)
@@ -191,7 +192,7 @@ def load_images(
             grey += was_grey
     colour = sum(reason.startswith("colour") for reason in skipped.values())
     if colour > len(kept):  # a stray colour picture is bad data; a colour folder is the wrong prior
-        raise DataError(
+        raise IsColour(
             f"--data holds {colour} colour images, but the model has one channel: convert them to grey, or use a prior "
             f"of three channels"
         )

@@ -9,7 +9,6 @@ import math
 
 import torch
 from einops import rearrange
-from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -61,6 +60,23 @@ class Attention(nn.Module):
         query, key, value = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         mixed = attend(query, key, value)  # (B, H, N, D/H)
         out: Tensor = self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
+        return out
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them.
+
+    Block for block this is timm's transformer, against which it is tested; importing timm here would add three seconds
+    to the start of every process, and a client starts one each round.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(functional.gelu(self.fc1(x)))
         return out
 
 
@@ -139,11 +155,11 @@ class MaskedUViT(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, PositionEmbedding):
-        trunc_normal_(module.table, std=0.02)
+        nn.init.trunc_normal_(module.table, std=0.02)
 
 
 def build_model(config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> MaskedUViT:

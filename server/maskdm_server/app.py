@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.serverapp import Grid, ServerApp
 
 from maskdm.errors import MaskDMError
-from maskdm.protocol import Parcel
+from maskdm.protocol import Parcel, pack, unpack
 from maskdm.runfolder import append_line
 from maskdm_server.rounds import FederationConfig, Reply, run_federation
 
@@ -43,7 +43,7 @@ class GridLink:
         content = RecordDict(
             {
                 "plan": ConfigRecord({"document": parcel.document}),
-                "weights": ArrayRecord({name: Array(array) for name, array in parcel.arrays.items()}),
+                "weights": ArrayRecord({"packed": Array(pack(parcel.arrays))}),
             }
         )
         # A plan that outlives its round would be worked on in vain, so it expires with it.
@@ -58,17 +58,17 @@ class GridLink:
 
 def _parcel(content: RecordDict) -> Parcel | None:
     """A reply as a parcel; None where its records are not the two that a site may send."""
-    report, update = content.get("report"), content.get("update", ArrayRecord())
-    if (
-        set(content) - {"report", "update"}
-        or not isinstance(report, MetricRecord)
-        or not isinstance(update, ArrayRecord)
-    ):
+    report, update = content.get("report"), content.get("update")
+    if set(content) - {"report", "update"} or not isinstance(report, MetricRecord):
         return None
     numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
     if len(numbers) != len(report):
         return None
+    if update is None:
+        return Parcel({}, numbers)
+    if not isinstance(update, ArrayRecord) or set(update) != {"packed"}:
+        return None
     try:
-        return Parcel({name: array.numpy() for name, array in update.items()}, numbers)
+        return Parcel(unpack(update["packed"].numpy()), numbers)
     except (TypeError, ValueError):
         return None

@@ -16,9 +16,10 @@ from maskdm.reporting import say
 from maskdm.runfolder import read_lines
 from maskdm_server.faces import SITES, Domain, draw_faces
 from maskdm_server.page import Panel, write_page
+from maskdm_server.pictures import draw_samples
 from maskdm_server.pretrain import pretrain
 from maskdm_server.rounds import FederationConfig
-from maskdm_server.serve import draw_samples, federation_config, serve
+from maskdm_server.serve import federation_config, serve
 from maskdm_server.simulate import start_clients
 
 

@@ -7,20 +7,19 @@ from typing import Any
 import torch
 
 from maskdm import __version__
-from maskdm.checkpoint import CheckpointMetadata, load_state, model_from, save_checkpoint, save_state
+from maskdm.checkpoint import CheckpointMetadata, load_state, save_checkpoint, save_state
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
 from maskdm.data import Images, batches
 from maskdm.errors import UsageError
-from maskdm.images import grid_picture, save_png
 from maskdm.interruption import Interruption
 from maskdm.masking import effective_ratio, visible_count
 from maskdm.model import build_model, parameter_count
 from maskdm.precision import pick_precision
 from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import append_line, claim, keep_lines, read_lines
-from maskdm.sampling import sample
 from maskdm.seeding import derive_seed
 from maskdm.training import Progress, TrainingState, train
+from maskdm_server.pictures import save_samples
 
 METRICS_EVERY = 1.0  # seconds between lines of metrics.jsonl, at least one step each
 
@@ -119,11 +118,15 @@ def pretrain(
         interruption.check()
     picture = out / "samples" / f"{state.images_seen:09d}.png"
     if not picture.exists():
-        averaged = model_from(state.average, model_config, device)
-        drawn = sample(
-            averaged, diffusion, 16, seed=training.seed, precision=pick_precision(training.precision, device)
+        save_samples(
+            picture,
+            state.average,
+            model_config,
+            diffusion,
+            seed=training.seed,
+            device=str(device),
+            precision=training.precision,
         )
-        save_png(picture, grid_picture(drawn))
     if state.skipped:
         say(f"{state.skipped} steps were skipped because their gradient was not finite")
     return prior

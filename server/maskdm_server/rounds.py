@@ -26,7 +26,8 @@ from maskdm.protocol import Parcel, Report, RoundPlan, to_arrays
 from maskdm.runfolder import append_line, keep_lines, read_lines, write_json
 from maskdm_server.aggregation import StreamingMean, UpdateRejected, check_reply, federated_average
 
-POLL_SECONDS = 0.1
+# Each question costs the SuperLink several ms of CPU; a round lasts many seconds.
+POLL_SECONDS = 0.5
 # Under-quorum rounds are tried again this often before the run gives up.
 ATTEMPTS = 3
 # How long sites get to take the final model.

@@ -7,16 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from maskdm.checkpoint import load_checkpoint, model_from, sha256_of
+from maskdm.checkpoint import load_checkpoint, sha256_of
 from maskdm.errors import FederationError, UsageError
-from maskdm.images import grid_picture, save_png
 from maskdm.interruption import Interruption
-from maskdm.precision import pick_device, pick_precision
 from maskdm.processes import Child
 from maskdm.reporting import say
 from maskdm.runfolder import LineReader, atomic_write, claim, read_lines
-from maskdm.sampling import sample
 from maskdm.seeding import derive_seed
+from maskdm_server.pictures import draw_samples
 from maskdm_server.rounds import FederationConfig
 from maskdm_server.superlink import SuperLink
 
@@ -64,7 +62,8 @@ def serve(
     if (out / "result.json").exists() and len(read_lines(out / "rounds.jsonl")) >= config.rounds:
         say(f"all {config.rounds} rounds are done: {out / 'model.safetensors'}")
         return out / "model.safetensors"
-    (out / "result.json").unlink(missing_ok=True)
+    for stale in ("result.json", "samples/after.png"):
+        (out / stale).unlink(missing_ok=True)
     shape = metadata.model
     say(
         f"prior: {shape.image_size}x{shape.image_size} pixels, {shape.channels} channels, "
@@ -89,6 +88,7 @@ def serve(
                     raise FederationError(f"a client ended: {site.last_lines(3)} (details: {site.log})")
 
         link.wait(run, tell, check, events)
+        link.close()  # which is what the sites wait for
         _let_leave(sites)
     if not (out / "model.safetensors").exists():
         raise FederationError("the federation ended without a model")
@@ -101,17 +101,6 @@ def serve(
 _MAY_CHANGE = tuple(
     f"federation.{name}" for name in ("rounds", "min_clients", "min_replies", "join_deadline", "round_deadline")
 )
-
-
-def draw_samples(model_path: Path, picture: Path, seed: int, count: int) -> None:
-    """A grid of samples of a checkpoint; the same seed before and after, so that they can be compared."""
-    if picture.exists() or not count:
-        return
-    weights, metadata = load_checkpoint(model_path)
-    device = pick_device()
-    model = model_from(weights, metadata.model, device)
-    drawn = sample(model, metadata.diffusion, count, seed=seed, precision=pick_precision("auto", device))
-    save_png(picture, grid_picture(drawn))
 
 
 def tell(event: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from maskdm.runfolder import LineReader, atomic_write
 
 START_SECONDS = 90.0
 POLL_SECONDS = 0.25
-# Flower itself notices a dead ServerApp after about a minute; it is asked this often.
-STATUS_SECONDS = 15.0
+# Flower itself notices a dead ServerApp after about a minute; asking costs seconds of CPU, so seldom.
+STATUS_SECONDS = 60.0
 
 
 def bundle() -> Path:
@@ -31,7 +31,7 @@ def environment(folder: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(folder.resolve() / ".flwr"),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         **script_environment(),
     }
 
@@ -68,6 +68,10 @@ class SuperLink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the SuperLink; a second time does nothing."""
         self.process.close()
 
     def submit(self, check: Callable[[], None]) -> str:

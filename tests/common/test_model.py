@@ -1,16 +1,18 @@
 """The denoiser against a second, plain implementation, and what it may and may not depend on."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from maskdm.config import ModelConfig
-from maskdm.model import MaskedUViT, attend, build_model, patchify, timestep_embedding, unpatchify
+from maskdm.model import Block, MaskedUViT, attend, build_model, patchify, timestep_embedding, unpatchify
 
 
 def plain_forward(model: MaskedUViT, patches: Tensor, visible: Tensor, timesteps: Tensor) -> Tensor:
@@ -83,6 +85,25 @@ def test_unpatchify_undoes_patchify(grid: int, patch: int, channels: int, batch:
 def test_patches_are_in_reading_order() -> None:
     image = torch.arange(16).view(1, 1, 4, 4)
     assert patchify(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_a_block_equals_timms_with_the_same_weights(qkv_bias: bool) -> None:
+    from timm.models.vision_transformer import Block as Reference
+
+    config = ModelConfig(image_size=8, dim=48, depth=2, heads=3, qkv_bias=qkv_bias)
+    block, reference = Block(config), Reference(48, 3, qkv_bias=qkv_bias, norm_layer=nn.LayerNorm)
+    weights = {name.replace("attention.", "attn."): tensor for name, tensor in block.state_dict().items()}
+    reference.load_state_dict(weights, strict=True)
+    x = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert block(x) == pytest.approx(reference(x), abs=1e-6)
+
+
+def test_importing_the_library_loads_neither_timm_nor_flower() -> None:
+    code = "import sys, maskdm.training, maskdm.sampling; print({'timm', 'flwr'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "set()"
 
 
 def test_visible_patches_give_what_embedding_all_and_dropping_gives(

@@ -21,7 +21,9 @@ from maskdm.protocol import (
     decode_bfloat16,
     encode_bfloat16,
     from_arrays,
+    pack,
     to_arrays,
+    unpack,
 )
 
 REPORT: dict[str, Any] = {
@@ -66,6 +68,38 @@ def test_weights_travel_down_without_any_loss() -> None:
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     found["a"].add_(1)
     assert not torch.equal(found["a"], weights["a"])  # a copy
+
+
+some_arrays = st.one_of(
+    arrays_of.arrays(np.float32, arrays_of.array_shapes(min_dims=0, max_dims=3, max_side=4)),
+    arrays_of.arrays(np.uint16, arrays_of.array_shapes(min_dims=0, max_dims=3, max_side=4)),
+)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"), some_arrays))
+def test_packed_arrays_come_back_bit_for_bit(arrays: dict[str, NDArray[np.generic]]) -> None:
+    found = unpack(pack(arrays))
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert found[name].tobytes() == array.tobytes()
+
+
+def test_a_view_is_packed_in_its_own_order() -> None:
+    view = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    assert np.array_equal(unpack(pack({"a": view}))["a"], view)
+
+
+@given(st.binary(max_size=64), st.integers(0, 200))
+def test_bytes_that_are_no_whole_document_are_refused(garbage: bytes, cut: int) -> None:
+    whole = pack({"a": np.arange(8, dtype=np.float32)})
+    for packed in (np.frombuffer(garbage, np.uint8), whole[: min(cut, len(whole) - 1)]):
+        if packed.tobytes() != pack({}).tobytes():
+            with pytest.raises(ValueError, match="safetensors"):
+                unpack(packed)
+    for wrong in (whole.view(np.int8), whole[None]):
+        with pytest.raises(ValueError, match="must be bytes"):
+            unpack(wrong)
 
 
 def test_a_report_holds_a_fixed_list_of_numbers() -> None:

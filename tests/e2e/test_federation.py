@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,10 @@ pytestmark = pytest.mark.slow
 README = Path(__file__).parents[2] / "README.md"
 
 
-def story() -> list[list[str]]:
-    """The commands of the README's story, one after another."""
-    block = re.search(r"<!-- story -->\n```bash\n(.*?)```", README.read_text(), re.DOTALL)
-    assert block, "the README has no story"
+def documented(name: str) -> list[list[str]]:
+    """The commands of the README's block that is marked with a name, one after another."""
+    block = re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", README.read_text(), re.DOTALL)
+    assert block, f"the README has no block {name}"
     return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines() if line and line[0] != "#"]
 
 
@@ -31,12 +32,18 @@ def with_port(command: list[str], port: int) -> list[str]:
     return [part.replace(":8000", f":{port}") for part in command]
 
 
+def alone(prior: Path, port: int) -> tuple[list[str], list[str]]:
+    """Commands of a server that is content with one client, and of that client."""
+    serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--min-clients", "1", "--port", str(port)]
+    return serve, ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}", "--out", "site"]
+
+
 def test_the_readme_story_trains_a_federated_model_and_only_listed_names_leave_a_client(workplace: Path) -> None:
     write_faces(workplace / "public" / "nested", 400, "public", "face")
     secret = "SMITH-1961-ward7"
     write_faces(workplace / "local" / "DIAGNOSIS-positive", 120, "clinic", secret)
     write_faces(workplace / "other", 120, "workshop", "other")
-    pretrain, serve, client = story()
+    pretrain, serve, client = documented("story")
     port = free_port()
     run = Started(pretrain, workplace, "pretrain")
     assert run.wait() == 0, run.output()
@@ -97,8 +104,7 @@ def test_interrupted_server_and_client_end_with_130_and_leave_no_process_and_the
 ) -> None:
     write_faces(workplace / "local", 60, "clinic", "face")
     port = free_port()
-    serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--min-clients", "1", "--port", str(port)]
-    join = ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}", "--out", "site"]
+    serve, join = alone(prior, port)
     server = Started([*serve, "--rounds", "50"], workplace, "serve")
     client = Started(join, workplace, "client")
     server.until("round 1/50: held-out")
@@ -122,15 +128,14 @@ def test_a_federation_over_tls_works_and_a_client_with_another_authority_gets_no
     write_certificates(workplace / "tls")
     write_certificates(workplace / "foreign")
     port = free_port()
-    serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--min-clients", "1", "--rounds", "1"]
-    join = ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}"]
-    server = Started([*serve, "--port", str(port), "--tls", "tls"], workplace, "serve")
+    serve, join = alone(prior, port)
+    server = Started([*serve, "--rounds", "1", "--tls", "tls"], workplace, "serve")
     server.until("listening on")
     stranger = Started([*join, "--out", "stranger", "--kit", "foreign"], workplace, "stranger")
     stranger.until("was lost")
     assert "0 of 1 clients" in server.output()
     assert stranger.interrupt() == 130
-    client = Started([*join, "--out", "site", "--kit", "tls"], workplace, "client")
+    client = Started([*join, "--kit", "tls"], workplace, "client")
     assert server.wait() == 0, server.output() + client.output()
     assert client.wait() == 0, client.output()
     assert "WARNING" not in server.output() + client.output()
@@ -140,8 +145,7 @@ def test_a_federation_over_tls_works_and_a_client_with_another_authority_gets_no
 def test_nothing_survives_when_server_and_client_are_killed(workplace: Path, prior: Path) -> None:
     write_faces(workplace / "local", 60, "clinic", "face")
     port = free_port()
-    serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--min-clients", "1", "--port", str(port)]
-    join = ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}", "--out", "site"]
+    serve, join = alone(prior, port)
     server = Started([*serve, "--rounds", "50"], workplace, "serve")
     client = Started(join, workplace, "client")
     server.until("clients at work")
@@ -163,10 +167,31 @@ def test_colour_images_for_a_grey_prior_end_the_client_with_one_clear_line(workp
     command = ["maskdm-server", "pretrain", "--data", "./grey", "--out", "grey-run", "--images", "64"]
     assert Started(command, workplace, "pretrain-grey").wait() == 0
     port = free_port()
-    serve = ["maskdm-server", "serve", "--prior", "grey-run/prior.safetensors", "--out", "fed", "--port", str(port)]
-    server = Started([*serve, "--min-clients", "1"], workplace, "serve")
+    serve, join = alone(Path("grey-run/prior.safetensors"), port)
+    server = Started(serve, workplace, "serve")
     server.until("listening on")
-    client = Started(["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}"], workplace, "client")
+    client = Started(join, workplace, "client")
     assert client.wait() == 2, client.output()
     assert "colour images" in client.output().splitlines()[-1]
     server.interrupt()
+
+
+def test_the_readme_commands_simulate_a_federation_and_sample_its_model(workplace: Path, prior: Path) -> None:
+    (workplace / "prior").mkdir()
+    shutil.copy(prior, workplace / "prior" / "prior.safetensors")
+    for label in ("masks", "hats"):
+        write_faces(workplace / "local" / label, 90, "clinic" if label == "masks" else "workshop", "face")
+    (simulate,) = documented("simulate")
+    run = Started([*simulate, "--rounds", "1", "--local-images", "64"], workplace, "simulate")
+    assert run.wait() == 0, run.output()
+    assert len(list((workplace / "federation" / "sites").glob("*/audit.jsonl"))) == 3
+    after = workplace / "federation" / "samples" / "after.png"
+    first = after.read_bytes()
+    more = Started([*simulate, "--rounds", "2", "--local-images", "64"], workplace, "simulate-more")
+    assert more.wait() == 0, more.output()
+    assert after.read_bytes() != first, "more rounds, but the samples are of the old model"
+    (sample,) = documented("sample")
+    run = Started(sample, workplace, "sample")
+    assert run.wait() == 0, run.output()
+    with Image.open(workplace / "grid.png") as grid:
+        assert grid.getextrema() != ((255, 255),) * 3

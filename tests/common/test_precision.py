@@ -1,0 +1,46 @@
+"""Which arithmetic a run gets when it asks for none."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from maskdm import precision
+from maskdm.errors import UsageError
+from maskdm.precision import pick_device, pick_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def measured_anew() -> Iterator[None]:
+    precision._bf16_pays.cache_clear()
+    yield
+    precision._bf16_pays.cache_clear()
+
+
+@pytest.mark.parametrize(("half", "full", "expected"), [(1.0, 4.0, "bf16"), (1.0, 1.0, "fp32"), (2.0, 1.0, "fp32")])
+def test_auto_takes_bf16_only_where_it_is_clearly_faster(
+    half: float, full: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([half, full])
+    monkeypatch.setattr(precision, "_seconds", lambda work: next(seconds))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert pick_precision("auto", CPU) == expected
+    assert pick_precision("auto", CPU) == expected, "measured twice: a run would change its arithmetic half way"
+
+
+def test_auto_is_fp32_where_the_cpu_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert pick_precision("auto", CPU) == "fp32"
+
+
+def test_what_was_asked_for_is_taken() -> None:
+    assert pick_precision("bf16", CPU) == "bf16"
+    assert pick_precision("fp32", CPU) == "fp32"
+
+
+def test_a_device_that_is_not_there_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(UsageError, match=r"--device warp is not available here: use cpu, or auto"):
+        pick_device("warp")
