@@ -116,7 +116,7 @@ def _report(out: Path, prior: Path, model: Path, corpora: list[Path], budget: Bu
     ]
     panels += [
         Panel("Samples of the prior", before, "Faces drawn by the prior: bare heads only"),
-        Panel("Samples after the federation, same noise", after, "Faces with masks, glasses and hard hats appear"),
+        Panel("Samples after the federation, same noise", after, "Glasses, hard hats and the pale lower faces of masks begin to appear"),
     ]
     result = rounds[-1]
     facts = {
