@@ -32,7 +32,8 @@ from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
 from maskdm.data import batches, choose_slice, load_images, open_source
 from maskdm.diffusion import denoising_loss
 from maskdm.images import save_png
-from maskdm.model import build_model, patchify
+from maskdm.layers import patchify
+from maskdm.model import build_model
 from maskdm.precision import autocast, pick_precision
 from maskdm.runfolder import read_lines, write_json
 from maskdm.training import TrainingState, train

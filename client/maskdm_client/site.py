@@ -15,11 +15,12 @@ from torch import Tensor
 
 from maskdm.checkpoint import expected_shapes, first_problem, model_from, save_checkpoint
 from maskdm.config import MaskConfig, TrainingConfig
-from maskdm.data import Images, batches, load_images, open_source
+from maskdm.data import Images, batches, class_numbers, load_images, open_source
 from maskdm.diffusion import denoising_loss
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
 from maskdm.images import IsColour
-from maskdm.model import MaskedUViT, patchify
+from maskdm.layers import patchify
+from maskdm.model import Network
 from maskdm.precision import autocast, pick_device, pick_precision
 from maskdm.protocol import Outcome, Parcel, Report, RoundPlan, from_arrays
 from maskdm.runfolder import append_line
@@ -30,6 +31,7 @@ from maskdm_client.settings import SiteSettings, load_settings
 
 # Enough (image, timestep, noise) draws for a held-out loss whose differences between rounds can be read.
 HELD_OUT_DRAWS = 512
+REPORT_SECONDS = 2.0
 # The optimiser starts anew each round, so its memory must suit tens of steps, not the published 200,000.
 LOCAL_BETAS = (0.9, 0.95)
 
@@ -80,17 +82,21 @@ def _train(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, 
     before = _held_out_loss(model, plan, held_out, settings)
     say({"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": before})
 
-    last = time.monotonic()
-
-    def on_step(progress: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last > 2:
-            last = time.monotonic()
-            say({"event": "training", "round": plan.round, "images": progress.images, "of": training.images})
+    def on_progress(progress: Progress) -> None:
+        say({"event": "training", "round": plan.round, "images": progress.images, "of": training.images})
 
     state = TrainingState.fresh(model, training)
-    order = batches(train_set.pixels, training.batch_size, 0, training.seed)
-    train(state, order, training, plan.model.diffusion, MaskConfig(kind="none"), on_step=on_step)
+    classes = class_numbers(train_set.labels, plan.model.class_names)
+    order = batches(train_set.pixels, training.batch_size, 0, training.seed, classes=classes)
+    train(
+        state,
+        order,
+        training,
+        plan.model.diffusion,
+        MaskConfig(kind="none"),
+        on_progress=on_progress,
+        report_seconds=REPORT_SECONDS,
+    )
     # The moving average of the local steps is what goes up: with its ramp it averages the last quarter or so.
     update = {name: average.cpu() - weights[name] for name, average in state.average.items()}
     model.load_state_dict(state.average)
@@ -148,7 +154,7 @@ def _read_weights(parcel: Parcel, plan: RoundPlan) -> dict[str, Tensor]:
 
 def _prepare(
     plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
-) -> tuple[MaskedUViT, Images, Images]:
+) -> tuple[Network, Images, Images]:
     """The model on its device, and both sides of the slice."""
     shape = plan.model.model
     source = open_source(settings.data)
@@ -163,14 +169,22 @@ def _prepare(
     return model_from(weights, shape, device), sides[0], sides[1]
 
 
-def _held_out_loss(model: MaskedUViT, plan: RoundPlan, images: Images, settings: SiteSettings) -> float:
+def _held_out_loss(model: Network, plan: RoundPlan, images: Images, settings: SiteSettings) -> float:
     device = next(model.parameters()).device
     pixels = images.pixels[:HELD_OUT_DRAWS]
     patches = patchify(pixels, plan.model.model.patch_size).to(device)
     model.eval()
     with autocast(device, pick_precision(settings.precision, device)):
         draws = max(1, HELD_OUT_DRAWS // len(pixels))
-        return denoising_loss(model, plan.model.diffusion, patches, draws=draws, seed=settings.seed)
+        classes = class_numbers(images.labels[:HELD_OUT_DRAWS], plan.model.class_names)
+        return denoising_loss(
+            model,
+            plan.model.diffusion,
+            patches,
+            draws=draws,
+            seed=settings.seed,
+            classes=None if classes is None else classes.to(device),
+        )
 
 
 def _outcome(error: Exception) -> Outcome:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, TrainingConfig
 from maskdm.errors import CheckpointError
-from maskdm.model import MaskedUViT
+from maskdm.model import Network, device_of, network, resize_positions
 from maskdm.runfolder import atomic_write
 from maskdm.training import TrainingState, optimizer_tensors, restore_optimizer
 
@@ -33,6 +33,7 @@ class CheckpointMetadata(Frozen):
     images_seen: Annotated[int, Field(ge=0)]
     seed: Annotated[int, Field(ge=0)]
     weights: Literal["ema", "raw"] = "ema"
+    class_names: tuple[str, ...] = ()  # of a conditional model, in the order of its classes
     prior_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     rounds: Annotated[int, Field(ge=0)] = 0
     created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
@@ -73,18 +74,39 @@ def load_checkpoint(path: Path, option: str = "--model") -> tuple[dict[str, Tens
     return weights, metadata
 
 
-def model_from(weights: dict[str, Tensor], config: ModelConfig, device: torch.device | str = "cpu") -> MaskedUViT:
+def model_from(weights: dict[str, Tensor], config: ModelConfig, device: torch.device | str = "cpu") -> Network:
     """A network with a copy of the given weights, in evaluation mode."""
     with torch.device("meta"):
-        model = MaskedUViT(config)
+        model = network(config)
     model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True, assign=True)
     return model.requires_grad_().to(device).eval()
+
+
+def load_weights(model: Network, path: Path, option: str) -> None:
+    """Put the weights of a checkpoint into a network; position tables are resized where the grid differs.
+
+    Raises:
+        CheckpointError: the checkpoint describes another network.
+    """
+    weights, metadata = load_checkpoint(path, option)
+    old, new = metadata.model, model.config
+    table = weights["position.table"]
+    if old.grid != new.grid:
+        weights["position.table"] = resize_positions(table, old, new)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted(shapes.keys() | weights.keys()):
+        if name not in weights or tuple(weights[name].shape) != shapes.get(name):
+            raise CheckpointError(
+                f"{option} {path} is a {old.network} of dim {old.dim}, depth {old.depth}, patch size {old.patch_size}, "
+                f"{old.channels} channels and {old.classes} classes, which does not fit: {name} differs"
+            )
+    model.load_state_dict(weights)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights, without allocating them."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in MaskedUViT(config).named_parameters()}
+        return {name: tuple(p.shape) for name, p in network(config).named_parameters()}
 
 
 def save_state(path: Path, state: TrainingState, config: TrainingConfig) -> None:
@@ -114,12 +136,12 @@ def load_state(path: Path, state: TrainingState) -> None:
             raise ValueError("weights of another model")
         state.model.load_state_dict(weights, strict=True)
         state.images_seen, state.steps = int(counts["images_seen"]), int(counts["steps"])
-        state.skipped = int(counts["skipped"])
+        state.skips[0], state.skips[1] = int(counts["skipped"]), 0
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"--out: {path} cannot be resumed ({error}): use --resume never and a new --out"
         ) from error
-    device = next(state.model.parameters()).device
+    device = device_of(state.model)
     state.average = {name: average[name].to(device) for name in state.average}
     restore_optimizer(state, {name: t.to(device) for name, t in _under(tensors, "optimizer.").items()})
 

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 import click
 import typer
+from click.core import ParameterSource
 from pydantic import ValidationError
 
 from maskdm.config import Frozen
 from maskdm.errors import Interrupted, MaskDMError, UsageError
 
 INTERRUPTED = 130
+STAGES = "maskdm.stages"  # where a command finds the [[stages]] of its configuration
 
 Config = TypeVar("Config", bound=Frozen)
 
@@ -104,9 +106,33 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         raise UsageError(f"--config {path} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"--config {path} is not TOML: {error}") from error
+    use_defaults(context, document, f"--config {path}", over=True)
+
+
+def use_defaults(context: click.Context, document: dict[str, Any], origin: str, *, over: bool) -> None:
+    """Take options from a document as defaults; `over` says whether they beat those taken before.
+
+    A command with an option --recipe also takes `[[stages]]`, which land in `context.meta[STAGES]`.
+
+    Raises:
+        UsageError: an unknown key.
+    """
     known = {p.name for p in context.command.params if isinstance(p, click.Option) and p.expose_value}
     values = {key.replace("-", "_"): value for key, value in document.items()}
+    stages = values.pop("stages", None) if "recipe" in known else None
     for key in document:
-        if key.replace("-", "_") not in known:
-            raise UsageError(f"--config {path}: unknown key {key!r}: see {context.command_path} --help for the options")
-    context.default_map = {**(context.default_map or {}), **values}
+        if key.replace("-", "_") in values.keys() - known:
+            raise UsageError(f"{origin}: unknown key {key!r}: see {context.command_path} --help for the options")
+    if stages is not None:
+        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+            raise UsageError(f"{origin}: stages must be tables: [[stages]]")
+        if over or STAGES not in context.meta:
+            context.meta[STAGES] = stages
+    before = dict(context.default_map or {})
+    context.default_map = {**before, **values} if over else {**values, **before}
+
+
+def given(context: click.Context) -> set[str]:
+    """Names of the options that were given on the command line or in the environment."""
+    chosen = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return {name for name in context.params if context.get_parameter_source(name) in chosen}

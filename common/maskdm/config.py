@@ -10,6 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Size = Literal["tiny", "S", "B", "L"]
 Precision = Literal["auto", "fp32", "bf16"]
 MaskKind = Literal["block", "patch", "crop", "none"]
+NetworkKind = Literal["uvit", "dit"]
+ProcessKind = Literal["ddpm", "edm", "flow"]
+Schedule = Literal["linear", "cosine"]
+Prediction = Literal["epsilon", "x0", "v", "velocity"]
+Ema = Literal["ramp", "power"]
+LossWeight = Literal["uniform", "min-snr", "p2"]
+
+# What the papers of each process predict.
+USUAL_PREDICTION: dict[ProcessKind, Prediction] = {"ddpm": "epsilon", "edm": "v", "flow": "velocity"}
 
 # Published sizes (Lei et al. 2023, arXiv 2306.11363, appendix); `tiny` is ours, for CPUs and demonstrations.
 # "Depth" counts as published: depth // 2 blocks in, 1 in the middle, depth // 2 out.
@@ -28,8 +37,9 @@ class Frozen(BaseModel):
 
 
 class ModelConfig(Frozen):
-    """Shape of the masked U-ViT and of the square images it is made for."""
+    """Shape of the network and of the square images it is made for."""
 
+    network: NetworkKind = "uvit"
     image_size: Annotated[int, Field(ge=4, le=2048)] = 64
     channels: Annotated[int, Field(ge=1, le=12)] = 3
     patch_size: Annotated[int, Field(ge=1, le=64)] = 4
@@ -38,6 +48,7 @@ class ModelConfig(Frozen):
     heads: Annotated[int, Field(ge=1, le=64)] = 8
     mlp_ratio: Annotated[float, Field(gt=0, le=16)] = 4.0
     qkv_bias: bool = False
+    classes: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # 0: unconditional
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -66,11 +77,16 @@ class ModelConfig(Frozen):
 
 
 class DiffusionConfig(Frozen):
-    """Forward process and what the network predicts."""
+    """Forward process, what the network predicts, and how errors are weighted. Every combination is allowed."""
 
-    schedule: Literal["linear", "cosine"] = "cosine"
-    timesteps: Annotated[int, Field(ge=2, le=10_000)] = 1000
-    prediction: Literal["epsilon", "x0", "v"] = "epsilon"
+    process: ProcessKind = "ddpm"
+    schedule: Schedule = "cosine"  # of ddpm
+    timesteps: Annotated[int, Field(ge=2, le=10_000)] = 1000  # of ddpm
+    sigma_data: Annotated[float, Field(gt=0, le=10)] = 0.5  # of edm: standard deviation of the images in [−1, 1]
+    prediction: Prediction = "epsilon"
+    loss_weight: LossWeight = "uniform"
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    p2_gamma: Annotated[float, Field(ge=0)] = 1.0
 
 
 class MaskConfig(Frozen):
@@ -90,8 +106,24 @@ class TrainingConfig(Frozen):
     warmup_images: Annotated[int, Field(ge=0)] = 0
     betas: tuple[float, float] = (0.99, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.03
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    ema: Ema = "ramp"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999  # of ramp
+    ema_length: Annotated[float, Field(gt=0, lt=0.28)] = 0.05  # of power: standard deviation over the run's length
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     horizontal_flip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    class_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of steps that see no class, for guidance
+    accumulate: Annotated[int, Field(ge=1)] = 1  # parts of a batch, one after another
+    recompute: bool = False  # activations in the backward pass instead of keeping them
     precision: Precision = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Stage(Frozen):
+    """One part of a curriculum: what is hidden, and how long and how fast it is trained."""
+
+    mask: MaskConfig
+    training: TrainingConfig
+
+    def images(self) -> int:
+        """Images that the stage really sees: whole batches."""
+        return -(-self.training.images // self.training.batch_size) * self.training.batch_size

@@ -25,6 +25,9 @@ from maskdm.seeding import derive_seed
 PICTURE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 
 
+Batch = tuple[Tensor, Tensor | None]
+
+
 @dataclass(frozen=True)
 class Images:
     """Decoded images with what identifies them locally."""
@@ -256,6 +259,14 @@ def choose_slice(source: Source, fraction: float, *, held_out: float = 0.2, seed
     )
 
 
+def class_numbers(labels: Sequence[str], names: Sequence[str]) -> Tensor | None:
+    """Labels as numbers of the model's classes, (N,) int64, −1 for any other; None for an unconditional model."""
+    if not names:
+        return None
+    number = {name: i for i, name in enumerate(names)}
+    return torch.tensor([number.get(label, -1) for label in labels])
+
+
 def batch_rows(count: int, batch_size: int, images_seen: int, seed: int) -> NDArray[np.int64]:
     """Rows of the next batch in an endless sequence of seeded permutations (epochs), from `images_seen` on.
 
@@ -270,10 +281,24 @@ def batch_rows(count: int, batch_size: int, images_seen: int, seed: int) -> NDAr
     return np.concatenate(rows)
 
 
-def batches(pixels: Tensor, batch_size: int, images_seen: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of uint8 images, (batch_size, C, S, S), starting after `images_seen`."""
+def batches(
+    pixels: Tensor,
+    batch_size: int,
+    images_seen: int,
+    seed: int,
+    *,
+    classes: Tensor | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Endless batches after `images_seen`: uint8 images (batch, C, S, S) and classes (batch,) or None.
+
+    Args:
+        share: this process's number and how many there are; each gets its part of every batch.
+    """
+    number, processes = share
     while True:
-        yield pixels[torch.from_numpy(batch_rows(len(pixels), batch_size, images_seen, seed))]
+        rows = torch.from_numpy(batch_rows(len(pixels), batch_size, images_seen, seed)[number::processes])
+        yield pixels[rows], None if classes is None else classes[rows]
         images_seen += batch_size
 
 

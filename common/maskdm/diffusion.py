@@ -1,65 +1,84 @@
-"""The forward process and masked denoising score matching.
+"""Prediction targets, loss weights, and masked denoising score matching.
 
-x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε  (Ho et al. 2020, arXiv 2006.11239, eq. 4), images in [−1, 1], t in 0 … T−1. The loss is
-the mean squared error over *visible* elements only (Lei et al. 2023, arXiv 2306.11363, eq. 6).
+What a network predicts is a linear mix a x_0 + b ε, so with x_t = α x_0 + σ ε every target, its clean estimate and its
+weights follow from (a, b, α, σ) alone. The loss is over *visible* elements only (Lei et al. 2023, arXiv 2306.11363, eq.
+6).
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from maskdm.config import DiffusionConfig
+from maskdm.forward_process import ForwardProcess, forward_process
 from maskdm.seeding import generator
 
-# What the network is called with: noisy patches (B, V, P), positions (B, V) or None, timesteps (B,) → (B, V, P).
-Denoiser = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+# What a network is called with: noisy patches (B, V, P), positions (B, V) or None, times (B,), classes (B,) or None.
+Denoiser = Callable[[Tensor, Tensor | None, Tensor, Tensor | None], Tensor]
 
 
-def alphas_bar(config: DiffusionConfig) -> Tensor:
-    """ᾱ_t for t = 0 … T−1, float64, strictly decreasing in (0, 1)."""
-    steps = config.timesteps
-    if config.schedule == "linear":  # Ho et al. 2020, section 4, rescaled for T ≠ 1000
-        scale = 1000 / steps
-        betas = torch.linspace(scale * 1e-4, min(scale * 0.02, 0.999), steps, dtype=torch.float64)
-    else:  # Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17, s = 0.008
-        u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - f[1:] / f[:-1]).clamp(0, 0.999)
-    return torch.cumprod(1 - betas, dim=0)
+def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = α x_0 + σ ε; α and σ (B,) are broadcast over the remaining axes."""
+    return _like(alpha, x0) * x0 + _like(sigma, x0) * noise
 
 
-def add_noise(x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
-    """x_t from x_0; `abar` (B,) is broadcast over the remaining axes."""
-    a = _like(abar, x0)
-    return a.sqrt() * x0 + (1 - a).sqrt() * noise
+def target_mix(config: DiffusionConfig, process: ForwardProcess, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b) of the target a x_0 + b ε, (B,) each.
 
-
-def prediction_target(config: DiffusionConfig, x0: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
-    """What the network should output: ε, x_0, or v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022, arXiv 2202.00512)."""
+    epsilon: ε. x0: x_0. velocity: ε − x_0 (rectified flow, arXiv 2209.03003). v: (α s ε − σ/s x_0)/√(α²s² + σ²) with
+    s = sigma_data; √ᾱ ε − √(1−ᾱ) x_0 where α² + σ² = 1 and s = 1 (Salimans & Ho 2022, arXiv 2202.00512), and minus
+    EDM's network output where α = 1 (Karras et al. 2022, arXiv 2206.00364, table 1).
+    """
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if config.prediction == "epsilon":
-        return noise
+        return zero, one
     if config.prediction == "x0":
-        return x0
-    a = _like(abar, x0)
-    return a.sqrt() * noise - (1 - a).sqrt() * x0
+        return one, zero
+    if config.prediction == "velocity":
+        return -one, one
+    scale = process.sigma_data
+    norm = (alpha**2 * scale**2 + sigma**2).sqrt()
+    return -sigma / scale / norm, alpha * scale / norm
 
 
-def predicted_x0(config: DiffusionConfig, prediction: Tensor, xt: Tensor, abar: Tensor) -> Tensor:
-    """x_0 implied by a prediction at x_t."""
-    a = _like(abar, xt)
-    if config.prediction == "epsilon":
-        return (xt - (1 - a).sqrt() * prediction) / a.sqrt()
-    if config.prediction == "x0":
-        return prediction
-    return a.sqrt() * xt - (1 - a).sqrt() * prediction
+def prediction_target(
+    config: DiffusionConfig, process: ForwardProcess, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
+    """What the network should output."""
+    a, b = target_mix(config, process, alpha, sigma)
+    return _like(a, x0) * x0 + _like(b, x0) * noise
 
 
-def implied_noise(x0: Tensor, xt: Tensor, abar: Tensor) -> Tensor:
+def predicted_x0(
+    config: DiffusionConfig, process: ForwardProcess, prediction: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
+    """x_0 implied by a prediction at x_t: solve x_t = α x_0 + σ ε and p = a x_0 + b ε."""
+    a, b = target_mix(config, process, alpha, sigma)
+    determinant = sigma * a - alpha * b
+    return _like(sigma / determinant, xt) * prediction - _like(b / determinant, xt) * xt
+
+
+def implied_noise(x0: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """ε that takes x_0 to x_t."""
-    a = _like(abar, xt)
-    return (xt - a.sqrt() * x0) / (1 - a).sqrt()
+    return (xt - _like(alpha, xt) * x0) / _like(sigma, xt)
+
+
+def loss_weight(config: DiffusionConfig, process: ForwardProcess, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Factor on the squared error of the prediction, (B,), with SNR = α²/σ².
+
+    uniform: 1. min-snr: min(SNR, γ) on the error of x_0 (Hang et al. 2023, arXiv 2303.09556, section 3.3). p2:
+    1/(1 + SNR)^γ on the error of ε (Choi et al. 2022, arXiv 2204.00227, section 3.2, k = 1). Both are restated for the
+    target in use.
+    """
+    if config.loss_weight == "uniform":
+        return torch.ones_like(alpha)
+    a, b = target_mix(config, process, alpha, sigma)
+    determinant = sigma * a - alpha * b
+    snr = (alpha / sigma) ** 2
+    if config.loss_weight == "min-snr":
+        return snr.clamp(max=config.min_snr_gamma) * (sigma / determinant) ** 2
+    return (1 + snr) ** -config.p2_gamma * (alpha / determinant) ** 2
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -67,31 +86,48 @@ def to_model_range(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def predict(
+    denoiser: Denoiser,
+    process: ForwardProcess,
+    noisy: Tensor,
+    visible: Tensor | None,
+    times: Tensor,
+    level: tuple[Tensor, Tensor],
+    classes: Tensor | None,
+) -> Tensor:
+    """Call the network with its input scaled as the process wants it, (B, V, P) → (B, V, P)."""
+    scale = process.input_scale(*level)
+    scaled = noisy if scale is None else _like(scale, noisy) * noisy
+    return denoiser(scaled.float(), visible, process.network_time(times), classes)
+
+
 def masked_loss(
     denoiser: Denoiser,
     config: DiffusionConfig,
-    schedule: Tensor,
+    process: ForwardProcess,
     patches: Tensor,
     visible: Tensor | None,
-    timesteps: Tensor,
+    times: Tensor,
     noise: Tensor,
+    classes: Tensor | None = None,
 ) -> Tensor:
     """Masked denoising score matching, one value an image.
 
     Args:
-        schedule: ᾱ, (T,) fp32 on the device of the patches.
         patches: clean visible patches in [−1, 1], (B, V, P).
         visible: their positions, (B, V), or None.
-        timesteps: (B,) int64.
+        times: (B,), as `process.times` draws them.
         noise: standard normal, (B, V, P).
+        classes: (B,) int64, or None.
 
     Returns:
-        Mean squared error over the visible elements, (B,) fp32.
+        Weighted mean squared error over the visible elements, (B,) fp32.
     """
-    abar = schedule[timesteps]  # (B,)
-    prediction = denoiser(add_noise(patches, noise, abar), visible, timesteps)  # (B, V, P)
-    error = prediction.float() - prediction_target(config, patches, noise, abar)
-    return error.square().mean(dim=(1, 2))
+    alpha, sigma = (part.float() for part in process.level(times))  # (B,)
+    noisy = add_noise(patches, noise, alpha, sigma)  # (B, V, P)
+    prediction = predict(denoiser, process, noisy, visible, times, (alpha, sigma), classes)  # (B, V, P)
+    error = prediction.float() - prediction_target(config, process, patches, noise, alpha, sigma)
+    return error.square().mean(dim=(1, 2)) * loss_weight(config, process, alpha, sigma)
 
 
 @torch.no_grad()
@@ -103,29 +139,33 @@ def denoising_loss(
     draws: int = 8,
     seed: int = 0,
     batch_size: int = 128,
+    classes: Tensor | None = None,
 ) -> float:
-    """Held-out loss over whole images, comparable between models: same timesteps and noise for the same seed.
+    """Held-out loss over whole images, unweighted; comparable between models: same times and noise for the same seed.
 
-    Timesteps are stratified over 0 … T−1 so that a few draws an image estimate the mean well.
+    Times are stratified over the training distribution so that a few draws an image estimate the mean well.
 
     Args:
         patches: whole images as uint8 patches, (N, tokens, P), N ≥ 1.
-        draws: (timestep, noise) pairs an image.
+        draws: (time, noise) pairs an image.
+        classes: (N,) int64, or None.
     """
-    schedule = alphas_bar(config).float().to(patches.device)
+    config = config.model_copy(update={"loss_weight": "uniform"})
+    process = forward_process(config, patches.device)
     randomness = generator("held-out loss", seed, device="cpu")
     pairs = len(patches) * draws
     strata = (torch.arange(pairs) + torch.rand(pairs, generator=randomness)) / pairs  # (N·draws,), one in each stratum
-    timesteps = (strata * config.timesteps).long()[torch.randperm(pairs, generator=randomness)]
+    quantiles = strata[torch.randperm(pairs, generator=randomness)]
     total = 0.0
     for start in range(0, pairs, batch_size):
-        rows = torch.arange(start, min(start + batch_size, pairs)) % len(patches)
-        clean = to_model_range(patches[rows.to(patches.device)])
+        rows = (torch.arange(start, min(start + batch_size, pairs)) % len(patches)).to(patches.device)
+        clean = to_model_range(patches[rows])
         noise = torch.randn(clean.shape, generator=randomness).to(patches.device)
-        steps = timesteps[start : start + batch_size].to(patches.device)
-        total += masked_loss(denoiser, config, schedule, clean, None, steps, noise).double().sum().item()
+        times = process.times(quantiles[start : start + batch_size].to(patches.device))
+        chosen = None if classes is None else classes[rows]
+        total += masked_loss(denoiser, config, process, clean, None, times, noise, chosen).double().sum().item()
     return total / pairs
 
 
-def _like(abar: Tensor, x: Tensor) -> Tensor:
-    return abar.view(-1, *[1] * (x.dim() - 1))
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.dim() - 1))

@@ -2,6 +2,7 @@
 
 MaskDMError                 exit 1: the run failed
 ├── TrainingDiverged        the loss stayed non-finite
+├── OutOfMemory             a training step does not fit the device
 ├── FederationError         no quorum, a lost server, a dead child process
 ├── GateRefused             the site's own gate stopped an outgoing message
 └── UsageError              exit 2: something the user can put right
@@ -20,6 +21,10 @@ class MaskDMError(Exception):
 
 class TrainingDiverged(MaskDMError):
     """Too many steps in a row had a non-finite gradient."""
+
+
+class OutOfMemory(MaskDMError):
+    """A training step does not fit into the device's memory."""
 
 
 class FederationError(MaskDMError):

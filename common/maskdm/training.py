@@ -1,56 +1,68 @@
 """One training loop, used by the server to pre-train and by each client to fine-tune.
 
-A step is a pure function of (state, batch, seed, images seen), so a resumed run repeats an uninterrupted one.
+A step is a pure function of (state, batch, seed, images seen), so a resumed run repeats an uninterrupted one. Nothing
+in a step waits for the device; what people want to know is read from it every half a second.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
-from maskdm.diffusion import alphas_bar, masked_loss, to_model_range
-from maskdm.errors import TrainingDiverged
+from maskdm.data import Batch
+from maskdm.diffusion import Denoiser, masked_loss, to_model_range
+from maskdm.distributed import rank
+from maskdm.errors import OutOfMemory, TrainingDiverged
+from maskdm.forward_process import ForwardProcess, forward_process
+from maskdm.layers import patchify
 from maskdm.masking import draw_visible
-from maskdm.model import MaskedUViT, patchify
+from maskdm.model import Network, device_of
 from maskdm.precision import autocast, pick_precision
 from maskdm.seeding import generator
 
 # Steps in a row with a non-finite gradient after which a run gives up: single ones happen, this many do not pass.
 MAX_SKIPPED_IN_A_ROW = 20
+REPORT_SECONDS = 0.5
 
 
 @dataclass
 class TrainingState:
     """Everything a run needs to go on: raw weights, their moving average, optimiser moments, counts."""
 
-    model: MaskedUViT
+    model: Network
     optimizer: torch.optim.AdamW
     average: dict[str, Tensor]
+    skips: Tensor  # (2,) int64 on the device: steps skipped in all, and in a row until now
     images_seen: int = 0
-    steps: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = field(default=0, repr=False)
+    steps: int = 0  # of the present stage, skipped ones among them
 
     @classmethod
-    def fresh(cls, model: MaskedUViT, config: TrainingConfig) -> "TrainingState":
+    def fresh(cls, model: Network, config: TrainingConfig) -> "TrainingState":
         """Start from the model's weights; its EMA starts there too."""
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        return cls(model, optimizer, {name: p.detach().clone() for name, p in model.named_parameters()})
+        average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return cls(model, optimizer, average, torch.zeros(2, dtype=torch.long, device=device_of(model)))
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out because their gradient was not finite; waits for the device."""
+        return int(self.skips[0])
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a hook sees after a step."""
+    """What a hook sees: the steps since it was last called."""
 
-    images: int
-    loss: float
+    images: int  # seen in all
+    loss: float  # mean of the finite ones; NaN where there was none
     lr: float
     images_per_s: float
     data_wait: float  # share of the time spent waiting for images
@@ -64,95 +76,194 @@ def learning_rate(config: TrainingConfig, images_seen: int) -> float:
     return config.lr * (images_seen + config.batch_size) / (config.warmup_images + config.batch_size)
 
 
-def ema_decay(step: int, longest: float) -> float:
-    """Decay of the moving average at a step: ramps as 1 − (1 + n)^(−2/3) up to `longest` (published recipe)."""
-    return min(longest, 1 - math.pow(1 + step, -2 / 3))
+def ema_decay(config: TrainingConfig, step: int) -> float:
+    """Decay of the moving average at a step, counted from 1.
+
+    ramp: 1 − (1 + n)^(−2/3), at most `ema_decay` (published recipe). power: (1 − 1/n)^(γ + 1), whose average weighs
+    step n as n^γ whatever the length of the run (Karras et al. 2024, arXiv 2312.02696, section 3.1); γ from
+    `ema_length`.
+    """
+    if config.ema == "power":
+        return math.pow(1 - 1 / step, power_of_length(config.ema_length) + 1)
+    return min(config.ema_decay, 1 - math.pow(1 + step, -2 / 3))
+
+
+def power_of_length(length: float) -> float:
+    """γ ≥ 0 whose profile n^γ has the relative standard deviation `length`, 0 < length < 0.28.
+
+    √((γ + 1)/((γ + 2)² (γ + 3))) = length, a cubic in γ, by bisection.
+    """
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        wide = math.sqrt((middle + 1) / (middle + 3)) / (middle + 2) > length
+        low, high = (middle, high) if wide else (low, middle)
+    return low
 
 
 def train(
     state: TrainingState,
-    batches: Iterator[Tensor],
+    batches: Iterator[Batch],
     config: TrainingConfig,
     diffusion: DiffusionConfig,
     mask: MaskConfig,
     *,
-    on_step: Callable[[Progress], None] = lambda progress: None,
+    begin: int = 0,
+    denoiser: Denoiser | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    report_seconds: float = REPORT_SECONDS,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train until `config.images` were seen or `stop()` holds; `state` is always whole between steps.
+    """Train until `config.images` more than `begin` were seen or `stop()` holds; `state` is whole between steps.
 
     Args:
-        batches: uint8 images, (batch, C, S, S), continuing after `state.images_seen`.
+        batches: uint8 images (batch, C, S, S) and classes, continuing after `state.images_seen`.
+        begin: images seen when this stage began.
+        denoiser: what is called instead of `state.model`: the same weights, compiled or in several processes.
 
     Raises:
         TrainingDiverged: gradients stayed non-finite for MAX_SKIPPED_IN_A_ROW steps.
+        OutOfMemory: a step does not fit the device; names what to try.
     """
-    device = next(state.model.parameters()).device
+    device = device_of(state.model)
     precision = pick_precision(config.precision, device)
-    schedule = alphas_bar(diffusion).float().to(device)
+    process = forward_process(diffusion, device)
     state.model.train()
-    while state.images_seen < config.images and not stop():
-        started = time.perf_counter()
-        images = next(batches)
-        loaded = time.perf_counter()
-        lr = learning_rate(config, state.images_seen)
-        loss = training_step(state, images.to(device), config, diffusion, mask, schedule, lr, precision)
-        elapsed = time.perf_counter() - started
-        rate, wait = len(images) / elapsed, (loaded - started) / elapsed
-        on_step(Progress(state.images_seen, loss, lr, rate, wait, state.skipped))
+    state.model.recompute = config.recompute
+    window = Window()
+    while state.images_seen < begin + config.images and not stop():
+        asked = time.perf_counter()
+        images, classes = next(batches)
+        waited = time.perf_counter() - asked
+        lr = learning_rate(config, state.images_seen - begin)
+        try:
+            loss = training_step(
+                state, denoiser or state.model, images, classes, config, diffusion, process, mask, lr, precision
+            )
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"a step of {len(images)} images does not fit into the memory of {device}: try --batch-size "
+                f"{max(1, config.batch_size // 2)}, --accumulate {2 * config.accumulate} or --recompute"
+            ) from error
+        window.add(loss, config.batch_size, waited)
+        last = state.images_seen >= begin + config.images
+        if last or window.seconds() >= report_seconds:
+            progress = window.read(state, lr)
+            window = Window()
+            on_progress(progress)
+
+
+class Window:
+    """The steps since the last report; losses stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._losses: list[Tensor] = []
+        self._images = 0
+        self._waited = 0.0
+
+    def add(self, loss: Tensor, images: int, waited: float) -> None:
+        self._losses.append(loss)
+        self._images += images
+        self._waited += waited
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def read(self, state: TrainingState, lr: float) -> Progress:
+        """Wait for the device and sum up.
+
+        Raises:
+            TrainingDiverged: too many steps in a row were skipped.
+        """
+        losses = torch.stack(self._losses)
+        loss = float(losses[losses.isfinite()].mean())
+        skipped, in_a_row = state.skips.tolist()
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingDiverged(
+                f"the gradient was not finite for {in_a_row} steps in a row: lower --lr, or use --precision fp32; "
+                f"the last saved state is whole"
+            )
+        elapsed = self.seconds()
+        return Progress(state.images_seen, loss, lr, self._images / elapsed, self._waited / elapsed, skipped)
 
 
 def training_step(
     state: TrainingState,
+    denoiser: Denoiser,
     images: Tensor,
+    classes: Tensor | None,
     config: TrainingConfig,
     diffusion: DiffusionConfig,
+    process: ForwardProcess,
     mask: MaskConfig,
-    schedule: Tensor,
     lr: float,
     precision: Literal["fp32", "bf16"],
-) -> float:
-    """One optimiser step on uint8 images (B, C, S, S); returns the mean loss over visible elements."""
-    model, batch = state.model, len(images)
-    randomness = generator("step", config.seed, state.images_seen, device=images.device)
+) -> Tensor:
+    """One optimiser step on this process's share of a batch, uint8 (B, C, S, S); returns its mean loss, a scalar.
+
+    Randomness is drawn for all B images at once, so that accumulating over parts equals one large batch.
+    """
+    model, device, batch = state.model, device_of(state.model), len(images)
+    images = images.to(device, non_blocking=True)
+    randomness = generator("step", config.seed, state.images_seen, rank(), device=device)
     if config.horizontal_flip:
-        flip = torch.rand(batch, 1, 1, 1, generator=randomness, device=images.device) < config.horizontal_flip
+        flip = torch.rand(batch, 1, 1, 1, generator=randomness, device=device) < config.horizontal_flip
         images = torch.where(flip, images.flip(3), images)
+    if classes is not None:
+        dropped = torch.rand(batch, generator=randomness, device=device) < config.class_dropout
+        classes = classes.to(device, non_blocking=True).masked_fill(dropped, -1)
     visible = draw_visible(mask, model.config.grid, batch, randomness)  # (B, V) or None
     patches = patchify(images, model.config.patch_size)  # (B, N, P) uint8
     if visible is not None:
         patches = patches.gather(1, visible[:, :, None].expand(-1, -1, patches.shape[2]))  # (B, V, P)
-    clean = to_model_range(patches)
-    timesteps = torch.randint(diffusion.timesteps, (batch,), generator=randomness, device=images.device)
-    noise = torch.randn(clean.shape, generator=randomness, device=images.device)
-    with autocast(images.device, precision):
-        loss = masked_loss(model, diffusion, schedule, clean, visible, timesteps, noise).mean()
-    loss.backward()  # type: ignore[no-untyped-call]
-    apply_gradients(state, lr, config.clip_norm, config.ema_decay)
-    state.images_seen += batch
-    return loss.item()
-
-
-def apply_gradients(state: TrainingState, lr: float, clip_norm: float, longest_average: float) -> None:
-    """Clip, step and average; a non-finite gradient changes nothing but the count of skipped steps."""
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_norm)
-    if torch.isfinite(norm):
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        state.optimizer.step()
-        state.steps += 1
-        state.skipped_in_a_row = 0
-        weight = 1 - ema_decay(state.steps, longest_average)
-        torch._foreach_lerp_(list(state.average.values()), [p.detach() for p in state.model.parameters()], weight)
-    else:
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainingDiverged(
-                f"the gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row: "
-                f"lower --lr, or use --precision fp32; the last saved state is whole"
+    times = process.times(torch.rand(batch, generator=randomness, device=device))
+    noise = torch.randn(patches.shape, generator=randomness, device=device)
+    total = torch.zeros((), device=device)
+    size = math.ceil(batch / config.accumulate)
+    for start in range(0, batch, size):
+        part = slice(start, start + size)
+        with autocast(device, precision), gradients_stay_here(denoiser, start + size < batch):
+            losses = masked_loss(
+                denoiser,
+                diffusion,
+                process,
+                to_model_range(patches[part]),
+                None if visible is None else visible[part],
+                times[part],
+                noise[part],
+                None if classes is None else classes[part],
             )
-    state.optimizer.zero_grad(set_to_none=True)
+            loss = losses.sum() / batch
+            loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    apply_gradients(state, config, lr)
+    state.images_seen += config.batch_size
+    return total
+
+
+def apply_gradients(state: TrainingState, config: TrainingConfig, lr: float) -> None:
+    """Clip, step and average; after a non-finite gradient no weight changes. Does not wait for the device."""
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm, foreach=True)
+    bad = ~torch.isfinite(norm)
+    optimizer: Any = state.optimizer
+    optimizer.found_inf = bad.float()  # what PyTorch's gradient scaler tells a fused optimiser to leave the step out
+    for group in optimizer.param_groups:
+        group.update(lr=lr, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state.steps += 1
+    state.skips.add_(bad)  # both counts, …
+    state.skips[1] *= bad  # … the second of which starts anew after a good step
+    weight = 1 - ema_decay(config, state.steps)
+    torch._foreach_lerp_(list(state.average.values()), [p.detach() for p in state.model.parameters()], weight)
+
+
+def gradients_stay_here(denoiser: Denoiser, wanted: bool) -> AbstractContextManager[None]:
+    """Keep DistributedDataParallel from averaging gradients that more will be added to."""
+    if wanted and isinstance(denoiser, nn.parallel.DistributedDataParallel):
+        return denoiser.no_sync()
+    return nullcontext()
 
 
 def optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:

@@ -2,25 +2,43 @@
 
 import io
 import json
-import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import typer
 
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint, model_from
-from maskdm.config import SIZES, DiffusionConfig, MaskConfig, MaskKind, ModelConfig, Precision, Size, TrainingConfig
+from maskdm.config import (
+    SIZES,
+    USUAL_PREDICTION,
+    DiffusionConfig,
+    Ema,
+    LossWeight,
+    MaskKind,
+    ModelConfig,
+    NetworkKind,
+    Precision,
+    Prediction,
+    ProcessKind,
+    Schedule,
+    Size,
+)
 from maskdm.data import Images, load_images, open_source
-from maskdm.errors import UsageError
-from maskdm.images import grid_picture, save_png
+from maskdm.distributed import is_first, local_device, process_group
+from maskdm.errors import DataError, UsageError
+from maskdm.images import decode, grid_picture, save_png
 from maskdm.precision import pick_device, pick_precision
 from maskdm.processes import Child, free_port
 from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import atomic_write, owned
-from maskdm.sampling import Sampler, sample
-from maskdm_server import pretrain as pretraining
+from maskdm.sampling import Options, Sampler, inpaint, interpolate, sample
+from maskdm_server.curriculum import recipe_names, stages_from, use_recipe
+from maskdm_server.pretrain import Run
+from maskdm_server.pretrain import pretrain as train_prior
 from maskdm_server.rounds import FederationConfig
 from maskdm_server.serve import check_address, federation_config, serve
 from maskdm_server.simulate import split_by_label, split_iid, start_clients, write_shares
@@ -43,25 +61,45 @@ LocalRate = Annotated[float, typer.Option(help="Learning rate at the clients.")]
 
 @app.command()
 def pretrain(
+    context: typer.Context,
     data: Data,
     out: Out,
-    size: Annotated[Size, typer.Option(help="Network: tiny (ours), or S, B, L as published.")] = "S",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"Published settings: {', '.join(recipe_names())}.", is_eager=True, callback=use_recipe),
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from (prior or raw.safetensors).")] = None,
+    network: Annotated[NetworkKind, typer.Option(help="Masked U-ViT, or a masked DiT.")] = "uvit",
+    size: Annotated[Size, typer.Option(help="tiny (ours), or S, B, L as published.")] = "S",
     image_size: Annotated[int, typer.Option(help="Pixels along a side.")] = 64,
     channels: Annotated[str, typer.Option(help="1, 3, or auto: grey where all images are grey.")] = "auto",
     patch_size: Annotated[int, typer.Option(help="Pixels along a patch.")] = 4,
+    conditional: Annotated[
+        bool, typer.Option(help="Learn the classes: folder names, or the labels of an .npz.")
+    ] = False,
+    class_dropout: Annotated[float, typer.Option(help="Share of images shown without their class.")] = 0.1,
     mask: Annotated[MaskKind, typer.Option(help="What is hidden from a training step.")] = "block",
     mask_ratio: Annotated[float, typer.Option(help="Share that is hidden.")] = 0.9,
     block_size: Annotated[int, typer.Option(help="Patches along a block of --mask block.")] = 4,
-    schedule: Annotated[Literal["linear", "cosine"], typer.Option(help="Noise schedule.")] = "cosine",
-    prediction: Annotated[Literal["epsilon", "x0", "v"], typer.Option(help="Prediction target.")] = "epsilon",
+    process: Annotated[ProcessKind, typer.Option(help="Forward process.")] = "ddpm",
+    schedule: Annotated[Schedule, typer.Option(help="Noise schedule of --process ddpm.")] = "cosine",
+    prediction: Annotated[
+        Prediction | None, typer.Option(help="Prediction target; default: as usual for the process.")
+    ] = None,
+    loss_weight: Annotated[LossWeight, typer.Option(help="Weight of noise levels in the loss.")] = "uniform",
     images: Annotated[str, typer.Option(help="How many images to see, e.g. 200K or 1.5M.")] = "200K",
     steps: Annotated[int | None, typer.Option(help="Length in steps, instead of --images.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    accumulate: Annotated[int, typer.Option(help="Parts that a step computes one after another.")] = 1,
+    recompute: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
+    compile: Annotated[bool, typer.Option(help="torch.compile; pays on GPUs.")] = False,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     warmup_images: Annotated[int, typer.Option(help="Images of linear warm-up.")] = 0,
     betas: Annotated[str, typer.Option(help="AdamW's two decay rates.")] = "0.99,0.99",
     weight_decay: Annotated[float, typer.Option(help="AdamW's decoupled weight decay.")] = 0.03,
-    ema_decay: Annotated[float, typer.Option(help="Longest decay of the moving average of the weights.")] = 0.999,
+    ema: Annotated[Ema, typer.Option(help="Average of the weights: published ramp, or power function.")] = "ramp",
+    ema_decay: Annotated[float, typer.Option(help="Longest decay of --ema ramp.")] = 0.999,
+    ema_length: Annotated[float, typer.Option(help="Width of --ema power, as a share of the run.")] = 0.05,
     clip_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
     horizontal_flip: Annotated[float, typer.Option(help="Probability of mirroring an image.")] = 0.0,
     precision: PrecisionOption = "auto",
@@ -73,46 +111,60 @@ def pretrain(
     dry_run: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
 ) -> None:
     """Pre-train a prior on a public corpus with most of each image masked."""
-    total = steps * batch_size if steps is not None else _count(images)
     source = open_source(data)
     found = _channels(channels) or source.channels()
-    shape = {"image_size": image_size, "channels": found, "patch_size": patch_size}
-    model = cli.configure(ModelConfig, shape | SIZES[size])
-    diffusion = DiffusionConfig(schedule=schedule, prediction=prediction)
-    names = {"kind": "--mask", "ratio": "--mask-ratio"}
-    masking = cli.configure(MaskConfig, {"kind": mask, "ratio": mask_ratio, "block_size": block_size}, names)
+    class_names = tuple(sorted({source.label(name) for name in source.names})) if conditional else ()
+    if conditional and len(class_names) < 2:
+        raise UsageError("--conditional needs at least two classes: sub-folders, or an .npz with an array 'labels'")
+    shape = {"image_size": image_size, "channels": found, "patch_size": patch_size, "network": network}
+    model = cli.configure(ModelConfig, shape | SIZES[size] | {"classes": len(class_names)})
+    diffusion = DiffusionConfig(
+        process=process,
+        schedule=schedule,
+        prediction=prediction or USUAL_PREDICTION[process],
+        loss_weight=loss_weight,
+    )
     values = {
-        "images": total,
+        "mask": mask,
+        "mask_ratio": mask_ratio,
+        "block_size": block_size,
+        "images": images if steps is None else steps * batch_size,
         "batch_size": batch_size,
+        "accumulate": accumulate,
+        "recompute": recompute,
         "lr": lr,
         "warmup_images": warmup_images,
         "betas": _pair("--betas", betas),
         "weight_decay": weight_decay,
+        "ema": ema,
         "ema_decay": ema_decay,
+        "ema_length": ema_length,
         "clip_norm": clip_norm,
         "horizontal_flip": horizontal_flip,
+        "class_dropout": class_dropout,
         "precision": precision,
         "seed": seed,
     }
-    training = cli.configure(TrainingConfig, values)
-    resolved = pretraining.plan(model, diffusion, masking, training)
+    given = cli.given(context) | ({"images"} if steps is not None else set())
+    stages = stages_from(values, context.meta.get(cli.STAGES, ()), given)
+    run = Run(model, diffusion, stages, class_names)
+    resolved = run.describe()
     if dry_run:
         print(json.dumps(resolved, indent=2))
         return
-    picked = pick_device(device)
-    with owned(out):
+    picked = local_device(pick_device(device))
+    with process_group(picked), owned(out) if is_first() else nullcontext():
         corpus = load_images(source, image_size, found, upscale=upscale)
         say(f"corpus: {corpus.summary()}")
-        prior = pretraining.pretrain(
+        prior = train_prior(
             corpus,
             out,
-            model,
-            diffusion,
-            masking,
-            training,
+            run,
             device=picked,
+            init=init,
             resume=resume == "auto",
             save_every=save_every,
+            compiled=compile,
         )
     say(f"prior: {prior}; samples: {out / 'samples'}")
 
@@ -122,34 +174,55 @@ def sample_command(
     model: Annotated[Path, typer.Option(help="Checkpoint.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 16,
-    sampler: Annotated[Sampler, typer.Option(help="dpmpp is DPM-Solver++(2M).")] = "dpmpp",
-    steps: Annotated[int | None, typer.Option(min=1, help="Evaluations of the network.")] = None,
+    sampler: Annotated[
+        Sampler, typer.Option(help="dpmpp is DPM-Solver++(2M), ddpm ancestral, euler for --process flow.")
+    ] = "dpmpp",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; heun evaluates the network twice in each.")] = None,
     eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM: 0 deterministic, 1 ancestral.")] = 0.0,
+    class_name: Annotated[
+        list[str] | None, typer.Option("--class", help="Class to draw, by name; several take turns; default: all.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 1.0,
+    between: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two pictures: draw what lies between them.")
+    ] = None,
+    fill: Annotated[Path | None, typer.Option(help="Picture with a hole: draw what fits into --hole.")] = None,
+    hole: Annotated[Path | None, typer.Option(help="Picture of the hole of --fill, white where to draw.")] = None,
     npz: Annotated[Path | None, typer.Option(help="Also write the images as uint8 (N, H, W, C).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
     precision: PrecisionOption = "auto",
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Draw images; noise schedule and prediction target come from the checkpoint."""
+    """Draw images; process, noise schedule and prediction target come from the checkpoint."""
     weights, metadata = load_checkpoint(model)
-    if steps is not None and steps > metadata.diffusion.timesteps:
+    if steps is not None and metadata.diffusion.process == "ddpm" and steps > metadata.diffusion.timesteps:
         raise UsageError(f"--steps {steps} is more than the checkpoint's {metadata.diffusion.timesteps} timesteps")
+    if (fill is None) != (hole is None) or (fill and between):
+        raise UsageError("--fill and --hole belong together, and --between excludes them")
     picked = pick_device(device)
     network = model_from(weights, metadata.model, picked)
     with WorkBar("sample", count) as bar:
-        images = sample(
-            network,
-            metadata.diffusion,
-            count,
-            sampler=sampler,
-            steps=steps,
-            eta=eta,
-            seed=seed,
-            batch_size=batch_size,
-            precision=pick_precision(precision, picked),
-            progress=bar.update,
-        )
+        options: Options = {
+            "sampler": sampler,
+            "steps": steps,
+            "eta": eta,
+            "seed": seed,
+            "classes": _classes(class_name, metadata.class_names, count),
+            "guidance": guidance,
+            "batch_size": batch_size,
+            "precision": pick_precision(precision, picked),
+            "progress": bar.update,
+        }
+        if between:
+            first, second = (_picture(path, metadata.model, "--between") for path in between)
+            images = interpolate(network, metadata.diffusion, first, second, count, **options)
+        elif fill and hole:
+            picture = _picture(fill, metadata.model, "--fill")
+            where = _picture(hole, metadata.model.model_copy(update={"channels": 3}), "--hole").float().mean(0) > 127
+            images = inpaint(network, metadata.diffusion, picture, where, count, **options)
+        else:
+            images = sample(network, metadata.diffusion, count, **options)
     save_png(out, grid_picture(images))
     if npz:
         _write_npz(npz, images.permute(0, 2, 3, 1).numpy())
@@ -274,12 +347,25 @@ def _shares(images: Images, clients: int, split: str, alpha: float, seed: int) -
     return split_by_label(images.labels, clients, alpha, seed)
 
 
-def _count(text: str) -> int:
-    """'200K' → 200000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KkMm]?)", text.strip())
-    if not match:
-        raise UsageError(f"--images {text}: give a number such as 50000, 200K or 1.5M")
-    return round(float(match[1]) * {"": 1, "K": 1_000, "M": 1_000_000}[match[2].upper()])
+def _classes(wanted: list[str] | None, names: tuple[str, ...], count: int) -> torch.Tensor | None:
+    for name in wanted or ():
+        if name not in names:
+            known = f"choose from {', '.join(names)}" if names else "the model has no classes"
+            raise UsageError(f"--class {name}: {known}")
+    chosen = wanted or names
+    return torch.tensor([names.index(chosen[i % len(chosen)]) for i in range(count)]) if chosen else None
+
+
+def _picture(path: Path, shape: ModelConfig, option: str) -> torch.Tensor:
+    """One picture as the model sees it, uint8 (C, S, S)."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{option} {path} cannot be read ({error.strerror})") from error
+    try:
+        return torch.from_numpy(decode(data, shape.image_size, shape.channels, upscale=True).copy())
+    except DataError as error:
+        raise UsageError(f"{option} {path}: {error}") from error
 
 
 def _channels(text: str) -> int | None:

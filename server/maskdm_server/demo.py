@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
+from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, TrainingConfig
 from maskdm.data import load_images, open_source
 from maskdm.images import grid_picture, save_png
 from maskdm.precision import pick_device
@@ -17,7 +17,7 @@ from maskdm.runfolder import read_lines
 from maskdm_server.faces import SITES, Domain, draw_faces
 from maskdm_server.page import Panel, write_page
 from maskdm_server.pictures import draw_samples
-from maskdm_server.pretrain import pretrain
+from maskdm_server.pretrain import Run, pretrain
 from maskdm_server.rounds import FederationConfig
 from maskdm_server.serve import federation_config, serve
 from maskdm_server.simulate import start_clients
@@ -55,7 +55,8 @@ def demo(out: Path, seed: int = 0, budget: Budget | None = None) -> Path:
         images=budget.pretrain_images, batch_size=64, lr=1e-3, betas=(0.9, 0.95), warmup_images=2000, seed=seed
     )
     (out / "run").mkdir(exist_ok=True)
-    prior = pretrain(images, out / "run", MODEL, DIFFUSION, MASK, training, device=pick_device())
+    run = Run(MODEL, DIFFUSION, (Stage(mask=MASK, training=training),))
+    prior = pretrain(images, out / "run", run, device=pick_device())
     say("3/4  federation: a Flower server and three institutions, each using about 10 % of its images")
     values = {
         "rounds": budget.rounds,
@@ -116,7 +117,11 @@ def _report(out: Path, prior: Path, model: Path, corpora: list[Path], budget: Bu
     ]
     panels += [
         Panel("Samples of the prior", before, "Faces drawn by the prior: bare heads only"),
-        Panel("Samples after the federation, same noise", after, "Glasses, hard hats and the pale lower faces of masks begin to appear"),
+        Panel(
+            "Samples after the federation, same noise",
+            after,
+            "Glasses, hard hats and the pale lower faces of masks begin to appear",
+        ),
     ]
     result = rounds[-1]
     facts = {

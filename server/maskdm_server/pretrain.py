@@ -1,15 +1,20 @@
-"""Masked pre-training of a prior on a public corpus, resumable by the same command."""
+"""Masked pre-training of a prior on a public corpus, stage by stage, resumable by the same command."""
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from maskdm import __version__
-from maskdm.checkpoint import CheckpointMetadata, load_state, save_checkpoint, save_state
-from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
-from maskdm.data import Images, batches
+from maskdm.checkpoint import CheckpointMetadata, load_state, load_weights, save_checkpoint, save_state, sha256_of
+from maskdm.config import DiffusionConfig, ModelConfig, Stage
+from maskdm.data import Images, batches, class_numbers
+from maskdm.distributed import agreed, check_batch, rank, together, world_size
 from maskdm.errors import UsageError
 from maskdm.interruption import Interruption
 from maskdm.masking import effective_ratio, visible_count
@@ -22,130 +27,203 @@ from maskdm.training import Progress, TrainingState, train
 from maskdm_server.pictures import save_samples
 
 METRICS_EVERY = 1.0  # seconds between lines of metrics.jsonl, at least one step each
+# What may differ when a run is continued: how it is computed, and how long its last stage is.
+FREE = ("training.precision", "training.accumulate", "training.recompute")
 
 
-def plan(model: ModelConfig, diffusion: DiffusionConfig, mask: MaskConfig, training: TrainingConfig) -> dict[str, Any]:
-    """The resolved configuration as it is echoed, checked on the way.
+@dataclass(frozen=True)
+class Run:
+    """What a run is, from its first step to its last."""
 
-    Raises:
-        UsageError: the mask does not fit the model's grid.
-    """
-    ratio = effective_ratio(mask, model.grid)
-    return {
-        "model": model.model_dump(mode="json"),
-        "diffusion": diffusion.model_dump(mode="json"),
-        "mask": mask.model_dump(mode="json") | {"effective_ratio": ratio, "visible": visible_count(mask, model.grid)},
-        "training": training.model_dump(mode="json"),
-    }
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    stages: tuple[Stage, ...]
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> int:
+        """All randomness follows from it."""
+        return self.stages[0].training.seed
+
+    def begins(self) -> list[int]:
+        """Images seen before each stage, and at the end."""
+        return [0, *accumulate(stage.images() for stage in self.stages)]
+
+    def describe(self) -> dict[str, Any]:
+        """The resolved configuration as it is echoed, checked on the way.
+
+        Raises:
+            UsageError: a mask does not fit the model's grid.
+        """
+        stages = {}
+        for number, stage in enumerate(self.stages, start=1):
+            ratio, visible = effective_ratio(stage.mask, self.model.grid), visible_count(stage.mask, self.model.grid)
+            mask = stage.mask.model_dump(mode="json") | {"effective_ratio": ratio, "visible": visible}
+            stages[str(number)] = {"mask": mask, "training": stage.training.model_dump(mode="json")}
+        return {
+            "model": self.model.model_dump(mode="json"),
+            "diffusion": self.diffusion.model_dump(mode="json"),
+            "stages": stages,
+            "classes": list(self.class_names),
+        }
 
 
 def pretrain(
     images: Images,
     out: Path,
-    model_config: ModelConfig,
-    diffusion: DiffusionConfig,
-    mask: MaskConfig,
-    training: TrainingConfig,
+    run: Run,
     *,
     device: torch.device,
+    init: Path | None = None,
     resume: bool = True,
     save_every: float = 120.0,
+    compiled: bool = False,
 ) -> Path:
     """Train a prior on `images` and return the path of its checkpoint.
 
+    A stage starts from the moving average of the one before, with a fresh optimiser. Where `torchrun` started several
+    processes, each takes its share of every batch and the first one writes.
+
     Args:
         out: run folder, already owned by this process.
+        init: checkpoint to start from instead of random weights; its positions are resized where the grid differs.
         save_every: seconds between saves of the full state, so what a crash may cost.
 
     Raises:
         UsageError: the folder holds another run.
         Interrupted: asked to stop; the state was saved.
-        TrainingDiverged: see `train`; the last saved state stays.
+        TrainingDiverged, OutOfMemory: see `train`; the last saved state stays.
     """
-    config = plan(model_config, diffusion, mask, training) | {"corpus_sha256": images.digest(), "images": len(images)}
-    continued = claim(out, "pretrain", config, may_change=("training.images", "training.precision"))
-    if continued and not resume:
-        raise UsageError(f"--resume never, but --out {out} holds a run: choose another folder")
-    write_versions(out)
-    state_path, metrics_path = out / "state" / "training.safetensors", out / "metrics.jsonl"
-    model = build_model(model_config, seed=derive_seed("weights", training.seed), device=device)
-    state = TrainingState.fresh(model, training)
-    if state_path.exists():
-        load_state(state_path, state)
+    for stage in run.stages:
+        check_batch(stage.training.batch_size)
+    if rank() == 0:
+        open_run(out, run, images, init, resume)
+    model = build_model(run.model, seed=derive_seed("weights", run.seed), device=device)
+    if init:
+        load_weights(model, init, "--init")
+    if compiled:
+        model.compile()
+    state = TrainingState.fresh(model, run.stages[0].training)
+    if (out / "state" / "training.safetensors").exists():
+        load_state(out / "state" / "training.safetensors", state)
         say(f"continuing at {state.images_seen:,} images")
-    keep_lines(metrics_path, [line for line in read_lines(metrics_path) if line["images"] <= state.images_seen])
-
-    def save_prior() -> Path:
-        metadata = CheckpointMetadata(
-            model=model_config,
-            diffusion=diffusion,
-            mask=mask,
-            effective_mask_ratio=effective_ratio(mask, model_config.grid),
-            images_seen=state.images_seen,
-            seed=training.seed,
-        )
-        save_checkpoint(out / "prior.safetensors", state.average, metadata)
-        return out / "prior.safetensors"
-
+    if rank() == 0:
+        metrics = out / "metrics.jsonl"
+        keep_lines(metrics, [line for line in read_lines(metrics) if line["images"] <= state.images_seen])
     say(
-        f"{parameter_count(model):,} parameters; mask {mask.kind}, {config['mask']['visible']} of "
-        f"{model_config.grid**2} patches visible ({config['mask']['effective_ratio']:.1%} hidden); "
-        f"{pick_precision(training.precision, device)} on {device}"
+        f"{parameter_count(model):,} parameters; {pick_precision(run.stages[0].training.precision, device)} on {device}"
     )
-    last_line = last_save = time.monotonic()
-    window: list[Progress] = []
-    with Interruption() as interruption, WorkBar("pretrain", training.images, state.images_seen) as bar:
-
-        def on_step(progress: Progress) -> None:
-            nonlocal last_line, last_save
-            window.append(progress)
-            now = time.monotonic()
-            if now - last_line >= METRICS_EVERY or progress.images >= training.images:
-                line = summarise(window)
-                append_line(metrics_path, line)
-                bar.update(progress.images, f"loss {line['loss']:.4f} {line['images_per_s']:,.0f} images/s")
-                window.clear()
-                last_line = now
-            if now - last_save >= save_every:
-                save_state(state_path, state, training)
-                save_prior()
-                last_save = time.monotonic()
-
-        order = batches(images.pixels, training.batch_size, state.images_seen, training.seed)
-        train(state, order, training, diffusion, mask, on_step=on_step, stop=interruption.requested)
-        save_state(state_path, state, training)
-        prior = save_prior()
-        interruption.check()
+    state = train_stages(state, run, images, out, device, save_every)
     picture = out / "samples" / f"{state.images_seen:09d}.png"
-    if not picture.exists():
+    if rank() == 0 and not picture.exists():
+        precision = run.stages[-1].training.precision
         save_samples(
-            picture,
-            state.average,
-            model_config,
-            diffusion,
-            seed=training.seed,
-            device=str(device),
-            precision=training.precision,
+            picture, state.average, run.model, run.diffusion, seed=run.seed, device=str(device), precision=precision
         )
     if state.skipped:
         say(f"{state.skipped} steps were skipped because their gradient was not finite")
-    return prior
+    return out / "prior.safetensors"
 
 
-def summarise(window: list[Progress]) -> dict[str, float | int]:
-    """One line of metrics.jsonl out of the steps since the last one; a non-finite loss is left out of the mean."""
-    seconds = sum(1 / step.images_per_s for step in window)
-    losses = [step.loss for step in window if step.loss == step.loss and abs(step.loss) != float("inf")]
-    return {
-        "images": window[-1].images,
-        "loss": sum(losses) / len(losses) if losses else -1.0,
-        "lr": window[-1].lr,
-        "images_per_s": len(window) / seconds,
-        "data_wait": sum(step.data_wait / step.images_per_s for step in window) / seconds,
-        "skipped": window[-1].skipped,
-    }
+def train_stages(
+    state: TrainingState,
+    run: Run,
+    images: Images,
+    out: Path,
+    device: torch.device,
+    save_every: float,
+) -> TrainingState:
+    """Train what is left of each stage, saving as it goes; returns the state after the last one."""
+    begins, classes = run.begins(), class_numbers(images.labels, run.class_names)
+    with Interruption() as interruption, WorkBar("pretrain", begins[-1], state.images_seen) as bar:
+        for begin, end, stage in zip(begins, begins[1:], run.stages, strict=False):
+            if state.images_seen >= end:
+                continue
+            config = stage.training
+            if state.images_seen == begin and begin:
+                state = next_stage(state, stage)
+            ratio, visible = effective_ratio(stage.mask, run.model.grid), visible_count(stage.mask, run.model.grid)
+            say(
+                f"mask {stage.mask.kind}, {visible} of {run.model.grid**2} patches visible ({ratio:.1%} hidden), "
+                f"to {end:,} images"
+            )
+            order = batches(
+                images.pixels,
+                config.batch_size,
+                state.images_seen,
+                run.seed,
+                classes=classes,
+                share=(rank(), world_size()),
+            )
+            train(
+                state,
+                order,
+                config,
+                run.diffusion,
+                stage.mask,
+                begin=begin,
+                denoiser=together(state.model),
+                on_progress=_recorder(state, run, stage, out, bar, save_every),
+                report_seconds=METRICS_EVERY,
+                stop=agreed(interruption.requested, device),
+            )
+            if rank() == 0:
+                save(state, run, stage, out)
+            interruption.check()
+    return state
 
 
-def write_versions(out: Path) -> None:
-    """What made the run, beside its configuration; appended each time it is continued."""
+def next_stage(state: TrainingState, stage: Stage) -> TrainingState:
+    """The moving average becomes the weights, and the optimiser starts anew."""
+    state.model.load_state_dict(state.average)
+    following = TrainingState.fresh(state.model, stage.training)
+    following.images_seen, following.skips = state.images_seen, state.skips
+    return following
+
+
+def save(state: TrainingState, run: Run, stage: Stage, out: Path) -> None:
+    """What resume needs, and the weights: averaged as the prior, raw ones beside it."""
+    save_state(out / "state" / "training.safetensors", state, stage.training)
+    metadata = CheckpointMetadata(
+        model=run.model,
+        diffusion=run.diffusion,
+        mask=stage.mask,
+        effective_mask_ratio=effective_ratio(stage.mask, run.model.grid),
+        images_seen=state.images_seen,
+        seed=run.seed,
+        class_names=run.class_names,
+    )
+    raw: dict[str, Tensor] = {name: parameter.detach() for name, parameter in state.model.named_parameters()}
+    save_checkpoint(out / "raw.safetensors", raw, metadata.model_copy(update={"weights": "raw"}))
+    save_checkpoint(out / "prior.safetensors", state.average, metadata)
+
+
+def open_run(out: Path, run: Run, images: Images, init: Path | None, resume: bool) -> None:
+    """Claim the folder for this run, or find that it holds it already."""
+    config = run.describe() | {"corpus_sha256": images.digest(), "images": len(images)}
+    if init:
+        config["init_sha256"] = sha256_of(init)
+    numbers = range(1, len(run.stages) + 1)
+    may_change = [f"stages.{number}.{name}" for number in numbers for name in FREE]
+    continued = claim(out, "pretrain", config, may_change=(*may_change, f"stages.{len(run.stages)}.training.images"))
+    if continued and not resume:
+        raise UsageError(f"--resume never, but --out {out} holds a run: choose another folder")
     append_line(out / "versions.jsonl", {"time": time.time(), "maskdm": __version__, "torch": torch.__version__})
+
+
+def _recorder(
+    state: TrainingState, run: Run, stage: Stage, out: Path, bar: WorkBar, save_every: float
+) -> Callable[[Progress], None]:
+    last_save = time.monotonic()
+
+    def record(progress: Progress) -> None:
+        nonlocal last_save
+        if rank():
+            return
+        append_line(out / "metrics.jsonl", vars(progress))
+        bar.update(progress.images, f"loss {progress.loss:.4f} {progress.images_per_s:,.0f} images/s")
+        if time.monotonic() - last_save >= save_every:
+            save(state, run, stage, out)
+            last_save = time.monotonic()
+
+    return record

@@ -13,6 +13,7 @@ from maskdm.checkpoint import (
     CheckpointMetadata,
     load_checkpoint,
     load_state,
+    load_weights,
     model_from,
     save_checkpoint,
     save_state,
@@ -64,6 +65,28 @@ def test_a_model_from_a_checkpoint_computes_what_the_saved_model_computed(
     )
     assert not again.training
     assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_a_prior_starts_a_network_of_another_resolution(
+    tmp_path: Path, tiny: ModelConfig, weights: dict[str, Tensor], metadata: CheckpointMetadata
+) -> None:
+    save_checkpoint(tmp_path / "a.safetensors", weights, metadata)
+    large = build_model(tiny.model_copy(update={"image_size": 16}), seed=9)
+    load_weights(large, tmp_path / "a.safetensors", "--init")
+    found = dict(large.named_parameters())
+    assert all(torch.equal(found[name], weights[name]) for name in weights if name != "position.table")
+    assert torch.equal(found["position.table"][0], weights["position.table"][0])
+    assert float(found["position.table"][1:].detach().std()) > 0.005  # interpolated, not left as it was nor zero
+
+
+@pytest.mark.parametrize("change", [{"dim": 32}, {"depth": 4}, {"channels": 3}, {"network": "dit"}, {"classes": 2}])
+def test_a_prior_of_another_shape_starts_nothing(
+    tmp_path: Path, tiny: ModelConfig, weights: dict[str, Tensor], metadata: CheckpointMetadata, change: dict[str, Any]
+) -> None:
+    save_checkpoint(tmp_path / "a.safetensors", weights, metadata)
+    other = build_model(ModelConfig.model_validate(tiny.model_dump() | change))
+    with pytest.raises(CheckpointError, match=r"--init .* is a uvit of dim 16, depth 2, .* which does not fit"):
+        load_weights(other, tmp_path / "a.safetensors", "--init")
 
 
 def test_half_precision_weights_are_saved_as_fp32(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskdm.data import batch_rows, batches, choose_slice, load_images, open_source
+from maskdm.data import batch_rows, batches, choose_slice, class_numbers, load_images, open_source
 from maskdm.errors import DataError
 from maskdm.images import IsColour, TooSmall, decode, from_array
 
@@ -361,8 +361,26 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_batches_hold_the_rows_of_the_sequence() -> None:
     pixels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 8, 8)
     order = batches(pixels, 4, 8, 1)
-    found = [row for _ in range(3) for row in next(order)[:, 0, 0, 0].tolist()]
+    found = [row for _ in range(3) for row in next(order)[0][:, 0, 0, 0].tolist()]
     assert found == batch_rows(10, 12, 8, 1).tolist()
+
+
+def test_classes_come_with_their_images_and_processes_share_each_batch() -> None:
+    pixels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    whole, _ = next(batches(pixels, 6, 0, 1))
+    parts = [next(batches(pixels, 6, 0, 1, classes=torch.arange(10) * 7, share=(i, 3))) for i in range(3)]
+    assert all(len(images) == 2 for images, _ in parts)
+    assert sorted(torch.cat([images for images, _ in parts]).flatten().tolist()) == sorted(whole.flatten().tolist())
+    for images, kinds in parts:
+        assert kinds is not None
+        assert kinds.tolist() == [7 * value for value in images.flatten().tolist()]
+
+
+def test_labels_become_the_numbers_of_the_models_classes() -> None:
+    found = class_numbers(["cat", "dog", "", "cat"], ("cat", "dog"))
+    assert found is not None
+    assert found.tolist() == [0, 1, -1, 0]
+    assert class_numbers(["cat"], ()) is None
 
 
 class Listed:

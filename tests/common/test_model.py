@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskdm.config import ModelConfig
-from maskdm.model import Block, MaskedUViT, attend, build_model, patchify, timestep_embedding, unpatchify
+from maskdm.dit import ModulatedBlock
+from maskdm.layers import attend, patchify, timestep_embedding, unpatchify
+from maskdm.model import Network, build_model, resize_positions
+from maskdm.uvit import Block
 
 
-def plain_forward(model: MaskedUViT, patches: Tensor, visible: Tensor, timesteps: Tensor) -> Tensor:
+def plain_forward(model: Network, patches: Tensor, visible: Tensor, timesteps: Tensor) -> Tensor:
     """The paper's order: embed every patch, add every position, then drop the hidden tokens; float64 throughout."""
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     config = model.config
@@ -185,3 +188,90 @@ def test_the_same_seed_builds_the_same_network_and_leaves_the_global_generator_a
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def tensor(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_modulated_block_follows_adaln_zero() -> None:
+    """Peebles & Xie 2023, figure 3: x + γ ⊙ f((1 + scale) norm(x) + shift), the condition by one linear layer."""
+    config = ModelConfig(image_size=8, dim=12, depth=1, heads=3, network="dit")
+    block = ModulatedBlock(config)
+    x, condition = tensor(2, 5, 12), tensor(2, 12, seed=1)
+    with torch.no_grad():
+        block.modulation.weight.copy_(0.1 * tensor(72, 12, seed=2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(functional.silu(condition))[:, None].chunk(
+            6, dim=2
+        )
+        middle = x + gate1 * block.attention(functional.layer_norm(x, (12,)) * (1 + scale1) + shift1)
+        expected = middle + gate2 * block.mlp(functional.layer_norm(middle, (12,)) * (1 + scale2) + shift2)
+        assert block(x, condition) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_fresh_dit_answers_zero_and_its_blocks_pass_everything_on(tiny: ModelConfig) -> None:
+    model = build_model(tiny.model_copy(update={"network": "dit"}))
+    x = tensor(2, tiny.grid**2, tiny.patch_dim)
+    with torch.no_grad():
+        assert float(model(x, None, torch.tensor([1, 2])).abs().max()) == 0
+        block = ModulatedBlock(ModelConfig(image_size=8, dim=12, depth=1, heads=3))
+        hidden = tensor(2, 5, 12)
+        assert torch.equal(block(hidden, tensor(2, 12)), hidden)
+
+
+def stirred(config: ModelConfig) -> Network:
+    """A network none of whose weights is at its start."""
+    model = build_model(config)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(0.1 * tensor(*parameter.shape, seed=number))
+    return model
+
+
+@pytest.mark.parametrize("network", ["uvit", "dit"])
+def test_every_network_takes_visible_patches_with_their_positions_in_any_order(
+    tiny: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor], network: str
+) -> None:
+    patches, visible, timesteps = inputs
+    model = stirred(ModelConfig.model_validate(tiny.model_dump() | {"network": network, "depth": 4}))
+    order = torch.randperm(visible.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model(shown(patches, visible), visible, timesteps)
+        turned = model(shown(patches, visible[:, order]), visible[:, order], timesteps)
+        assert turned == pytest.approx(found[:, order], abs=1e-4)
+        assert not torch.allclose(found, model(shown(patches, visible), visible, timesteps + 5))
+
+
+@pytest.mark.parametrize("network", ["uvit", "dit"])
+def test_classes_matter_and_no_class_is_one_of_its_own(
+    tiny: ModelConfig, inputs: tuple[Tensor, Tensor, Tensor], network: str
+) -> None:
+    patches, _, timesteps = inputs
+    model = stirred(ModelConfig.model_validate(tiny.model_dump() | {"network": network, "classes": 3}))
+
+    def answer(*classes: int) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(patches, None, timesteps, torch.tensor(classes))
+        return out
+
+    with torch.no_grad():
+        assert torch.equal(answer(-1, -1, -1), model(patches, None, timesteps))
+    mixed = answer(0, 2, -1)
+    assert not torch.allclose(answer(0, 0, 0), answer(1, 1, 1))
+    for i, number in enumerate((0, 2, -1)):
+        assert mixed[i] == pytest.approx(answer(number, number, number)[i], abs=1e-5)
+
+
+def test_positions_are_resized_between_grids_and_come_back(tiny: ModelConfig) -> None:
+    large = tiny.model_copy(update={"image_size": 16})
+    wave = torch.linspace(-1, 1, tiny.grid)
+    smooth = torch.stack([wave[:, None].expand(4, 4), wave[None].expand(4, 4)]).reshape(2, -1).T  # (16, 2)
+    table = torch.cat([torch.tensor([[7.0, -7.0]]), smooth])
+    up = resize_positions(table, tiny, large)
+    assert up.shape == (1 + large.grid**2, 2)
+    assert torch.equal(up[0], table[0])
+    rows = up[1:].view(large.grid, large.grid, 2)
+    assert (rows[1:, :, 0] > rows[:-1, :, 0]).all()  # still a ramp downwards, and one to the right
+    assert (rows[:, 1:, 1] > rows[:, :-1, 1]).all()
+    assert torch.equal(resize_positions(table, tiny, tiny), table)
+    assert resize_positions(up, large, tiny) == pytest.approx(table, abs=0.15)

@@ -1,5 +1,6 @@
 """The training loop: closed forms of its schedules, exact continuation, and gradients that are not finite."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskdm.checkpoint import load_state, save_state
-from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Precision, TrainingConfig
+from maskdm.config import (
+    DiffusionConfig,
+    LossWeight,
+    MaskConfig,
+    ModelConfig,
+    NetworkKind,
+    Precision,
+    Prediction,
+    ProcessKind,
+    TrainingConfig,
+)
 from maskdm.data import batches
 from maskdm.diffusion import denoising_loss
-from maskdm.errors import TrainingDiverged
-from maskdm.model import build_model, patchify
+from maskdm.errors import OutOfMemory, TrainingDiverged
+from maskdm.layers import patchify
+from maskdm.model import build_model
 from maskdm.training import (
     MAX_SKIPPED_IN_A_ROW,
     Progress,
@@ -21,6 +33,7 @@ from maskdm.training import (
     apply_gradients,
     ema_decay,
     learning_rate,
+    power_of_length,
     train,
 )
 
@@ -57,9 +70,29 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 @given(step=st.integers(1, 10**6), longest=st.floats(0.5, 0.9999))
 def test_the_moving_average_ramps_up_to_its_longest_memory(step: int, longest: float) -> None:
-    decay = ema_decay(step, longest)
+    config = TrainingConfig(ema_decay=longest)
+    decay = ema_decay(config, step)
     assert decay == pytest.approx(min(longest, 1 - 1 / (1 + step) ** (2 / 3)))
-    assert 0 < decay <= ema_decay(step + 1, longest) <= longest
+    assert 0 < decay <= ema_decay(config, step + 1) <= longest
+
+
+@given(steps=st.integers(1, 60), length=st.floats(0.03, 0.25))
+def test_the_power_function_average_weighs_step_n_as_a_power_of_n(steps: int, length: float) -> None:
+    """Σ w_n θ_n with w_n ∝ n^γ in the limit; exactly, w_n = (1 − β_n) Π_{m > n} β_m, and the start is forgotten."""
+    config = TrainingConfig(ema="power", ema_length=length)
+    power = power_of_length(length)
+    decays = [ema_decay(config, n) for n in range(1, steps + 1)]
+    assert decays[0] == 0
+    weights = [(1 - decays[n]) * math.prod(decays[n + 1 :]) for n in range(steps)]
+    assert sum(weights) == pytest.approx(1)
+    # ∏ (1 − 1/m)^(γ+1) telescopes to (n/N)^(γ+1).
+    expected = [((n / steps) ** (power + 1) - ((n - 1) / steps) ** (power + 1)) for n in range(1, steps + 1)]
+    assert weights == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("length", "power"), [(0.05, 16.97), (0.10, 6.94)])
+def test_the_length_of_the_power_function_average_is_the_published_one(length: float, power: float) -> None:
+    assert power_of_length(length) == pytest.approx(power, abs=0.01)  # Karras et al. 2024, section 3.1
 
 
 def test_the_moving_average_follows_its_recurrence(tiny: ModelConfig) -> None:
@@ -75,7 +108,7 @@ def test_the_moving_average_follows_its_recurrence(tiny: ModelConfig) -> None:
         for name, parameter in state.model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
 
-    train(state, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK, on_step=follow)
+    train(state, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK, on_progress=follow, report_seconds=0)
     assert steps == state.steps == 5
     for name, average in state.average.items():
         assert average.double() == pytest.approx(expected[name], abs=1e-6)
@@ -99,18 +132,19 @@ def test_the_learning_rate_of_each_step_reaches_the_optimiser(tiny: ModelConfig)
         config,
         DIFFUSION,
         MASK,
-        on_step=lambda progress: used.append((progress.lr, state.optimizer.param_groups[0]["lr"])),
+        on_progress=lambda progress: used.append((progress.lr, state.optimizer.param_groups[0]["lr"])),
+        report_seconds=0,
     )
     assert [told for told, _ in used] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
     assert all(told == real for told, real in used)
 
 
 def test_gradients_are_clipped_to_the_given_norm(tiny: ModelConfig) -> None:
-    config = TrainingConfig(betas=(0.0, 0.0))
+    config = TrainingConfig(betas=(0.0, 0.0), clip_norm=0.5)
     state = fresh(tiny, config)
     for parameter in state.model.parameters():
         parameter.grad = torch.full_like(parameter, 100.0)
-    apply_gradients(state, 1e-3, 0.5, 0.9)
+    apply_gradients(state, config, 1e-3)
     moments = [state.optimizer.state[p]["exp_avg"] for p in state.model.parameters()]
     assert float(torch.cat([m.flatten() for m in moments]).norm()) == pytest.approx(0.5, rel=1e-4)
 
@@ -124,9 +158,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(tiny: Model
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     next(state.model.parameters()).grad = torch.full_like(next(state.model.parameters()), poison)
-    apply_gradients(state, 1e-3, 1.0, 0.9)
-    assert_same(everything(state), before)
-    assert (state.steps, state.skipped, state.skipped_in_a_row) == (1, 1, 1)
+    apply_gradients(state, config, 1e-3)
+    after = everything(state)
+    averages = {name for name in after if name.startswith("average.")}  # they go on towards the same weights
+    assert_same({n: after[n] for n in after.keys() - averages}, {n: before[n] for n in before.keys() - averages})
+    assert all(after[name].isfinite().all() for name in averages)
+    assert (state.steps, state.skips.tolist()) == (2, [1, 1])
     assert all(parameter.grad is None for parameter in state.model.parameters())
 
 
@@ -135,11 +172,12 @@ def test_skipped_steps_only_end_a_run_when_they_come_in_a_row(tiny: ModelConfig)
     for good_step in (True, False):
         for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
             next(state.model.parameters()).grad = torch.full_like(next(state.model.parameters()), float("nan"))
-            apply_gradients(state, 1e-3, 1.0, 0.9)
+            apply_gradients(state, TrainingConfig(), 1e-3)
         if good_step:
             next(state.model.parameters()).grad = torch.ones_like(next(state.model.parameters()))
-            apply_gradients(state, 1e-3, 1.0, 0.9)
-    assert (state.skipped, state.steps) == (38, 1)
+            apply_gradients(state, TrainingConfig(), 1e-3)
+    assert (state.skipped, state.steps) == (38, 39)
+    assert state.skips.tolist() == [38, 19]
 
 
 def test_training_gives_up_after_twenty_bad_steps_in_a_row_and_keeps_its_weights(tiny: ModelConfig) -> None:
@@ -149,8 +187,8 @@ def test_training_gives_up_after_twenty_bad_steps_in_a_row_and_keeps_its_weights
         state.model.head.bias.fill_(float("inf"))
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     with pytest.raises(TrainingDiverged, match="20 steps in a row"):
-        train(state, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK)
-    assert (state.skipped, state.steps) == (20, 0)
+        train(state, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK, report_seconds=0)
+    assert state.skipped == 20
     assert_same({name: p.detach() for name, p in state.model.named_parameters()}, before)
 
 
@@ -196,7 +234,7 @@ def test_every_step_draws_its_own_mask_timesteps_and_noise(tiny: ModelConfig) ->
     config = TrainingConfig(images=12, batch_size=4, precision="fp32")
     state = fresh(tiny, config)
     drawn: list[tuple[Tensor, ...]] = []
-    state.model.register_forward_pre_hook(lambda _, inputs: drawn.append(inputs))
+    state.model.register_forward_pre_hook(lambda _, inputs: drawn.append(inputs[:3]))
     train(state, batches(pictures(4)[:1].expand(4, -1, -1, -1), 4, 0, 0), config, DIFFUSION, MASK)
     for first, second in ((0, 1), (1, 2), (0, 2)):
         assert not any(torch.equal(a, b) for a, b in zip(drawn[first], drawn[second], strict=True))
@@ -216,3 +254,100 @@ def test_a_stop_is_obeyed_before_the_first_step(tiny: ModelConfig) -> None:
     state = fresh(tiny, config)
     train(state, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK, stop=lambda: True)
     assert (state.steps, state.images_seen) == (0, 0)
+
+
+@pytest.mark.parametrize("network", ["uvit", "dit"])
+@pytest.mark.parametrize("process", ["ddpm", "edm", "flow"])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "velocity"])
+@pytest.mark.parametrize("weight", ["uniform", "min-snr", "p2"])
+def test_every_combination_learns(
+    tiny: ModelConfig, network: NetworkKind, process: ProcessKind, prediction: Prediction, weight: LossWeight
+) -> None:
+    diffusion = DiffusionConfig(process=process, prediction=prediction, loss_weight=weight)
+    shape = tiny.model_copy(update={"network": network, "classes": 2})
+    config = TrainingConfig(images=16 * 60, batch_size=16, lr=5e-3, betas=(0.9, 0.95), precision="fp32")
+    half = MaskConfig(kind="patch", ratio=0.5)
+    state = fresh(shape, config)
+    patches, kinds = patchify(pictures(), shape.patch_size), torch.arange(12) % 2
+    before = denoising_loss(state.model, diffusion, patches, classes=kinds)
+    train(state, batches(pictures(), 16, 0, 0, classes=kinds), config, diffusion, half)
+    after = denoising_loss(state.model, diffusion, patches, classes=kinds)
+    assert after < before
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_accumulating_over_parts_equals_one_large_batch(tiny: ModelConfig, parts: int) -> None:
+    # A large ε keeps Adam's first steps proportional to the gradient, so that rounding is not magnified to signs.
+    results = []
+    for accumulate in (1, parts):
+        config = TrainingConfig(
+            images=24, batch_size=8, accumulate=accumulate, horizontal_flip=0.5, precision="fp32", seed=3
+        )
+        state = fresh(tiny, config)
+        state.optimizer.param_groups[0]["eps"] = 1.0
+        train(state, batches(pictures(), 8, 0, 3), config, DIFFUSION, MASK)
+        results.append(everything(state))
+    for name, tensor in results[0].items():
+        assert torch.allclose(results[1][name], tensor, rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("network", ["uvit", "dit"])
+def test_recomputing_activations_gives_the_same_gradients(tiny: ModelConfig, network: NetworkKind) -> None:
+    results = []
+    for recompute in (False, True):
+        config = TrainingConfig(images=8, batch_size=4, recompute=recompute, precision="fp32")
+        state = fresh(tiny.model_copy(update={"network": network}), config)
+        train(state, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK)
+        results.append(everything(state))
+    assert_same(*results)
+
+
+def test_classes_are_dropped_at_the_given_rate(tiny: ModelConfig) -> None:
+    config = TrainingConfig(images=4000, batch_size=400, class_dropout=0.3, precision="fp32", lr=1e-6)
+    state = fresh(tiny.model_copy(update={"classes": 3}), config)
+    seen: list[Tensor] = []
+    state.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[3]))
+    kinds = torch.arange(12) % 3
+    train(state, batches(pictures(), 400, 0, 0, classes=kinds), config, DIFFUSION, MASK)
+    told = torch.cat(seen)
+    assert float((told < 0).float().mean()) == pytest.approx(0.3, abs=0.03)
+    assert set(told.tolist()) == {-1, 0, 1, 2}
+
+
+def test_running_out_of_memory_names_what_to_try(tiny: ModelConfig) -> None:
+    config = TrainingConfig(images=8, batch_size=8, accumulate=2, precision="fp32")
+    state = fresh(tiny, config)
+
+    def too_much(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("no")
+
+    with pytest.raises(OutOfMemory, match=r"8 images does not fit .* --batch-size 4, --accumulate 4 or --recompute"):
+        train(state, batches(pictures(), 8, 0, 0), config, DIFFUSION, MASK, denoiser=too_much)
+
+
+def test_reports_sum_up_the_steps_since_the_last_one(tiny: ModelConfig) -> None:
+    config = TrainingConfig(images=20, batch_size=4, precision="fp32")
+    every: list[Progress] = []
+    train(
+        fresh(tiny, config),
+        batches(pictures(), 4, 0, 0),
+        config,
+        DIFFUSION,
+        MASK,
+        on_progress=every.append,
+        report_seconds=0,
+    )
+    once: list[Progress] = []
+    train(
+        fresh(tiny, config),
+        batches(pictures(), 4, 0, 0),
+        config,
+        DIFFUSION,
+        MASK,
+        on_progress=once.append,
+        report_seconds=60,
+    )
+    assert [progress.images for progress in every] == [4, 8, 12, 16, 20]
+    assert [progress.images for progress in once] == [20]
+    assert once[0].loss == pytest.approx(sum(progress.loss for progress in every) / 5, rel=1e-5)
+    assert 0 <= once[0].data_wait <= 1
