@@ -34,7 +34,7 @@ from maskdm.diffusion import denoising_loss
 from maskdm.images import save_png
 from maskdm.layers import patchify
 from maskdm.model import build_model
-from maskdm.precision import autocast, pick_precision
+from maskdm.precision import arithmetic, pick_precision
 from maskdm.runfolder import read_lines, write_json
 from maskdm.training import TrainingState, train
 from maskdm_server.pictures import save_samples
@@ -106,7 +106,7 @@ def held_out(model_path: Path, pixels: torch.Tensor) -> float:
 def loss_of(weights: dict[str, torch.Tensor], shape: Any, diffusion: DiffusionConfig, pixels: torch.Tensor) -> float:
     """Held-out denoising loss of weights: four draws an image, the same ones for every model."""
     model = model_from(weights, shape)
-    with autocast(CPU, pick_precision("auto", CPU)):
+    with arithmetic(CPU, pick_precision("auto", CPU)):
         return denoising_loss(model, diffusion, patchify(pixels, shape.patch_size), draws=4, seed=7)
 
 

@@ -21,7 +21,7 @@ from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
 from maskdm.images import IsColour
 from maskdm.layers import patchify
 from maskdm.model import Network
-from maskdm.precision import autocast, pick_device, pick_precision
+from maskdm.precision import arithmetic, pick_device, pick_precision
 from maskdm.protocol import Outcome, Parcel, Report, RoundPlan, from_arrays
 from maskdm.runfolder import append_line
 from maskdm.seeding import derive_seed
@@ -174,7 +174,7 @@ def _held_out_loss(model: Network, plan: RoundPlan, images: Images, settings: Si
     pixels = images.pixels[:HELD_OUT_DRAWS]
     patches = patchify(pixels, plan.model.model.patch_size).to(device)
     model.eval()
-    with autocast(device, pick_precision(settings.precision, device)):
+    with arithmetic(device, pick_precision(settings.precision, device)):
         draws = max(1, HELD_OUT_DRAWS // len(pixels))
         classes = class_numbers(images.labels[:HELD_OUT_DRAWS], plan.model.class_names)
         return denoising_loss(

@@ -17,7 +17,7 @@ from maskdm.diffusion import Denoiser, predict, predicted_x0, to_model_range
 from maskdm.forward_process import ForwardProcess, Spacing, forward_process
 from maskdm.layers import patchify, unpatchify
 from maskdm.model import Network, device_of
-from maskdm.precision import autocast
+from maskdm.precision import arithmetic
 from maskdm.seeding import generator
 
 Sampler = Literal["dpmpp", "ddim", "ddpm", "heun", "euler"]
@@ -245,7 +245,7 @@ def _draw(
     was_training = model.training
     model.eval()
     done = []
-    with autocast(device, precision):
+    with arithmetic(device, precision):
         for first in range(0, count, batch_size):
             rows = slice(first, first + batch_size)
             x = patchify(start[rows].to(device), shape.patch_size)  # (B, N, P)

@@ -23,7 +23,7 @@ from maskdm.forward_process import ForwardProcess, forward_process
 from maskdm.layers import patchify
 from maskdm.masking import draw_visible
 from maskdm.model import Network, device_of
-from maskdm.precision import autocast, pick_precision
+from maskdm.precision import arithmetic, pick_precision
 from maskdm.seeding import generator
 
 # Steps in a row with a non-finite gradient after which a run gives up: single ones happen, this many do not pass.
@@ -223,7 +223,7 @@ def training_step(
     size = math.ceil(batch / config.accumulate)
     for start in range(0, batch, size):
         part = slice(start, start + size)
-        with autocast(device, precision), gradients_stay_here(denoiser, start + size < batch):
+        with arithmetic(device, precision), gradients_stay_here(denoiser, start + size < batch):
             losses = masked_loss(
                 denoiser,
                 diffusion,

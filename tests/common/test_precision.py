@@ -14,9 +14,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def measured_anew() -> Iterator[None]:
-    precision._bf16_pays.cache_clear()
+    for measured in (precision._bf16_pays, precision.other_route_pays):
+        measured.cache_clear()
     yield
-    precision._bf16_pays.cache_clear()
+    for measured in (precision._bf16_pays, precision.other_route_pays):
+        measured.cache_clear()
 
 
 @pytest.mark.parametrize(("half", "full", "expected"), [(1.0, 4.0, "bf16"), (1.0, 1.0, "fp32"), (2.0, 1.0, "fp32")])
@@ -44,3 +46,43 @@ def test_what_was_asked_for_is_taken() -> None:
 def test_a_device_that_is_not_there_is_an_error_with_a_remedy() -> None:
     with pytest.raises(UsageError, match=r"--device warp is not available here: use cpu, or auto"):
         pick_device("warp")
+
+
+@pytest.mark.parametrize(("stock", "other", "expected"), [(4.0, 1.0, True), (1.0, 1.0, False), (1.0, 3.0, False)])
+def test_the_other_fp32_route_is_taken_only_where_it_is_clearly_faster(
+    stock: float, other: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([stock, other])
+    monkeypatch.setattr(precision, "_seconds", lambda work: next(seconds))
+    monkeypatch.setattr(precision, "LARGEST_ERROR", 1.0)  # whatever this machine's route is
+    assert precision.other_route_pays() is expected
+
+
+def test_a_route_that_rounds_is_refused_however_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([4.0, 1.0])
+    monkeypatch.setattr(precision, "_seconds", lambda work: next(seconds))
+    monkeypatch.setattr(precision, "LARGEST_ERROR", 0.0)
+    assert not precision.other_route_pays()
+
+
+def test_the_global_setting_is_put_back_even_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "other_route_pays", lambda: True)
+    before = torch.get_float32_matmul_precision()
+
+    def fail() -> None:
+        with precision.arithmetic(CPU, "fp32"):
+            assert torch.get_float32_matmul_precision() == "medium"
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert torch.get_float32_matmul_precision() == before
+    with precision.arithmetic(CPU, "bf16"):
+        assert torch.get_float32_matmul_precision() == before
+
+
+def test_importing_the_library_and_measuring_change_nothing_global() -> None:
+    before = torch.get_float32_matmul_precision()
+    precision.other_route_pays()
+    pick_precision("auto", CPU)
+    assert torch.get_float32_matmul_precision() == before
