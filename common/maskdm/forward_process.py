@@ -16,6 +16,9 @@ Spacing = Literal["time", "log-snr"]
 
 # Rectified flow ends in pure noise, α = 0, where x_0 cannot be told from ε; sampling starts just before.
 FLOW_LAST_TIME = 0.999
+# Even steps in λ begin here, where 0.6 % of the amplitude is signal: further out they would be spent on pure noise
+# (Lu et al. 2022, arXiv 2211.01095, for the cosine schedule).
+LOWEST_LOG_SNR = -5.1
 
 
 class ForwardProcess(Protocol):
@@ -62,7 +65,7 @@ class DiscreteProcess:
         return None
 
     def grid(self, steps: int, spacing: Spacing) -> Tensor:
-        """From T − 1 down to 0, evenly in t; or evenly in λ = log(α/σ) up to rounding, which may leave fewer steps."""
+        """From T − 1 down to 0, evenly in t; or evenly in λ = log(α/σ) up to rounding, which may leave a few less."""
         last = len(self._abar) - 1
         steps = min(steps, last + 1)
         if steps == 1:
@@ -70,7 +73,8 @@ class DiscreteProcess:
         if spacing == "time":
             return torch.linspace(last, 0, steps, dtype=torch.float64).round().long()
         log_snr = ((self._abar.log() - (1 - self._abar).log()) / 2).cpu()  # λ_t, falling in t
-        wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
+        lowest = max(float(log_snr[-1]), LOWEST_LOG_SNR)
+        wanted = torch.linspace(lowest, float(log_snr[0]), steps, dtype=torch.float64)
         nearest = (log_snr[None] - wanted[:, None]).abs().argmin(dim=1)  # (steps,)
         return torch.unique(nearest).flip(0)  # type: ignore[no-any-return]
 
@@ -131,10 +135,10 @@ class RectifiedFlow:
         return None
 
     def grid(self, steps: int, spacing: Spacing) -> Tensor:
-        """Evenly in t from the noise to one step before the data; or evenly in λ, as far from the one as the other."""
+        """Evenly in t from the noise to one step before the data; or evenly in λ = log((1 − t)/t)."""
         if spacing == "log-snr":
-            far = math.log(FLOW_LAST_TIME / (1 - FLOW_LAST_TIME))
-            return torch.linspace(far, -far, steps, dtype=torch.float64).sigmoid()
+            highest = math.log(FLOW_LAST_TIME / (1 - FLOW_LAST_TIME))
+            return torch.linspace(-LOWEST_LOG_SNR, -highest, steps, dtype=torch.float64).sigmoid()
         return FLOW_LAST_TIME * (1 - torch.arange(steps, dtype=torch.float64) / steps)
 
 

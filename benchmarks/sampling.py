@@ -1,0 +1,115 @@
+"""What each sampler costs and how close it comes.
+
+    python benchmarks/sampling.py [--threads 1] [--count 4] [--json FILE]
+
+Cost: seconds an image of the published S network at 64 pixels, random weights, and evaluations of the network.
+Closeness: with the exact denoiser of a mixture of two Gaussians in the network's place, the Wasserstein-1 distance
+between 4,000 samples and the mixture's quantiles; the floor is what 4,000 true samples give.
+"""
+
+import argparse
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskdm.config import DiffusionConfig, ModelConfig, ProcessKind
+from maskdm.forward_process import forward_process
+from maskdm.model import build_model
+from maskdm.precision import pick_device, pick_precision
+from maskdm.runfolder import write_json
+from maskdm.sampling import Levels, Sampler, X0At, levels_at, run_sampler, sample, sampling_times
+
+DDPM: tuple[Sampler, ...] = ("dpmpp", "heun", "ddim")
+EDM: tuple[Sampler, ...] = ("heun", "dpmpp")
+FLOW: tuple[Sampler, ...] = ("euler", "heun", "dpmpp")
+CASES: tuple[tuple[ProcessKind, Sampler, int], ...] = (
+    *(("ddpm", sampler, steps) for sampler in DDPM for steps in (10, 20, 25, 50, 100)),
+    *(("ddpm", "ddpm", steps) for steps in (250, 1000)),
+    *(("edm", sampler, steps) for sampler in EDM for steps in (10, 20, 50)),
+    *(("flow", sampler, steps) for sampler in FLOW for steps in (10, 20, 50)),
+)
+SAMPLES = 4000
+WEIGHTS, CENTRES, WIDTH = torch.tensor([0.7, 0.3]).double(), torch.tensor([-0.6, 0.5]).double(), 0.1
+
+
+def exact(levels: Levels) -> X0At:
+    """E[x_0 | x_t] of the mixture."""
+
+    def x0_at(x: Tensor, i: int) -> Tensor:
+        alpha, sigma = levels[i]
+        spread = alpha**2 * WIDTH**2 + sigma**2
+        distance = x[..., None] - alpha * CENTRES
+        chance = (WEIGHTS.log() - distance**2 / (2 * spread)).softmax(dim=-1)
+        return (chance * (CENTRES + alpha * WIDTH**2 / spread * distance)).sum(dim=-1)
+
+    return x0_at
+
+
+def quantiles() -> Tensor:
+    """Values that the mixture stays below with probability (i + ½)/SAMPLES, (SAMPLES,)."""
+    grid = torch.linspace(-1.5, 1.5, 200_001, dtype=torch.float64)
+    below = (WEIGHTS * (0.5 + 0.5 * torch.erf((grid[:, None] - CENTRES) / (WIDTH * math.sqrt(2))))).sum(dim=1)
+    wanted = (torch.arange(SAMPLES, dtype=torch.float64) + 0.5) / SAMPLES
+    return grid[torch.searchsorted(below, wanted).clamp(max=len(grid) - 1)]
+
+
+def distance(process: ProcessKind, sampler: Sampler, steps: int) -> tuple[float, int]:
+    """Wasserstein-1 distance to the mixture, and evaluations."""
+    forward = forward_process(DiffusionConfig(process=process))
+    levels = levels_at(forward, sampling_times(forward, sampler, steps))
+    calls = 0
+
+    def counted(x: Tensor, i: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return exact(levels)(x, i)
+
+    noise = torch.randn(1, SAMPLES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = [torch.Generator().manual_seed(1)]
+    drawn = run_sampler(sampler, counted, levels, noise * levels[0][1], eta=0.0, randomness=own)
+    return float((drawn.flatten().sort().values - quantiles()).abs().mean()), calls
+
+
+def floor() -> float:
+    """Distance of as many true samples."""
+    randomness = torch.Generator().manual_seed(2)
+    which = (torch.rand(SAMPLES, generator=randomness) > WEIGHTS[0]).long()
+    drawn = CENTRES[which] + WIDTH * torch.randn(SAMPLES, generator=randomness, dtype=torch.float64)
+    return float((drawn.sort().values - quantiles()).abs().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    precision = pick_precision("auto", device)
+    model = build_model(ModelConfig.preset("S", image_size=64, channels=3), device=device)
+    machine = {"cpu": platform.machine(), "device": str(device), "threads": options.threads, "precision": precision}
+    sample(model, DiffusionConfig(), options.count, steps=1, precision=precision)
+    started = time.perf_counter()
+    sample(model, DiffusionConfig(), options.count, steps=10, precision=precision)
+    evaluation = (time.perf_counter() - started) / 10 / options.count  # the same for every sampler
+    rows: list[dict[str, Any]] = [{"what": "floor: true samples", "distance": floor()}]
+    print(f"floor {rows[0]['distance']:.4f}\nprocess  sampler  steps evaluations s/image distance")
+    for process, sampler, steps in CASES:
+        off, calls = distance(process, sampler, steps)
+        row = {"process": process, "sampler": sampler, "steps": steps, "evaluations": calls}
+        rows.append(row | {"seconds an image": evaluation * calls, "distance": off})
+        print(f"{process:8} {sampler:8} {steps:5} {calls:11} {evaluation * calls:7.2f} {off:8.4f}", flush=True)
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    if options.json:
+        write_json(options.json, [{**row, "machine": machine, "versions": versions} for row in rows])
+
+
+if __name__ == "__main__":
+    main()
