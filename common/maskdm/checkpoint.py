@@ -13,10 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, TrainingConfig
+from maskdm.distributed import as_part_of, is_first, whole
 from maskdm.errors import CheckpointError
-from maskdm.model import Network, device_of, network, resize_positions
+from maskdm.model import Network, network, resize_positions
 from maskdm.runfolder import atomic_write
-from maskdm.training import TrainingState, optimizer_tensors, restore_optimizer
+from maskdm.training import TrainingState, optimizer_tensors, put_weights, restore_optimizer
 
 SCHEMA_VERSION: Literal[1] = 1
 METADATA_KEY = "maskdm"
@@ -46,9 +47,10 @@ def sha256_of(path: Path) -> str:
 
 
 def save_checkpoint(path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
-    """Write weights (fp32) and metadata, whole or not at all."""
-    cpu = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    atomic_write(path, save(cpu, {METADATA_KEY: metadata.model_dump_json()}))
+    """Write weights (fp32) and metadata, whole or not at all; called by all processes, written by the first."""
+    cpu = {name: whole(tensor.detach()).float().cpu().contiguous() for name, tensor in weights.items()}
+    if is_first():
+        atomic_write(path, save(cpu, {METADATA_KEY: metadata.model_dump_json()}))
 
 
 def load_checkpoint(path: Path, option: str = "--model") -> tuple[dict[str, Tensor], CheckpointMetadata]:
@@ -110,14 +112,15 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def save_state(path: Path, state: TrainingState, config: TrainingConfig) -> None:
-    """Everything resume needs, in one atomic file."""
+    """Everything resume needs, in one atomic file; called by all processes together, written by the first."""
     tensors = {f"raw.{name}": p.detach() for name, p in state.model.named_parameters()}
     tensors |= {f"ema.{name}": p for name, p in state.average.items()}
     tensors |= {f"optimizer.{name}": p for name, p in optimizer_tensors(state).items()}
     counts = {"images_seen": state.images_seen, "steps": state.steps, "skipped": state.skipped}
     document = json.dumps({"schema_version": SCHEMA_VERSION, "seed": config.seed, **counts})
-    cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, save(cpu, {METADATA_KEY: document}))
+    cpu = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+    if is_first():
+        atomic_write(path, save(cpu, {METADATA_KEY: document}))
 
 
 def load_state(path: Path, state: TrainingState) -> None:
@@ -134,16 +137,15 @@ def load_state(path: Path, state: TrainingState) -> None:
         average = _under(tensors, "ema.")
         if {n: t.shape for n, t in average.items()} != {n: t.shape for n, t in state.average.items()}:
             raise ValueError("weights of another model")
-        state.model.load_state_dict(weights, strict=True)
+        put_weights(state.model, weights)
         state.images_seen, state.steps = int(counts["images_seen"]), int(counts["steps"])
         state.skips[0], state.skips[1] = int(counts["skipped"]), 0
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"--out: {path} cannot be resumed ({error}): use --resume never and a new --out"
         ) from error
-    device = device_of(state.model)
-    state.average = {name: average[name].to(device) for name in state.average}
-    restore_optimizer(state, {name: t.to(device) for name, t in _under(tensors, "optimizer.").items()})
+    state.average = {name: as_part_of(average[name], present) for name, present in state.average.items()}
+    restore_optimizer(state, _under(tensors, "optimizer."))
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,18 +7,24 @@ process that writes.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from maskdm.errors import UsageError
+
+
+def launched() -> bool:
+    """Whether `torchrun` started several processes of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that `torchrun` started; does nothing where it started none."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    if not launched():
         yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -35,7 +41,7 @@ def rank() -> int:
 
 def is_first() -> bool:
     """Whether this is the process that writes; also before the group was joined."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not launched() or int(os.environ["RANK"]) == 0
 
 
 def world_size() -> int:
@@ -51,8 +57,41 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def together(network: nn.Module) -> nn.Module:
-    """The network, its gradients averaged over all processes during the backward pass."""
-    return nn.parallel.DistributedDataParallel(network) if world_size() > 1 else network
+    """The network, its gradients averaged over all processes during the backward pass; a sharded one does so itself."""
+    if world_size() == 1 or hasattr(next(network.parameters()), "placements"):
+        return network
+    return nn.parallel.DistributedDataParallel(network)
+
+
+def shard(network: nn.Module) -> None:
+    """Fully sharded data parallelism: each process keeps only its part of weights, gradients, moments and averages.
+
+    In place, block by block; whole weights exist only while their block computes (Zhao et al. 2023, arXiv 2304.11277).
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # these take a second to import, which few need
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(network.parameters()).device.type, (world_size(),))
+    for module in network.modules():
+        for block in module if isinstance(module, nn.ModuleList) else ():
+            fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that may be sharded; all processes must ask for it together."""
+    gather = getattr(tensor, "full_tensor", None)
+    full: Tensor = gather() if gather else tensor
+    return full
+
+
+def as_part_of(tensor: Tensor, like: Any) -> Tensor:
+    """A full tensor on the device of another, and sharded as that is."""
+    if not hasattr(like, "placements"):
+        return tensor.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def agreed(wish: Callable[[], bool], device: torch.device, every: int = 16) -> Callable[[], bool]:

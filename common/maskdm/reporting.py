@@ -8,12 +8,15 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from maskdm.distributed import is_first
+
 PLAIN_LINE_EVERY = 5.0  # seconds
 
 
 def say(line: str) -> None:
-    """One line for a person, on standard error so that standard output stays free for results."""
-    print(line, file=sys.stderr, flush=True)
+    """One line for a person, on standard error so that standard output stays free; of several processes the first."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 class WorkBar:

@@ -6,7 +6,7 @@ in a step waits for the device; what people want to know is read from it every h
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
 from maskdm.data import Batch
 from maskdm.diffusion import Denoiser, masked_loss, to_model_range
-from maskdm.distributed import rank
+from maskdm.distributed import as_part_of, rank, whole
 from maskdm.errors import OutOfMemory, TrainingDiverged
 from maskdm.forward_process import ForwardProcess, forward_process
 from maskdm.layers import patchify
@@ -62,7 +62,7 @@ class Progress:
     """What a hook sees: the steps since it was last called."""
 
     images: int  # seen in all
-    loss: float  # mean of the finite ones; NaN where there was none
+    loss: float | None  # mean of the finite ones
     lr: float
     images_per_s: float
     data_wait: float  # share of the time spent waiting for images
@@ -145,12 +145,13 @@ def train(
                 f"a step of {len(images)} images does not fit into the memory of {device}: try --batch-size "
                 f"{max(1, config.batch_size // 2)}, --accumulate {2 * config.accumulate} or --recompute"
             ) from error
-        window.add(loss, config.batch_size, waited)
-        last = state.images_seen >= begin + config.images
-        if last or window.seconds() >= report_seconds:
-            progress = window.read(state, lr)
+        window.add(loss, lr, config.batch_size, waited)
+        if window.seconds() >= report_seconds:
+            progress = window.read(state)
             window = Window()
             on_progress(progress)
+    if window.steps():
+        on_progress(window.read(state))
 
 
 class Window:
@@ -159,25 +160,31 @@ class Window:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._losses: list[Tensor] = []
+        self._lr = 0.0
         self._images = 0
         self._waited = 0.0
 
-    def add(self, loss: Tensor, images: int, waited: float) -> None:
+    def add(self, loss: Tensor, lr: float, images: int, waited: float) -> None:
         self._losses.append(loss)
+        self._lr = lr
         self._images += images
         self._waited += waited
+
+    def steps(self) -> int:
+        return len(self._losses)
 
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
-    def read(self, state: TrainingState, lr: float) -> Progress:
+    def read(self, state: TrainingState) -> Progress:
         """Wait for the device and sum up.
 
         Raises:
             TrainingDiverged: too many steps in a row were skipped.
         """
         losses = torch.stack(self._losses)
-        loss = float(losses[losses.isfinite()].mean())
+        finite = losses[losses.isfinite()]
+        loss = float(finite.mean()) if len(finite) else None
         skipped, in_a_row = state.skips.tolist()
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(
@@ -185,7 +192,8 @@ class Window:
                 f"the last saved state is whole"
             )
         elapsed = self.seconds()
-        return Progress(state.images_seen, loss, lr, self._images / elapsed, self._waited / elapsed, skipped)
+        rate, wait = self._images / elapsed, self._waited / elapsed
+        return Progress(state.images_seen, loss, self._lr, rate, wait, skipped)
 
 
 def training_step(
@@ -244,7 +252,7 @@ def training_step(
 
 def apply_gradients(state: TrainingState, config: TrainingConfig, lr: float) -> None:
     """Clip, step and average; after a non-finite gradient no weight changes. Does not wait for the device."""
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm, foreach=True)
+    norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm, foreach=True))
     bad = ~torch.isfinite(norm)
     optimizer: Any = state.optimizer
     optimizer.found_inf = bad.float()  # what PyTorch's gradient scaler tells a fused optimiser to leave the step out
@@ -266,12 +274,19 @@ def gradients_stay_here(denoiser: Denoiser, wanted: bool) -> AbstractContextMana
     return nullcontext()
 
 
+def put_weights(model: Network, weights: Mapping[str, Tensor]) -> None:
+    """Copy full weights into a network, sharded or not."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(as_part_of(weights[name], parameter))
+
+
 def optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """Moments of the optimiser by parameter name, e.g. for a resumable file."""
+    """Moments of the optimiser by parameter name, e.g. for a resumable file; full ones."""
     found: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
         for key, value in state.optimizer.state.get(parameter, {}).items():
-            found[f"{key}.{name}"] = value
+            found[f"{key}.{name}"] = whole(value)
     return found
 
 
@@ -281,6 +296,7 @@ def restore_optimizer(state: TrainingState, tensors: dict[str, Tensor]) -> None:
         moments: dict[str, Any] = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{key}.{name}" in tensors:
-                moments[key] = tensors[f"{key}.{name}"]
+                moment = tensors[f"{key}.{name}"]
+                moments[key] = as_part_of(moment, parameter) if moment.dim() else moment.to(parameter.device)
         if moments:
             state.optimizer.state[parameter] = moments

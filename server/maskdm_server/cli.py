@@ -93,6 +93,7 @@ def pretrain(
     accumulate: Annotated[int, typer.Option(help="Parts that a step computes one after another.")] = 1,
     recompute: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
     compile: Annotated[bool, typer.Option(help="torch.compile; pays on GPUs.")] = False,
+    shard: Annotated[bool, typer.Option(help="Under torchrun: spread a large network over the processes.")] = False,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     warmup_images: Annotated[int, typer.Option(help="Images of linear warm-up.")] = 0,
     betas: Annotated[str, typer.Option(help="AdamW's two decay rates.")] = "0.99,0.99",
@@ -165,6 +166,7 @@ def pretrain(
             resume=resume == "auto",
             save_every=save_every,
             compiled=compile,
+            sharded=shard,
         )
     say(f"prior: {prior}; samples: {out / 'samples'}")
 

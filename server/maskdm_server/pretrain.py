@@ -14,7 +14,7 @@ from maskdm import __version__
 from maskdm.checkpoint import CheckpointMetadata, load_state, load_weights, save_checkpoint, save_state, sha256_of
 from maskdm.config import DiffusionConfig, ModelConfig, Stage
 from maskdm.data import Images, batches, class_numbers
-from maskdm.distributed import agreed, check_batch, rank, together, world_size
+from maskdm.distributed import agreed, check_batch, rank, shard, together, whole, world_size
 from maskdm.errors import UsageError
 from maskdm.interruption import Interruption
 from maskdm.masking import effective_ratio, visible_count
@@ -78,6 +78,7 @@ def pretrain(
     resume: bool = True,
     save_every: float = 120.0,
     compiled: bool = False,
+    sharded: bool = False,
 ) -> Path:
     """Train a prior on `images` and return the path of its checkpoint.
 
@@ -88,6 +89,8 @@ def pretrain(
         out: run folder, already owned by this process.
         init: checkpoint to start from instead of random weights; its positions are resized where the grid differs.
         save_every: seconds between saves of the full state, so what a crash may cost.
+        compiled: let torch.compile have the network.
+        sharded: spread the network over the processes instead of keeping it in each.
 
     Raises:
         UsageError: the folder holds another run.
@@ -101,6 +104,8 @@ def pretrain(
     model = build_model(run.model, seed=derive_seed("weights", run.seed), device=device)
     if init:
         load_weights(model, init, "--init")
+    if sharded:
+        shard(model)
     if compiled:
         model.compile()
     state = TrainingState.fresh(model, run.stages[0].training)
@@ -115,11 +120,10 @@ def pretrain(
     )
     state = train_stages(state, run, images, out, device, save_every)
     picture = out / "samples" / f"{state.images_seen:09d}.png"
+    average = {name: whole(tensor) for name, tensor in state.average.items()}
     if rank() == 0 and not picture.exists():
         precision = run.stages[-1].training.precision
-        save_samples(
-            picture, state.average, run.model, run.diffusion, seed=run.seed, device=str(device), precision=precision
-        )
+        save_samples(picture, average, run.model, run.diffusion, seed=run.seed, device=str(device), precision=precision)
     if state.skipped:
         say(f"{state.skipped} steps were skipped because their gradient was not finite")
     return out / "prior.safetensors"
@@ -136,6 +140,13 @@ def train_stages(
     """Train what is left of each stage, saving as it goes; returns the state after the last one."""
     begins, classes = run.begins(), class_numbers(images.labels, run.class_names)
     with Interruption() as interruption, WorkBar("pretrain", begins[-1], state.images_seen) as bar:
+
+        def record(progress: Progress) -> None:
+            if rank() == 0:
+                append_line(out / "metrics.jsonl", vars(progress))
+                loss = "not finite" if progress.loss is None else f"{progress.loss:.4f}"
+                bar.update(progress.images, f"loss {loss} {progress.images_per_s:,.0f} images/s")
+
         for begin, end, stage in zip(begins, begins[1:], run.stages, strict=False):
             if state.images_seen >= end:
                 continue
@@ -147,6 +158,7 @@ def train_stages(
                 f"mask {stage.mask.kind}, {visible} of {run.model.grid**2} patches visible ({ratio:.1%} hidden), "
                 f"to {end:,} images"
             )
+            denoiser = together(state.model)
             order = batches(
                 images.pixels,
                 config.batch_size,
@@ -155,27 +167,30 @@ def train_stages(
                 classes=classes,
                 share=(rank(), world_size()),
             )
-            train(
-                state,
-                order,
-                config,
-                run.diffusion,
-                stage.mask,
-                begin=begin,
-                denoiser=together(state.model),
-                on_progress=_recorder(state, run, stage, out, bar, save_every),
-                report_seconds=METRICS_EVERY,
-                stop=agreed(interruption.requested, device),
-            )
-            if rank() == 0:
+            while state.images_seen < end:
+                stop = agreed(_wish(interruption, time.monotonic() + save_every), device)
+                train(
+                    state,
+                    order,
+                    config,
+                    run.diffusion,
+                    stage.mask,
+                    begin=begin,
+                    denoiser=denoiser,
+                    on_progress=record,
+                    report_seconds=METRICS_EVERY,
+                    stop=stop,
+                )
                 save(state, run, stage, out)
-            interruption.check()
+                interruption.check()
     return state
 
 
 def next_stage(state: TrainingState, stage: Stage) -> TrainingState:
     """The moving average becomes the weights, and the optimiser starts anew."""
-    state.model.load_state_dict(state.average)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            parameter.copy_(state.average[name])
     following = TrainingState.fresh(state.model, stage.training)
     following.images_seen, following.skips = state.images_seen, state.skips
     return following
@@ -211,19 +226,6 @@ def open_run(out: Path, run: Run, images: Images, init: Path | None, resume: boo
     append_line(out / "versions.jsonl", {"time": time.time(), "maskdm": __version__, "torch": torch.__version__})
 
 
-def _recorder(
-    state: TrainingState, run: Run, stage: Stage, out: Path, bar: WorkBar, save_every: float
-) -> Callable[[Progress], None]:
-    last_save = time.monotonic()
-
-    def record(progress: Progress) -> None:
-        nonlocal last_save
-        if rank():
-            return
-        append_line(out / "metrics.jsonl", vars(progress))
-        bar.update(progress.images, f"loss {progress.loss:.4f} {progress.images_per_s:,.0f} images/s")
-        if time.monotonic() - last_save >= save_every:
-            save(state, run, stage, out)
-            last_save = time.monotonic()
-
-    return record
+def _wish(interruption: Interruption, due: float) -> Callable[[], bool]:
+    """To leave the training loop: the user asks for it, or it is time to save."""
+    return lambda: interruption.requested() or time.monotonic() > due

@@ -1,15 +1,18 @@
 """Two real processes under torchrun train one model (gloo, CPU)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from maskdm import distributed
+from maskdm.checkpoint import load_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
 from maskdm.data import batches
 from maskdm.diffusion import masked_loss, to_model_range
@@ -18,6 +21,7 @@ from maskdm.forward_process import forward_process
 from maskdm.layers import patchify
 from maskdm.masking import draw_visible
 from maskdm.model import build_model
+from maskdm.runfolder import read_lines
 from maskdm.seeding import generator
 
 from .distributed_worker import TINY
@@ -43,14 +47,19 @@ def own_gradients(number: int, processes: int) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_keep_equal_weights_and_average_their_gradients(tmp_path: Path, accumulate: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(WORKER), str(tmp_path), str(accumulate)], capture_output=True, text=True, timeout=240
-    )
+def in_two_processes(*arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("accumulate", "how"), [(1, "copies"), (2, "copies"), (1, "sharded")])
+def test_two_processes_keep_equal_weights_and_average_their_gradients(
+    tmp_path: Path, accumulate: int, how: str
+) -> None:
+    in_two_processes(str(WORKER), str(tmp_path), str(accumulate), how)
     first, second = (load_file(tmp_path / f"{number}.safetensors") for number in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     parts = [own_gradients(number, 2) for number in (0, 1)]
@@ -58,6 +67,30 @@ def test_two_processes_keep_equal_weights_and_average_their_gradients(tmp_path: 
         found, mean = first[f"first_gradient.{name}"], (parts[0][name] + parts[1][name]) / 2
         assert torch.allclose(found, mean, rtol=1e-4, atol=1e-7), name
         assert not torch.allclose(parts[0][name], parts[1][name]) or not parts[0][name].any()
+
+
+@pytest.mark.slow
+def test_the_command_trains_saves_and_continues_a_sharded_network_in_two_processes(tmp_path: Path) -> None:
+    np.save(tmp_path / "corpus.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    command = [
+        "-m",
+        "maskdm_server",
+        "pretrain",
+        "--data",
+        str(tmp_path / "corpus.npy"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command += ["--size", "tiny", "--image-size", "8", "--patch-size", "2", "--mask", "patch", "--mask-ratio", "0.5"]
+    command += ["--batch-size", "4", "--precision", "fp32", "--shard"]
+    in_two_processes(*command, "--images", "80")
+    once, _ = load_checkpoint(tmp_path / "run" / "prior.safetensors")
+    in_two_processes(*command, "--images", "160")
+    twice, metadata = load_checkpoint(tmp_path / "run" / "prior.safetensors")
+    assert metadata.images_seen == 160
+    assert not torch.equal(once["head.weight"], twice["head.weight"])
+    images = [line["images"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert images == sorted(set(images)), "written by more than one process"
 
 
 def test_a_single_process_needs_no_group() -> None:

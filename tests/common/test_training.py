@@ -349,5 +349,5 @@ def test_reports_sum_up_the_steps_since_the_last_one(tiny: ModelConfig) -> None:
     )
     assert [progress.images for progress in every] == [4, 8, 12, 16, 20]
     assert [progress.images for progress in once] == [20]
-    assert once[0].loss == pytest.approx(sum(progress.loss for progress in every) / 5, rel=1e-5)
+    assert once[0].loss == pytest.approx(sum(progress.loss or 0 for progress in every) / 5, rel=1e-5)
     assert 0 <= once[0].data_wait <= 1
