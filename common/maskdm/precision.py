@@ -73,14 +73,15 @@ def other_route_pays() -> bool:
         """A linear layer forwards, and both halves of it backwards."""
         return torch.cat([part.flatten() for part in (x @ weight.T, y @ weight, y.T @ x)])
 
+    def through(setting: str) -> Tensor:
+        torch.set_float32_matmul_precision(setting)
+        return products(x, weight, y)
+
     exact = products(x.double(), weight.double(), y.double())
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("highest")
-        stock = _seconds(lambda: products(x, weight, y))
-        torch.set_float32_matmul_precision("medium")
-        error = float((products(x, weight, y).double() - exact).norm() / exact.norm())
-        return error < LARGEST_ERROR and _seconds(lambda: products(x, weight, y)) < 0.8 * stock
+        error = float((through("medium").double() - exact).norm() / exact.norm())
+        return error < LARGEST_ERROR and _ratio(lambda: through("medium"), lambda: through("highest")) < 0.8
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -93,14 +94,16 @@ def _bf16_pays() -> bool:
         return False
     left, right = torch.ones(512, 512), torch.ones(512, 512)
     half_left, half_right = left.bfloat16(), right.bfloat16()
-    return _seconds(lambda: half_left @ half_right) < 0.8 * _seconds(lambda: left @ right)
+    return _ratio(lambda: half_left @ half_right, lambda: left @ right) < 0.8
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The fastest of several runs, so that other work on the machine hardly matters."""
-    fastest = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
-        work()
-        fastest = min(fastest, time.perf_counter() - started)
-    return fastest
+def _ratio(first: Callable[[], object], second: Callable[[], object]) -> float:
+    """Time of the first over time of the second: the fastest of several runs each, in turns, so that other work on the
+    machine slows both alike."""
+    fastest = [float("inf"), float("inf")]
+    for _ in range(12):
+        for number, work in enumerate((first, second)):
+            started = time.perf_counter()
+            work()
+            fastest[number] = min(fastest[number], time.perf_counter() - started)
+    return fastest[0] / fastest[1]

@@ -21,12 +21,12 @@ def measured_anew() -> Iterator[None]:
         measured.cache_clear()
 
 
-@pytest.mark.parametrize(("half", "full", "expected"), [(1.0, 4.0, "bf16"), (1.0, 1.0, "fp32"), (2.0, 1.0, "fp32")])
+@pytest.mark.parametrize(("ratio", "expected"), [(0.25, "bf16"), (0.9, "fp32"), (2.0, "fp32")])
 def test_auto_takes_bf16_only_where_it_is_clearly_faster(
-    half: float, full: float, expected: str, monkeypatch: pytest.MonkeyPatch
+    ratio: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = iter([half, full])
-    monkeypatch.setattr(precision, "_seconds", lambda work: next(seconds))
+    ratios = iter([ratio])
+    monkeypatch.setattr(precision, "_ratio", lambda *_: next(ratios))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert pick_precision("auto", CPU) == expected
@@ -48,19 +48,17 @@ def test_a_device_that_is_not_there_is_an_error_with_a_remedy() -> None:
         pick_device("warp")
 
 
-@pytest.mark.parametrize(("stock", "other", "expected"), [(4.0, 1.0, True), (1.0, 1.0, False), (1.0, 3.0, False)])
+@pytest.mark.parametrize(("ratio", "expected"), [(0.5, True), (0.9, False), (3.0, False)])
 def test_the_other_fp32_route_is_taken_only_where_it_is_clearly_faster(
-    stock: float, other: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+    ratio: float, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = iter([stock, other])
-    monkeypatch.setattr(precision, "_seconds", lambda work: next(seconds))
+    monkeypatch.setattr(precision, "_ratio", lambda *_: ratio)
     monkeypatch.setattr(precision, "LARGEST_ERROR", 1.0)  # whatever this machine's route is
     assert precision.other_route_pays() is expected
 
 
 def test_a_route_that_rounds_is_refused_however_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([4.0, 1.0])
-    monkeypatch.setattr(precision, "_seconds", lambda work: next(seconds))
+    monkeypatch.setattr(precision, "_ratio", lambda *_: 0.1)
     monkeypatch.setattr(precision, "LARGEST_ERROR", 0.0)
     assert not precision.other_route_pays()
 
