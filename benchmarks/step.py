@@ -13,7 +13,6 @@ import argparse
 import importlib
 import math
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -259,10 +258,16 @@ def print_memory(which: str, options: argparse.Namespace) -> None:
     cpu = torch.device("cpu")
     peer = import_peer(options.peer) if options.peer else None
     torch.ones(8, 8) @ torch.ones(8, 8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = highest_memory()
     step = peer_step(LARGE, peer, "fp32", cpu) if which == "peer" and peer else our_step(LARGE, which, cpu)
     step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((highest_memory() - before) / 1024)
+
+
+def highest_memory() -> int:
+    """Most memory that this process ever held, KiB; getrusage would count what its parent held, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def exponent(precision: str, device: torch.device, repeats: int) -> float:

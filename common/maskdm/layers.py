@@ -36,8 +36,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(QKᵀ/√d)V over (B, H, N, d)."""
     slow = query.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest"
     if query.device.type == "cpu" and slow and query.shape[2] <= 1024:
-        # On short sequences the CPU's fused kernel spends over half of a training step in its backward pass in bf16, and
-        # is up to 20 times slower where fp32 products go through oneDNN.
+        # On short sequences the CPU's fused kernel spends over half of a training step in its backward pass in bf16,
+        # and is up to 20 times slower where fp32 products go through oneDNN.
         scores: Tensor = query * query.shape[3] ** -0.5 @ key.transpose(2, 3)  # (B, H, N, N)
         return scores.softmax(dim=3, dtype=torch.float32).to(value.dtype) @ value
     return functional.scaled_dot_product_attention(query, key, value)

@@ -252,10 +252,14 @@ def training_step(
 
 def apply_gradients(state: TrainingState, config: TrainingConfig, lr: float) -> None:
     """Clip, step and average; after a non-finite gradient no weight changes. Does not wait for the device."""
-    norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm, foreach=True))
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
     bad = ~torch.isfinite(norm)
     optimizer: Any = state.optimizer
-    optimizer.found_inf = bad.float()  # what PyTorch's gradient scaler tells a fused optimiser to leave the step out
+    # What PyTorch's gradient scaler tells a fused optimiser: to divide gradients as it reads them, which saves a pass
+    # over them, and to leave the step out.
+    optimizer.grad_scale = (norm / config.clip_norm).clamp(min=1).float()
+    optimizer.found_inf = bad.float()
     for group in optimizer.param_groups:
         group.update(lr=lr, betas=config.betas, weight_decay=config.weight_decay)
     optimizer.step()
