@@ -30,6 +30,7 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path: Path, public_corpus: 
     options = ("--size", "tiny", "--image-size", "16", "--block-size", "2", "--mask-ratio", "0.5", "--images", "256")
     server = str(binaries / "maskdm-server")
     run(server, "pretrain", "--data", str(public_corpus), "--out", "run", *options, "--batch-size", "32")
+    run(server, "pretrain", "--data", str(public_corpus), "--out", "x", "--recipe", "celeba-64", "--dry-run")
     simulate = ("simulate", "--prior", "run/prior.safetensors", "--data", str(public_corpus), "--out", "fed")
     run(server, *simulate, "--clients", "2", "--rounds", "1", "--local-images", "64")
     assert (tmp_path / "fed" / "model.safetensors").exists()
