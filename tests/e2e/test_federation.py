@@ -184,7 +184,7 @@ def test_the_readme_commands_simulate_a_federation_and_sample_its_model(workplac
     (simulate,) = documented("simulate")
     run = Started([*simulate, "--rounds", "1", "--local-images", "64"], workplace, "simulate")
     assert run.wait() == 0, run.output()
-    assert len(list((workplace / "federation" / "sites").glob("*/audit.jsonl"))) == 3
+    assert len(list((workplace / "federation" / "sites").glob("*/client/audit.jsonl"))) == 3
     after = workplace / "federation" / "samples" / "after.png"
     first = after.read_bytes()
     more = Started([*simulate, "--rounds", "2", "--local-images", "64"], workplace, "simulate-more")
