@@ -114,11 +114,15 @@ def test_interrupted_server_and_client_end_with_130_and_leave_no_process_and_the
     done = len(read_lines(workplace / "fed" / "rounds.jsonl"))
     assert done >= 1
     more = str(done + 1)
+    after = workplace / "fed" / "samples" / "after.png"
+    after.write_bytes(b"samples of a model with fewer rounds")
     server = Started([*serve, "--rounds", more], workplace, "serve-again")
     client = Started(join, workplace, "client-again")
     assert server.wait() == 0, server.output()
     assert client.wait() == 0, client.output()
     assert [line["round"] for line in read_lines(workplace / "fed" / "rounds.jsonl")] == list(range(1, done + 2))
+    with Image.open(after) as drawn, Image.open(after.with_name("before.png")) as before:
+        assert drawn.size == before.size
 
 
 def test_a_federation_over_tls_works_and_a_client_with_another_authority_gets_nothing(
@@ -185,11 +189,6 @@ def test_the_readme_commands_simulate_a_federation_and_sample_its_model(workplac
     run = Started([*simulate, "--rounds", "1", "--local-images", "64"], workplace, "simulate")
     assert run.wait() == 0, run.output()
     assert len(list((workplace / "federation" / "sites").glob("*/client/audit.jsonl"))) == 3
-    after = workplace / "federation" / "samples" / "after.png"
-    first = after.read_bytes()
-    more = Started([*simulate, "--rounds", "2", "--local-images", "64"], workplace, "simulate-more")
-    assert more.wait() == 0, more.output()
-    assert after.read_bytes() != first, "more rounds, but the samples are of the old model"
     (sample,) = documented("sample")
     run = Started(sample, workplace, "sample")
     assert run.wait() == 0, run.output()
