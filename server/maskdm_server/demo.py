@@ -16,7 +16,6 @@ from maskdm.reporting import say
 from maskdm.runfolder import read_lines
 from maskdm_server.faces import SITES, Domain, draw_faces
 from maskdm_server.page import Panel, write_page
-from maskdm_server.pictures import draw_samples
 from maskdm_server.pretrain import Run, pretrain
 from maskdm_server.rounds import FederationConfig
 from maskdm_server.serve import federation_config, serve
@@ -69,7 +68,7 @@ def demo(out: Path, seed: int = 0, budget: Budget | None = None) -> Path:
     }
     federation, port = out / "federation", free_port()
     federation.mkdir(exist_ok=True)
-    model = serve(
+    serve(
         prior,
         federation,
         FederationConfig.model_validate(federation_config(prior, values)),
@@ -77,10 +76,10 @@ def demo(out: Path, seed: int = 0, budget: Budget | None = None) -> Path:
         port=port,
         tls=None,
         start_sites=lambda: start_clients(sites, federation / "sites", f"127.0.0.1:{port}", ["--seed", str(seed)]),
-        sample_count=0,
+        sample_count=budget.samples,
     )
-    say("4/4  drawing samples of the prior and of the federated model from the same noise")
-    page = _report(out, prior, model, [corpus, *sites], budget, seed)
+    say("4/4  writing the page: samples of the prior and of the federated model, from the same noise")
+    page = _report(out, [corpus, *sites], budget)
     say(f"done in {time.monotonic() - started:.0f} s; open {page}")
     return page
 
@@ -94,16 +93,14 @@ def _drawn(path: Path, count: int, domain: Domain, seed: int) -> Path:
     return path
 
 
-def _report(out: Path, prior: Path, model: Path, corpora: list[Path], budget: Budget, seed: int) -> Path:
+def _report(out: Path, corpora: list[Path], budget: Budget) -> Path:
     shown = []
     for path in corpora:
         pixels = torch.from_numpy(np.load(path, allow_pickle=False)["images"][:10]).permute(0, 3, 1, 2)
         picture = out / "images" / f"{path.stem}.png"
         save_png(picture, grid_picture(pixels, columns=10))
         shown.append((path.stem, picture))
-    before, after = out / "prior.png", out / "federated.png"
-    draw_samples(prior, before, seed, budget.samples)
-    draw_samples(model, after, seed, budget.samples)
+    before, after = (out / "federation" / "samples" / name for name in ("before.png", "after.png"))
     rounds = read_lines(out / "federation" / "rounds.jsonl")
     losses = [(line["round"], line["loss_before"], line["loss_after"]) for line in rounds]
     what = {

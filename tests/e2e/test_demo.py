@@ -23,7 +23,8 @@ def test_the_demonstration_leaves_a_page_with_pictures_and_a_federated_model(tmp
     model, metadata = load_checkpoint(tmp_path / "federation" / "model.safetensors")
     assert metadata.rounds == 1
     assert any(not prior[name].equal(model[name]) for name in prior)
-    with Image.open(tmp_path / "prior.png") as before, Image.open(tmp_path / "federated.png") as after:
+    samples = tmp_path / "federation" / "samples"
+    with Image.open(samples / "before.png") as before, Image.open(samples / "after.png") as after:
         assert before.size == after.size
     assert demo(tmp_path, budget=SMALL) == page  # finished steps are not done again
     assert load_checkpoint(tmp_path / "federation" / "model.safetensors")[1].rounds == 1
