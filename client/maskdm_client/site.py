@@ -20,7 +20,7 @@ from maskdm.diffusion import denoising_loss
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
 from maskdm.images import IsColour
 from maskdm.layers import patchify
-from maskdm.model import Network
+from maskdm.model import Network, device_of
 from maskdm.precision import arithmetic, pick_device, pick_precision
 from maskdm.protocol import Outcome, Parcel, Report, RoundPlan, from_arrays
 from maskdm.runfolder import append_line
@@ -170,7 +170,7 @@ def _prepare(
 
 
 def _held_out_loss(model: Network, plan: RoundPlan, images: Images, settings: SiteSettings) -> float:
-    device = next(model.parameters()).device
+    device = device_of(model)
     pixels = images.pixels[:HELD_OUT_DRAWS]
     patches = patchify(pixels, plan.model.model.patch_size).to(device)
     model.eval()

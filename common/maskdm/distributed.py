@@ -86,8 +86,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def as_part_of(tensor: Tensor, like: Any) -> Tensor:
-    """A full tensor on the device of another, and sharded as that is."""
-    if not hasattr(like, "placements"):
+    """A full tensor on the device of another, and sharded as that is; one that is sharded already stays so."""
+    if not hasattr(like, "placements") or hasattr(tensor, "placements"):
         return tensor.to(like.device)
     from torch.distributed.tensor import distribute_tensor
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -88,6 +89,7 @@ def ema_decay(config: TrainingConfig, step: int) -> float:
     return min(config.ema_decay, 1 - math.pow(1 + step, -2 / 3))
 
 
+@lru_cache(maxsize=4)  # asked at every step
 def power_of_length(length: float) -> float:
     """γ ≥ 0 whose profile n^γ has the relative standard deviation `length`, 0 < length < 0.28.
 
@@ -279,7 +281,7 @@ def gradients_stay_here(denoiser: Denoiser, wanted: bool) -> AbstractContextMana
 
 
 def put_weights(model: Network, weights: Mapping[str, Tensor]) -> None:
-    """Copy full weights into a network, sharded or not."""
+    """Copy weights, full or sharded like the network's, into it."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(as_part_of(weights[name], parameter))

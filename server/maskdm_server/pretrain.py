@@ -14,7 +14,7 @@ from maskdm import __version__
 from maskdm.checkpoint import CheckpointMetadata, load_state, load_weights, save_checkpoint, save_state, sha256_of
 from maskdm.config import DiffusionConfig, ModelConfig, Stage
 from maskdm.data import Images, batches, class_numbers
-from maskdm.distributed import agreed, check_batch, rank, shard, together, whole, world_size
+from maskdm.distributed import agreed, check_batch, is_first, rank, shard, together, whole, world_size
 from maskdm.errors import UsageError
 from maskdm.interruption import Interruption
 from maskdm.masking import effective_ratio, visible_count
@@ -23,7 +23,7 @@ from maskdm.precision import pick_precision
 from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import append_line, claim, keep_lines, read_lines
 from maskdm.seeding import derive_seed
-from maskdm.training import Progress, TrainingState, train
+from maskdm.training import Progress, TrainingState, put_weights, train
 from maskdm_server.pictures import save_samples
 
 METRICS_EVERY = 1.0  # seconds between lines of metrics.jsonl, at least one step each
@@ -99,7 +99,7 @@ def pretrain(
     """
     for stage in run.stages:
         check_batch(stage.training.batch_size)
-    if rank() == 0:
+    if is_first():
         open_run(out, run, images, init, resume)
     model = build_model(run.model, seed=derive_seed("weights", run.seed), device=device)
     if init:
@@ -112,7 +112,7 @@ def pretrain(
     if (out / "state" / "training.safetensors").exists():
         load_state(out / "state" / "training.safetensors", state)
         say(f"continuing at {state.images_seen:,} images")
-    if rank() == 0:
+    if is_first():
         metrics = out / "metrics.jsonl"
         keep_lines(metrics, [line for line in read_lines(metrics) if line["images"] <= state.images_seen])
     say(
@@ -121,7 +121,7 @@ def pretrain(
     state = train_stages(state, run, images, out, device, save_every)
     picture = out / "samples" / f"{state.images_seen:09d}.png"
     average = {name: whole(tensor) for name, tensor in state.average.items()}
-    if rank() == 0 and not picture.exists():
+    if is_first() and not picture.exists():
         precision = run.stages[-1].training.precision
         save_samples(picture, average, run.model, run.diffusion, seed=run.seed, device=str(device), precision=precision)
     if state.skipped:
@@ -142,7 +142,7 @@ def train_stages(
     with Interruption() as interruption, WorkBar("pretrain", begins[-1], state.images_seen) as bar:
 
         def record(progress: Progress) -> None:
-            if rank() == 0:
+            if is_first():
                 append_line(out / "metrics.jsonl", vars(progress))
                 loss = "not finite" if progress.loss is None else f"{progress.loss:.4f}"
                 bar.update(progress.images, f"loss {loss} {progress.images_per_s:,.0f} images/s")
@@ -188,9 +188,7 @@ def train_stages(
 
 def next_stage(state: TrainingState, stage: Stage) -> TrainingState:
     """The moving average becomes the weights, and the optimiser starts anew."""
-    with torch.no_grad():
-        for name, parameter in state.model.named_parameters():
-            parameter.copy_(state.average[name])
+    put_weights(state.model, state.average)
     following = TrainingState.fresh(state.model, stage.training)
     following.images_seen, following.skips = state.images_seen, state.skips
     return following

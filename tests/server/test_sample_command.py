@@ -8,24 +8,16 @@ from PIL import Image
 
 from maskdm import cli
 from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
-from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
+from maskdm.config import ModelConfig
 from maskdm.model import build_model
 from maskdm_server.cli import app
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, tiny: ModelConfig) -> Path:
+def checkpoint(tmp_path: Path, tiny: ModelConfig, metadata: CheckpointMetadata) -> Path:
     """A network of two classes with random weights; grey, 8x8."""
     shape = tiny.model_copy(update={"classes": 2})
-    metadata = CheckpointMetadata(
-        model=shape,
-        diffusion=DiffusionConfig(timesteps=50),
-        mask=MaskConfig(kind="none", ratio=0),
-        effective_mask_ratio=0,
-        images_seen=1,
-        seed=0,
-        class_names=("cat", "dog"),
-    )
+    metadata = metadata.model_copy(update={"model": shape, "class_names": ("cat", "dog")})
     save_checkpoint(tmp_path / "model.safetensors", dict(build_model(shape).named_parameters()), metadata)
     return tmp_path / "model.safetensors"
 
