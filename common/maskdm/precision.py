@@ -60,10 +60,11 @@ def arithmetic(device: torch.device, precision: Literal["fp32", "bf16"]) -> Iter
 
 @lru_cache(maxsize=1)
 def other_route_pays() -> bool:
-    """Whether fp32 products through oneDNN are as exact as the stock ones and clearly faster, measured once.
+    """Whether fp32 products through oneDNN are as exact as the stock ones and far faster, measured once.
 
     With the setting "medium" PyTorch hands them to oneDNN: true fp32 at twice the speed on some AMD machines, where the
     stock route runs at less than half the machine's rate; rounded to bf16 on CPUs that multiply that, which is refused.
+    The bar is high so that a run which is continued takes the same route again, to the same bits.
     """
     randomness = torch.Generator().manual_seed(0)
     x, weight = torch.randn(512, 512, generator=randomness), torch.randn(1024, 512, generator=randomness)
@@ -81,7 +82,7 @@ def other_route_pays() -> bool:
     before = torch.get_float32_matmul_precision()
     try:
         error = float((through("medium").double() - exact).norm() / exact.norm())
-        return error < LARGEST_ERROR and _ratio(lambda: through("medium"), lambda: through("highest")) < 0.8
+        return error < LARGEST_ERROR and _ratio(lambda: through("medium"), lambda: through("highest")) < 0.7
     finally:
         torch.set_float32_matmul_precision(before)
 
