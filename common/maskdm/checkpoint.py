@@ -13,9 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, TrainingConfig
-from maskdm.distributed import as_part_of, is_first, whole
+from maskdm.distributed import as_part_of, whole
 from maskdm.errors import CheckpointError
 from maskdm.model import Network, network, resize_positions
+from maskdm.processes import is_first
 from maskdm.runfolder import atomic_write
 from maskdm.training import TrainingState, optimizer_tensors, put_weights, restore_optimizer
 

@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from maskdm.errors import UsageError
-
-
-def launched() -> bool:
-    """Whether `torchrun` started several processes of which this is one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
+from maskdm.processes import launched
 
 
 @contextmanager
@@ -37,11 +33,6 @@ def process_group(device: torch.device) -> Iterator[None]:
 def rank() -> int:
     """This process's number; 0 where there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes; also before the group was joined."""
-    return not launched() or int(os.environ["RANK"]) == 0
 
 
 def world_size() -> int:

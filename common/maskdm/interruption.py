@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a flag: long work stops between steps and saves; a second Ctrl-C stops at once."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any, Self
 
@@ -8,7 +9,8 @@ from maskdm.errors import Interrupted
 
 
 class Interruption:
-    """Context manager for the main thread; `requested()` turns true on the first signal."""
+    """Context manager; `requested()` turns true on the first signal. Signals reach the main thread only: in any other
+    one nothing changes."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
@@ -23,7 +25,8 @@ class Interruption:
             raise Interrupted("interrupted; run the same command again to continue")
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
             self._previous[number] = signal.signal(number, self._receive)
         return self
 

@@ -59,6 +59,16 @@ class Child:
         self.close()
 
 
+def launched() -> bool:
+    """Whether `torchrun` started several processes of which this is one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks; also before `distributed.process_group` was joined."""
+    return not launched() or int(os.environ["RANK"]) == 0
+
+
 def script(name: str) -> str:
     """Path of a console script installed beside this Python."""
     return str(Path(sys.executable).with_name(name))

@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from maskdm.distributed import is_first
+from maskdm.processes import is_first
 
 PLAIN_LINE_EVERY = 5.0  # seconds
 

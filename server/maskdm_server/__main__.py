@@ -2,12 +2,13 @@
 
 import sys
 
-from maskdm import cli
-from maskdm_server.cli import app
-
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    # Imported here: processes that decode images import this module too, and need none of it.
+    from maskdm import cli
+    from maskdm_server.cli import app
+
     sys.exit(cli.run(app, "maskdm-server"))
 
 

@@ -28,11 +28,11 @@ from maskdm.config import (
     Size,
 )
 from maskdm.data import Images, load_images, open_source
-from maskdm.distributed import is_first, local_device, process_group
+from maskdm.distributed import local_device, process_group
 from maskdm.errors import DataError, UsageError
 from maskdm.images import decode, grid_picture, save_png
 from maskdm.precision import pick_device, pick_precision
-from maskdm.processes import Child, free_port
+from maskdm.processes import Child, free_port, is_first
 from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import atomic_write, owned
 from maskdm.sampling import Options, Sampler, inpaint, interpolate, sample

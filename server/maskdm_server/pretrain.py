@@ -14,12 +14,13 @@ from maskdm import __version__
 from maskdm.checkpoint import CheckpointMetadata, load_state, load_weights, save_checkpoint, save_state, sha256_of
 from maskdm.config import DiffusionConfig, ModelConfig, Stage
 from maskdm.data import Images, batches, class_numbers
-from maskdm.distributed import agreed, check_batch, is_first, rank, shard, together, whole, world_size
+from maskdm.distributed import agreed, check_batch, rank, shard, together, whole, world_size
 from maskdm.errors import UsageError
 from maskdm.interruption import Interruption
 from maskdm.masking import effective_ratio, visible_count
 from maskdm.model import build_model, parameter_count
 from maskdm.precision import pick_precision
+from maskdm.processes import is_first
 from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import append_line, claim, keep_lines, read_lines
 from maskdm.seeding import derive_seed

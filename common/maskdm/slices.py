@@ -1,0 +1,197 @@
+"""The slice of its images that a site uses: stable under renaming, moving and adding; held out by patient, not by file.
+
+An image is in because of a keyed hash of its content, on its side because of a keyed hash of what it belongs with:
+its group, or its near-duplicates. What was recorded once is kept, so that nothing ever changes sides.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskdm.duplicates import near_duplicates, thumbnail
+from maskdm.errors import DataError
+from maskdm.images import PixelPolicy, decode, from_array
+from maskdm.seeding import derive_seed
+from maskdm.sources import Entry, Source
+
+TOP = 2.0**63  # of `derive_seed`
+# What near-duplicates are looked for on; DICOM, colour and small pictures included.
+LOOK = PixelPolicy(image_size=32, channels=3, upscale=True)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a site has, image by image; equal images are one. Stays on this machine."""
+
+    names: dict[bytes, str]  # sha256 → name, of every different image that may be trained on
+    labels: dict[bytes, str]
+    groups: dict[bytes, int]  # 0: none
+    total: int  # files
+    unreadable: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The images a site uses, by sha256 and local name: trained on, and held out to measure."""
+
+    train: dict[str, str]  # sha256 in hex → name
+    held_out: dict[str, str]
+    left_out: int = 0  # resemble images of both sides, so they can stand on neither
+
+
+def survey(source: Source) -> Found:
+    """Read and hash everything that may be trained on."""
+    found = Found({}, {}, {}, 0)
+    total = 0
+    for entry in source.entries():
+        if entry.split != "train":
+            continue
+        total += 1
+        try:
+            digest, _ = entry.read()
+        except DataError:
+            found.unreadable.append(entry.name)
+            continue
+        found.names.setdefault(digest, entry.name)
+        found.labels.setdefault(digest, entry.label)
+        found.groups.setdefault(digest, entry.group)
+    return Found(found.names, found.labels, found.groups, total, found.unreadable)
+
+
+def choose(
+    found: Found,
+    fraction: float,
+    *,
+    max_images: int | None = None,
+    stratify: bool = False,
+    seed: int = 0,
+    earlier: Iterable[bytes] = (),
+) -> list[bytes]:
+    """About `fraction` of the images, by a keyed hash of their content; those chosen earlier stay.
+
+    Whether an image is in depends on nothing but its content, the key and the fraction. `stratify` takes exactly the
+    fraction of each label and at least one image; `max_images` ends the list. Both depend on what else is there, so
+    they are stable through `earlier`.
+
+    Raises:
+        DataError: fewer than two different images can be read.
+    """
+    assert 0 < fraction <= 1
+    if len(found.names) < 2:
+        raise DataError(f"--data holds {len(found.names)} readable different images: at least two are needed")
+    kept = [digest for digest in dict.fromkeys(earlier) if digest in found.names]
+    rank = {digest: derive_seed("slice", seed, digest) for digest in found.names}
+    ordered = sorted(found.names, key=rank.__getitem__)
+    if stratify:
+        chosen = []
+        for label in sorted(set(found.labels.values())):
+            of_label = [digest for digest in ordered if found.labels[digest] == label]
+            chosen += of_label[: max(1, round(fraction * len(of_label)))]
+        chosen.sort(key=rank.__getitem__)
+    else:
+        chosen = [digest for digest in ordered if rank[digest] < fraction * TOP]
+    chosen = list(dict.fromkeys([*kept, *(chosen if len(chosen) > 1 else ordered[:2])]))
+    if max_images is not None:
+        chosen = chosen[: max(max_images, len(kept), 2)]
+    return chosen
+
+
+def divide(
+    chosen: Iterable[bytes],
+    found: Found,
+    *,
+    held_out: float = 0.2,
+    seed: int = 0,
+    alike: Iterable[tuple[bytes, bytes]] = (),
+    earlier: Mapping[bytes, str] | None = None,
+) -> Slice:
+    """Part the chosen images into those trained on and those held out, keeping together what belongs together.
+
+    Args:
+        alike: pairs of near-duplicates.
+        earlier: sides taken before, "train" or "held_out"; they are kept, and what joins both sides is left out.
+
+    Raises:
+        DataError: all images belong together, so that no side can be held out.
+    """
+    chosen, earlier = list(chosen), earlier or {}
+    units = _units(chosen, found.groups, alike)
+    sides: dict[bytes, str] = {}
+    left_out = 0
+    free: list[tuple[float, list[bytes]]] = []
+    for members in units:
+        taken = {earlier[digest] for digest in members if digest in earlier}
+        if len(taken) > 1:  # something new links what was apart
+            left_out += sum(digest not in earlier for digest in members)
+            sides |= {digest: earlier[digest] for digest in members if digest in earlier}
+        elif taken:
+            sides |= dict.fromkeys(members, taken.pop())
+        else:
+            keys = [derive_seed("held out", seed, found.groups[digest] or digest) for digest in members]
+            free.append((min(keys) / TOP, members))
+    present = set(sides.values())
+    edge = sorted(key for key, _ in free)
+    cut = held_out
+    if edge and "held_out" not in present:
+        cut = max(cut, edge[0])
+    if edge and "train" not in present and cut >= edge[-1]:
+        cut = (edge[-2] + edge[-1]) / 2 if len(edge) > 1 else -1.0
+    for key, members in free:
+        sides |= dict.fromkeys(members, "held_out" if key <= cut else "train")
+    if set(sides.values()) != {"train", "held_out"}:
+        raise DataError(
+            "--data: all chosen images belong to one group or are near-duplicates of one another, so none can be held "
+            "out: give more images, or a larger --fraction"
+        )
+    train, out = (
+        {digest.hex(): found.names[digest] for digest in chosen if sides.get(digest) == side}
+        for side in ("train", "held_out")
+    )
+    return Slice(train, out, left_out)
+
+
+def look_alike(source: Source, chosen: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
+    """Pairs of near-duplicates among the chosen images: crops, copies and re-compressions of one another."""
+    wanted = set(chosen)
+    thumbnails: dict[bytes, NDArray[np.float32]] = {}
+    for entry in source.entries():
+        try:
+            digest, content = entry.read()
+            if digest not in wanted or digest in thumbnails:
+                continue
+            thumbnails[digest] = thumbnail(_look(entry, content))
+        except DataError:
+            continue
+    digests = list(thumbnails)
+    pairs = near_duplicates(np.stack([*thumbnails.values()])) if digests else []
+    return [(digests[first], digests[second]) for first, second in pairs]
+
+
+def _look(entry: Entry, content: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    found = decode(content, LOOK, entry.box) if isinstance(content, bytes) else from_array(content, LOOK)
+    return found.pixels
+
+
+def _units(
+    chosen: list[bytes], groups: Mapping[bytes, int], alike: Iterable[tuple[bytes, bytes]]
+) -> list[list[bytes]]:
+    """Images that must stand on one side, by union of groups and pairs."""
+    parent = {digest: digest for digest in chosen}
+
+    def root(digest: bytes) -> bytes:
+        while parent[digest] != digest:
+            parent[digest] = digest = parent[parent[digest]]
+        return digest
+
+    first_of: dict[int, bytes] = {}
+    for digest in chosen:
+        if groups[digest]:
+            parent[root(digest)] = root(first_of.setdefault(groups[digest], digest))
+    for first, second in alike:
+        parent[root(first)] = root(second)
+    units: dict[bytes, list[bytes]] = {}
+    for digest in chosen:
+        units.setdefault(root(digest), []).append(digest)
+    return list(units.values())
