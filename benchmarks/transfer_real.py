@@ -29,14 +29,16 @@ from PIL import Image
 
 from maskdm.checkpoint import load_checkpoint, model_from
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
-from maskdm.data import batches, choose_slice, load_images, open_source
+from maskdm.data import batches, load_corpus
 from maskdm.diffusion import denoising_loss
-from maskdm.images import save_png
+from maskdm.images import PixelPolicy, save_png
 from maskdm.layers import patchify
 from maskdm.model import build_model
 from maskdm.precision import arithmetic, pick_precision
 from maskdm.runfolder import read_lines, write_json
+from maskdm.sources import open_source
 from maskdm.training import TrainingState, train
+from maskdm_client.local_data import read_slice
 from maskdm_server.pictures import save_samples
 
 CPU = torch.device("cpu")
@@ -116,16 +118,18 @@ def scratch(
     """Train from random weights on the pooled slices of all sites; validation loss and weights."""
     _, metadata = load_checkpoint(prior)
     shape = metadata.model
+    policy = PixelPolicy.model_validate({"image_size": shape.image_size, "channels": shape.channels})
     pools = []
     for site in sites:
-        source = open_source(site)
-        chosen = choose_slice(source, 0.1, seed=seed)
-        pools.append(load_images(source, shape.image_size, shape.channels, names=chosen.train).pixels)
+        corpus = load_corpus(open_source(site), policy, cache=site.parent)
+        trained = read_slice(site.parent / "client").train
+        digests = [bytes(digest).hex() for digest in corpus.index["sha256"]]
+        pools.append(corpus.pixels[[row for row, digest in enumerate(digests) if digest in trained]])
     config = TrainingConfig(
         images=images, batch_size=LOCAL_BATCH, lr=lr, warmup_images=500, betas=(0.9, 0.95), seed=seed
     )
     state = TrainingState.fresh(build_model(shape, seed=seed), config)
-    order = batches(torch.cat(pools), config.batch_size, 0, seed)
+    order = batches(np.concatenate(pools), config.batch_size, 0, seed)
     train(state, order, config, metadata.diffusion, MaskConfig(kind="none"))
     return loss_of(state.average, shape, metadata.diffusion, validation), state.average
 

@@ -7,12 +7,15 @@ import typer
 
 from maskdm import cli
 from maskdm.config import Precision
-from maskdm.data import choose_slice, open_source
 from maskdm.errors import UsageError
 from maskdm.interruption import Interruption
 from maskdm.precision import pick_device
+from maskdm.prepare import prepare
 from maskdm.reporting import say
-from maskdm.runfolder import claim, owned, write_json
+from maskdm.runfolder import claim, owned
+from maskdm.sources import open_source
+from maskdm_client.doctor import doctor
+from maskdm_client.local_data import choose_slice
 from maskdm_client.settings import SiteSettings
 from maskdm_client.supernode import work
 
@@ -31,9 +34,21 @@ def join(
     fraction: Annotated[float, typer.Option(help="Share of the local images to use, always the same ones.")] = 0.1,
     held_out: Annotated[float, typer.Option(help="Share of those kept to measure, never trained on.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Key of the choice of images.")] = 0,
+    max_images: Annotated[int | None, typer.Option(help="Use at most so many, of the fraction.")] = None,
+    stratify: Annotated[bool, typer.Option(help="Take the fraction of each label.")] = False,
+    group_regex: Annotated[
+        str | None,
+        typer.Option(help="Part of an image's path that names its patient, who is then never on both sides."),
+    ] = None,
+    group_csv: Annotated[
+        str | None, typer.Option(help="The same from a table, FILE.csv:COLUMN; its first column names the images.")
+    ] = None,
     upscale: Annotated[
         bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")
     ] = False,
+    window: Annotated[
+        str | None, typer.Option(help="Values that are black and white in images of more than 8 bits, e.g. 0,4095.")
+    ] = None,
     wait: Annotated[float, typer.Option(help="Seconds to keep trying while the coordinator is not there.")] = 600,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic of matrix products.")] = "auto",
@@ -53,22 +68,27 @@ def join(
         "fraction": fraction,
         "held_out": held_out,
         "seed": seed,
+        "max_images": max_images,
+        "stratify": stratify,
+        "group_regex": group_regex,
+        "group_csv": group_csv and str(Path(group_csv).absolute()),
         "upscale": upscale,
+        "window": cli.pair("--window", window) if window else None,
         "device": device,
         "precision": precision,
         "threads": threads,
     }
     settings = cli.configure(SiteSettings, values)
+    open_source(data)
     pick_device(device)
-    source = open_source(data)
     with owned(out), Interruption() as interruption:
         may_change = ("site.device", "site.precision", "site.threads")
         claim(out, "client", {"site": settings.model_dump(mode="json")}, may_change=may_change)
-        chosen = choose_slice(source, fraction, held_out=held_out, seed=seed)
-        write_json(out / "slice.json", {"train": chosen.train, "held_out": chosen.held_out})
+        chosen, found = choose_slice(settings, out)
         say(
-            f"{chosen.total:,} local images; {len(chosen.train):,} to train on, {len(chosen.held_out):,} held out"
-            + (f"; {len(chosen.unreadable):,} could not be read" if chosen.unreadable else "")
+            f"{found.total:,} local images; {len(chosen.train):,} to train on, {len(chosen.held_out):,} held out"
+            + (f"; {len(found.unreadable):,} could not be read" if found.unreadable else "")
+            + (f"; {chosen.left_out:,} left out, alike to both" if chosen.left_out else "")
         )
         if certificate is None:
             say("WARNING: no --kit, so the connection is not encrypted: use it on one machine or a closed network only")
@@ -81,3 +101,7 @@ def _address(server: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(f"--server {server}: give HOST:PORT, e.g. maskdm.example.org:8000")
     return host.strip("[]"), int(port)
+
+
+app.command("prepare")(prepare)
+app.command("doctor")(doctor)

@@ -25,7 +25,12 @@ class SiteSettings(Frozen):
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: Annotated[int, Field(ge=0)] = 0
+    max_images: Annotated[int, Field(ge=2)] | None = None
+    stratify: bool = False
+    group_regex: str | None = None
+    group_csv: str | None = None
     upscale: bool = False
+    window: tuple[float, float] | None = None
     device: str = "auto"
     precision: Precision = "auto"
     threads: Annotated[int, Field(ge=0)] = 0

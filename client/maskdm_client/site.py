@@ -3,7 +3,6 @@
 Knows nothing of Flower: a plan and weights come in as a parcel, a parcel goes out.
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +14,20 @@ from torch import Tensor
 
 from maskdm.checkpoint import expected_shapes, first_problem, model_from, save_checkpoint
 from maskdm.config import MaskConfig, TrainingConfig
-from maskdm.data import Images, batches, class_numbers, load_images, open_source
+from maskdm.data import batches, class_numbers
 from maskdm.diffusion import denoising_loss
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
 from maskdm.images import IsColour
 from maskdm.layers import patchify
 from maskdm.model import Network, device_of
 from maskdm.precision import arithmetic, pick_device, pick_precision
+from maskdm.preflight import compare
 from maskdm.protocol import Outcome, Parcel, Report, RoundPlan, from_arrays
 from maskdm.runfolder import append_line
 from maskdm.seeding import derive_seed
 from maskdm.training import Progress, TrainingState, train
 from maskdm_client.gate import record, release_numbers, release_outcome, release_update
+from maskdm_client.local_data import LocalImages, local_images
 from maskdm_client.settings import SiteSettings, load_settings
 
 # Enough (image, timestep, noise) draws for a held-out loss whose differences between rounds can be read.
@@ -78,16 +79,23 @@ def _train(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, 
         precision=settings.precision,
         seed=derive_seed("local work", plan.seed, plan.federation, plan.round),
     )
-    model, train_set, held_out = _prepare(plan, weights, settings, folder, say)
-    before = _held_out_loss(model, plan, held_out, settings)
+    model, images = _prepare(plan, weights, settings, folder, say)
+    before = _held_out_loss(model, plan, images, settings)
     say({"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": before})
 
     def on_progress(progress: Progress) -> None:
         say({"event": "training", "round": plan.round, "images": progress.images, "of": training.images})
 
     state = TrainingState.fresh(model, training)
-    classes = class_numbers(train_set.labels, plan.model.class_names)
-    order = batches(train_set.pixels, training.batch_size, 0, training.seed, classes=classes)
+    order = batches(
+        images.corpus.pixels,
+        training.batch_size,
+        0,
+        training.seed,
+        rows=images.train,
+        classes=class_numbers(images.corpus, plan.model.class_names),
+        device=device_of(model),
+    )
     train(
         state,
         order,
@@ -100,10 +108,10 @@ def _train(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, 
     # The moving average of the local steps is what goes up: with its ramp it averages the last quarter or so.
     update = {name: average.cpu() - weights[name] for name, average in state.average.items()}
     model.load_state_dict(state.average)
-    after = _held_out_loss(model, plan, held_out, settings)
+    after = _held_out_loss(model, plan, images, settings)
     report = Report(
         round=plan.round,
-        examples=len(train_set),
+        examples=len(images.train),
         images_seen=state.images_seen,
         loss_before=before,
         loss_after=after,
@@ -118,11 +126,11 @@ def _train(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, 
 def _finish(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say) -> Parcel:
     started = time.monotonic()
     save_checkpoint(folder / "model.safetensors", weights, plan.model)
-    model, train_set, held_out = _prepare(plan, weights, settings, folder, say)
-    loss = _held_out_loss(model, plan, held_out, settings)
+    model, images = _prepare(plan, weights, settings, folder, say)
+    loss = _held_out_loss(model, plan, images, settings)
     report = Report(
         round=plan.round,
-        examples=len(train_set),
+        examples=len(images.train),
         images_seen=0,
         loss_before=loss,
         loss_after=loss,
@@ -154,36 +162,32 @@ def _read_weights(parcel: Parcel, plan: RoundPlan) -> dict[str, Tensor]:
 
 def _prepare(
     plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
-) -> tuple[Network, Images, Images]:
-    """The model on its device, and both sides of the slice."""
+) -> tuple[Network, LocalImages]:
+    """The model on its device, and the slice."""
     shape = plan.model.model
-    source = open_source(settings.data)
-    chosen = json.loads((folder / "slice.json").read_text())
-    sides = [
-        load_images(source, shape.image_size, shape.channels, names=chosen[side], upscale=settings.upscale)
-        for side in ("train", "held_out")
-    ]
+    images = local_images(settings, folder, shape.image_size, shape.channels)
     if plan.round == 1 or plan.action == "finish":
-        say({"event": "data", "train": sides[0].summary(), "held_out": sides[1].summary()})
-    device = pick_device(settings.device)
-    return model_from(weights, shape, device), sides[0], sides[1]
+        counts = {"train": len(images.train), "held_out": len(images.held_out)}
+        say({"event": "data", "summary": images.corpus.summary(), **counts})
+        for warning in compare(images.corpus, plan.model):
+            say({"event": "data warning", "reason": warning})
+    return model_from(weights, shape, pick_device(settings.device)), images
 
 
-def _held_out_loss(model: Network, plan: RoundPlan, images: Images, settings: SiteSettings) -> float:
+def _held_out_loss(model: Network, plan: RoundPlan, images: LocalImages, settings: SiteSettings) -> float:
     device = device_of(model)
-    pixels = images.pixels[:HELD_OUT_DRAWS]
-    patches = patchify(pixels, plan.model.model.patch_size).to(device)
+    rows = torch.from_numpy(images.held_out[:HELD_OUT_DRAWS])
+    patches = patchify(torch.from_numpy(images.corpus.pixels)[rows], plan.model.model.patch_size).to(device)
+    classes = class_numbers(images.corpus, plan.model.class_names)
     model.eval()
     with arithmetic(device, pick_precision(settings.precision, device)):
-        draws = max(1, HELD_OUT_DRAWS // len(pixels))
-        classes = class_numbers(images.labels[:HELD_OUT_DRAWS], plan.model.class_names)
         return denoising_loss(
             model,
             plan.model.diffusion,
             patches,
-            draws=draws,
+            draws=max(1, HELD_OUT_DRAWS // len(rows)),
             seed=settings.seed,
-            classes=None if classes is None else classes.to(device),
+            classes=None if classes is None else classes[rows].to(device),
         )
 
 

@@ -100,7 +100,9 @@ def _start(folder: Path, host: str, port: int, certificate: Path | None) -> Chil
 def _tell(event: dict[str, Any]) -> None:
     kind = event["event"]
     if kind == "data":
-        say(f"training on {event['train']}; held out {event['held_out']}")
+        say(f"{event['summary']}; training on {event['train']:,}, held out {event['held_out']:,}")
+    elif kind == "data warning":
+        say(f"WARNING: {event['reason']}")
     elif kind == "measured":
         say(f"round {event['round']}/{event['rounds']}: held-out loss {event['loss']:.4f} with the model that came")
     elif kind == "training":

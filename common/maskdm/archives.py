@@ -7,11 +7,11 @@ directory piece by piece (PKWARE APPNOTE 4.3), and any process can read any memb
 import os
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple, Self
 
 from maskdm.errors import DataError
 
@@ -21,6 +21,10 @@ MAX_FILE_BYTES = 1 << 30
 _END, _END64, _LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _CENTRAL, _LOCAL = struct.Struct("<4s4B4HL2L5H2L"), struct.Struct("<4s5HL2L2H")
 _PIECE = 1 << 20
+_TAR_TEXTS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 
 
 class Part(NamedTuple):
@@ -48,7 +52,9 @@ def read(part: Part) -> bytes:
                 return file.read()
         if max(part.size, part.length) > MAX_FILE_BYTES:
             raise DataError("larger than a picture can be")
-        archive = _opened(part.path, os.stat(part.path).st_ino).fileno()
+        archive = _opened(part.path)
+        if part.offset + part.size > os.fstat(archive).st_size:
+            raise DataError("cut off")
         if part.method < 0:
             return _whole(os.pread(archive, part.size, part.offset), part.size)
         header = _LOCAL.unpack(_whole(os.pread(archive, _LOCAL.size, part.offset), _LOCAL.size))
@@ -75,10 +81,18 @@ def _inflate(stored: bytes, part: Part) -> bytes:
         raise DataError("a damaged member of the zip") from error
 
 
-@lru_cache(maxsize=4)
-def _opened(path: str, inode: int) -> IO[bytes]:
-    """An archive that is read again and again; closed when others take its place."""
-    return open(path, "rb", buffering=0)
+def _opened(path: str) -> int:
+    """Descriptor of an archive, which is read again and again; one stays open until another is asked for."""
+    key = (path, os.stat(path).st_ino)
+    if key not in _open_archive:
+        for old in _open_archive.values():
+            os.close(old)
+        _open_archive.clear()
+        _open_archive[key] = os.open(path, os.O_RDONLY)
+    return _open_archive[key]
+
+
+_open_archive: dict[tuple[str, int], int] = {}
 
 
 def _whole(data: bytes, size: int) -> bytes:
@@ -87,36 +101,54 @@ def _whole(data: bytes, size: int) -> bytes:
     return data
 
 
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip. Its end tells, but a tar whose last member is a zip ends like one."""
+    with path.open("rb") as file:
+        head = file.read(262)
+    tar = head[257:] == b"ustar" or head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
+    return not tar and zipfile.is_zipfile(path)
+
+
 def zip_members(path: Path) -> Iterator[tuple[str, Part]]:
-    """Names and places of a zip's members, in the order of its directory.
+    """Names and places of a zip's files, in the order of its directory.
 
     Raises:
         DataError: not a whole zip.
     """
-    start, size, count, before = _directory(path)
+    try:
+        yield from _zip_members(path)
+    except (OSError, OverflowError, struct.error) as error:
+        raise _torn(path) from error
+
+
+def _zip_members(path: Path) -> Iterator[tuple[str, Part]]:
+    start, left, count, before = _directory(path)
+    seen = 0
     with path.open("rb") as file:
         file.seek(start)
-        buffer, position, left = b"", 0, size
-        for _ in range(count):
-            if len(buffer) - position < 1 << 17 and left:  # a record with its three texts is below 200 kB
+        buffer, position = b"", 0
+        while left or position < len(buffer):
+            if left and len(buffer) - position < 1 << 18:  # a record with its three texts is below 200 kB
                 buffer, position = buffer[position:] + file.read(min(left, _PIECE)), 0
                 left = max(0, left - _PIECE)
-            try:
-                fields = _CENTRAL.unpack_from(buffer, position)
-            except struct.error as error:
-                raise _torn(path) from error
+            fields = _CENTRAL.unpack_from(buffer, position)
             signature, method, checksum = fields[0], fields[6], fields[9]
             stored, length, name_size, extra_size, comment_size, offset = *fields[10:15], fields[18]
-            if signature != b"PK\x01\x02":
-                raise _torn(path)
             begin = position + _CENTRAL.size
+            position = begin + name_size + extra_size + comment_size
+            if signature != b"PK\x01\x02" or position > len(buffer):
+                raise _torn(path)
+            seen += 1
             name = buffer[begin : begin + name_size]
+            if name.endswith(b"/"):
+                continue
             if 0xFFFFFFFF in (stored, length, offset):
                 extra = buffer[begin + name_size : begin + name_size + extra_size]
                 length, stored, offset = _wide(extra, length, stored, offset, path)
-            position = begin + name_size + extra_size + comment_size
             text = name.decode("utf-8" if fields[5] & 0x800 else "cp437", errors="replace")
             yield text, Part(str(path), offset + before, stored, method, length, checksum)
+    if count & 0xFFFF not in (0xFFFF, seen & 0xFFFF):  # many writers keep its last 16 bits alone
+        raise _torn(path)
 
 
 def _directory(path: Path) -> tuple[int, int, int, int]:
@@ -129,22 +161,23 @@ def _directory(path: Path) -> tuple[int, int, int, int]:
         if place < 0 or len(tail) - place < 22:
             raise _torn(path)
         count, size, start = struct.unpack_from("<H2L", tail, place + 10)
-        absolute = end - len(tail) + place
-        before = max(0, absolute - size - start)
-        if 0xFFFF == count or 0xFFFFFFFF in (size, start):
-            file.seek(max(0, absolute - 20))
-            locator = file.read(20)
-            if locator[:4] == _LOCATOR64:
-                file.seek(struct.unpack_from("<Q", locator, 8)[0])
-                record = file.read(56)
-                if len(record) < 56 or record[:4] != _END64:
-                    raise _torn(path)
-                count, size, start = struct.unpack_from("<3Q", record, 32)
-                before = 0
-    start += before
-    if start + size > absolute or count * _CENTRAL.size > size:
+        place += end - len(tail)
+        file.seek(max(0, place - 20))
+        locator = file.read(20)
+        if locator[:4] == _LOCATOR64:
+            written, place = struct.unpack_from("<Q", locator, 8)[0], max(0, place - 76)
+            if place != written:  # in most archives the record stands right before its locator
+                file.seek(min(written, end))
+                place = written if file.read(4) == _END64 else place
+            file.seek(place)
+            record = file.read(56)
+            if record[:4] != _END64:
+                raise _torn(path)
+            count, size, start = struct.unpack_from("<3Q", record, 32)
+    before = place - size - start
+    if before < 0:
         raise _torn(path)
-    return start, size, count, before
+    return start + before, size, count, before
 
 
 def _wide(extra: bytes, length: int, stored: int, offset: int, path: Path) -> tuple[int, int, int]:
@@ -162,6 +195,30 @@ def _wide(extra: bytes, length: int, stored: int, offset: int, path: Path) -> tu
     return length, stored, offset
 
 
+class _Header(tarfile.TarInfo):
+    """A member of a tar. A damaged header is an error, which the standard library takes for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            header = super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError("a damaged header") from error
+        return header._checked()
+
+    @classmethod
+    def frombuf(cls, buffer: bytes | bytearray, encoding: str, errors: str) -> Self:
+        return super().frombuf(buffer, encoding, errors)._checked()
+
+    def _checked(self) -> Self:
+        """Long names and the like are read into memory at once; a negative size leads back to where we were."""
+        if self.size < 0 or (self.type in _TAR_TEXTS and self.size > _PIECE):
+            raise tarfile.ReadError("a damaged header")
+        return self
+
+
 def tar_members(path: Path) -> Iterator[tuple[str, Part | bytes]]:
     """Names and places of a tar's files in their order; of a compressed tar their bytes.
 
@@ -170,16 +227,19 @@ def tar_members(path: Path) -> Iterator[tuple[str, Part | bytes]]:
     """
     try:
         plain = _is_plain(path)
-        with tarfile.open(path, "r:" if plain else "r|*") as archive:
+        with tarfile.open(path, "r:" if plain else "r:*", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # which otherwise grows with every member
-                if not member.isreg() or member.issparse():
+                name = member.name.encode(errors="backslashreplace").decode()
+                if not member.isreg():
                     continue
-                if plain or member.size > MAX_FILE_BYTES:
-                    yield member.name, Part(str(path), member.offset_data, member.size)
+                if member.size > MAX_FILE_BYTES or (plain and not member.issparse()):
+                    yield name, Part(str(path), member.offset_data, member.size)
                 elif file := archive.extractfile(member):
-                    yield member.name, file.read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+                    yield name, file.read()
+            while not plain and archive.fileobj and archive.fileobj.read(_PIECE):  # to the checksum
+                pass
+    except Exception as error:  # whatever a damaged file leads the reader to
         raise _torn(path) from error
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, TrainingConfig
+from maskdm.corpus import Statistics
 from maskdm.distributed import as_part_of, whole
 from maskdm.errors import CheckpointError
 from maskdm.model import Network, network, resize_positions
@@ -36,6 +37,7 @@ class CheckpointMetadata(Frozen):
     seed: Annotated[int, Field(ge=0)]
     weights: Literal["ema", "raw"] = "ema"
     class_names: tuple[str, ...] = ()  # of a conditional model, in the order of its classes
+    corpus: Statistics | None = None  # of what it was trained on, for a site to compare its own images with
     prior_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     rounds: Annotated[int, Field(ge=0)] = 0
     created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))

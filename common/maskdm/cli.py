@@ -29,7 +29,7 @@ def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> i
     command = typer.main.get_command(app)
     _prepare(command)
     try:
-        result = command.main(args=arguments, prog_name=program, standalone_mode=False)
+        result = command.main(args=arguments, prog_name=program, standalone_mode=False, obj=arguments)
         if result == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt, without a word
             return _fail(program, "interrupted", INTERRUPTED)
         return result if isinstance(result, int) else 0
@@ -68,6 +68,15 @@ def configure(build: type[Config], values: dict[str, Any], options: dict[str, st
         raise UsageError(f"{option} {problem.get('input')}: {message}") from error
 
 
+def pair(option: str, text: str) -> tuple[float, float]:
+    """Two numbers in one option, e.g. 0.9,0.99."""
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: give two numbers such as 0.9,0.99") from error
+    return first, second
+
+
 def _fail(where: str, message: str, code: int) -> int:
     print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
@@ -79,7 +88,7 @@ def _prepare(command: click.Command) -> None:
         if isinstance(parameter, click.Option) and parameter.name and parameter.envvar is None:
             parameter.envvar = f"MASKDM_{parameter.name.upper()}"
             parameter.show_envvar = True
-    if not (isinstance(command, click.Group) and command.commands):  # MASKDM_CONFIG is meant for the subcommand
+    if not isinstance(command, click.Group) or command.invoke_without_command:
         command.params.append(
             click.Option(
                 ["--config"],
@@ -100,6 +109,8 @@ def _prepare(command: click.Command) -> None:
 def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     if path is None:
         return
+    if context.get_parameter_source("config") is ParameterSource.ENVIRONMENT and _subcommand(context):
+        return  # MASKDM_CONFIG is meant for the subcommand
     try:
         document = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -107,6 +118,11 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"--config {path} is not TOML: {error}") from error
     use_defaults(context, document, f"--config {path}", over=True)
+
+
+def _subcommand(context: click.Context) -> bool:
+    """Whether a command that also works alone was called with one of its subcommands."""
+    return isinstance(context.command, click.Group) and any(name in context.command.commands for name in context.obj)
 
 
 def use_defaults(context: click.Context, document: dict[str, Any], origin: str, *, over: bool) -> None:

@@ -66,9 +66,9 @@ class Manifest(Frozen):
     images_sha256: str  # of the pixels
     index_sha256: str  # of the records
     labels: tuple[str, ...] = ()
-    splits: dict[str, int] = {}
+    splits: dict[str, int] = Field(default_factory=dict)
     groups: Annotated[int, Field(ge=0)] = 0
-    skipped: dict[str, int] = {}  # reason → files
+    skipped: dict[str, int] = Field(default_factory=dict)  # reason → files
     duplicates: Annotated[int, Field(ge=0)] = 0  # files that another file repeats byte by byte
     statistics: Statistics
     source: str = ""  # fingerprint of what was packed
@@ -118,7 +118,8 @@ class Corpus:
         policy = self.manifest.policy
         parts = [f"{len(self):,} images of {policy.image_size}x{policy.image_size} pixels"]
         parts += [f"{count:,} skipped: {reason}" for reason, count in self.manifest.skipped.items()]
-        parts += [f"{count:,} left out: {split}" for split, count in self.manifest.splits.items() if split != "train"]
+        others = [(split, count) for split, count in self.manifest.splits.items() if count and split != "train"]
+        parts += [f"{count:,} left out: {split}" for split, count in others]
         grey = round(self.manifest.statistics.grey * len(self))
         if grey and policy.channels > 1:
             parts.append(f"{grey:,} grey ones repeated over {policy.channels} channels")
@@ -140,7 +141,7 @@ def in_memory(pixels: Pixels, labels: Sequence[str] | None = None) -> Corpus:
     index_sha256 = hashlib.sha256(index.tobytes()).hexdigest()
     manifest = Manifest(
         images=count,
-        policy=PixelPolicy(image_size=size, channels=channels),  # type: ignore[arg-type]
+        policy=PixelPolicy(image_size=size, channels=channels),
         sha256=corpus_sha256(pixels.shape, images_sha256, index_sha256, names),
         images_sha256=images_sha256,
         index_sha256=index_sha256,

@@ -13,15 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskdm.corpus import Corpus, in_memory, is_corpus, open_corpus
+from maskdm.corpus import Corpus, is_corpus
 from maskdm.errors import DataError
-from maskdm.images import PixelPolicy
+from maskdm.images import PixelPolicy, Pixels
 from maskdm.packing import pack
 from maskdm.reporting import say
 from maskdm.seeding import derive_seed
 from maskdm.sources import PackedSource, Source
-
-__all__ = ["Batch", "batch_rows", "batches", "cache_folder", "class_numbers", "in_memory", "load_corpus"]
 
 Batch = tuple[Tensor, Tensor | None]
 # Share of an accelerator's free memory that a corpus may take; the rest is for the network.
@@ -94,12 +92,12 @@ def batch_rows(count: int, batch_size: int, images_seen: int, seed: int) -> NDAr
 
 
 def batches(
-    corpus: Corpus,
-    rows: NDArray[np.int64],
+    images: Pixels | Tensor,
     batch_size: int,
     images_seen: int,
     seed: int,
     *,
+    rows: NDArray[np.int64] | None = None,
     classes: Tensor | None = None,
     share: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
@@ -110,12 +108,14 @@ def batches(
     present one is trained on.
 
     Args:
-        rows: which images of the corpus to use.
-        classes: of every image of the corpus, (N,).
+        images: uint8 (N, C, S, S), perhaps mapped from a file.
+        rows: which of them to use; all where None.
+        classes: of every one of them, (N,).
         share: this process's number and how many there are; each gets its part of every batch.
     """
     device = torch.device(device)
-    pixels = torch.from_numpy(corpus.pixels)
+    pixels = torch.as_tensor(images)
+    rows = np.arange(len(pixels)) if rows is None else rows
     number, processes = share
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -125,12 +125,13 @@ def batches(
             rows = np.arange(len(rows))
 
     def gather(seen: int) -> Batch:
+        assert rows is not None
         chosen = torch.from_numpy(rows[batch_rows(len(rows), batch_size, seen, seed)[number::processes]])
         chosen = chosen.to(pixels.device, non_blocking=True)
-        images = pixels[chosen]
-        if device.type == "cuda" and not images.is_cuda:
-            images = images.pin_memory()
-        return images, None if classes is None else classes[chosen]
+        found = pixels[chosen]
+        if device.type == "cuda" and not found.is_cuda:
+            found = found.pin_memory()
+        return found, None if classes is None else classes[chosen]
 
     with ThreadPoolExecutor(1, "batches") as ahead:
         following = ahead.submit(gather, images_seen)

@@ -62,7 +62,9 @@ def decode(data: bytes, window: tuple[float, float] | None = None) -> NDArray[An
         except DataError:
             raise
         except (NotImplementedError, RuntimeError) as error:  # what pydicom raises where a decoder is missing
-            raise DataError("DICOM compression that cannot be read: pip install pylibjpeg[all], or export it") from error
+            raise DataError(
+                "DICOM compression that cannot be read: pip install pylibjpeg[all], or export it"
+            ) from error
         except Exception as error:  # a damaged file may break any part of the parser
             raise DataError("not a readable DICOM file") from error
 

@@ -21,7 +21,8 @@ def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     grey = Image.fromarray(pixels.mean(axis=0).round().astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BOX)
     values = np.asarray(grey, np.float32)
     values = values - values.mean()
-    return values / max(float(np.linalg.norm(values)), 1e-6)
+    found: NDArray[np.float32] = values / np.float32(max(float(np.linalg.norm(values)), 1e-6))
+    return found
 
 
 def difference_hash(thumbnails: NDArray[np.float32]) -> NDArray[np.uint64]:

@@ -45,7 +45,7 @@ from maskdm.errors import DataError, MaskDMError
 from maskdm.images import IsColour, PixelPolicy, Pixels, decode, from_array
 from maskdm.interruption import Interruption
 from maskdm.reporting import WorkBar
-from maskdm.runfolder import append_line, atomic_write, write_json
+from maskdm.runfolder import atomic_write, write_json
 from maskdm.sources import Entry, Source
 
 COMMIT_SECONDS = 5.0  # between two states that a crash falls back to
@@ -76,10 +76,7 @@ def decode_entries(entries: list[Entry], policy: PixelPolicy) -> Packed:
     for entry in entries:
         try:
             digest, content = entry.read()
-            if isinstance(content, bytes):
-                found = decode(content, policy, entry.box)
-            else:
-                found = from_array(content, policy)
+            found = decode(content, policy, entry.box) if isinstance(content, bytes) else from_array(content, policy)
         except DataError as error:
             skipped.append((entry.name, str(error)))
             continue
@@ -195,7 +192,9 @@ class Writer:
 
     def add(self, part: Packed) -> None:
         """Append decoded entries."""
-        part.index["label"] = [self.labels.setdefault(label, len(self.labels)) if label else -1 for label in part.labels]
+        part.index["label"] = [
+            self.labels.setdefault(label, len(self.labels)) if label else -1 for label in part.labels
+        ]
         for file, hasher, array in zip(self._files, self._hashers, (part.pixels, part.index), strict=False):
             data = np.ascontiguousarray(array).view(np.uint8).data
             file.write(data)
@@ -300,7 +299,7 @@ class Writer:
         ):
             file.seek(0)
             np.lib.format.write_array_header_1_0(
-                file,  # type: ignore[arg-type]
+                file,
                 {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape},
             )
             assert file.tell() == length

@@ -152,20 +152,20 @@ def divide(
     return Slice(train, out, left_out)
 
 
-def look_alike(source: Source, chosen: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
+def look_alike(source: Source, chosen: Iterable[bytes], found: Found) -> list[tuple[bytes, bytes]]:
     """Pairs of near-duplicates among the chosen images: crops, copies and re-compressions of one another."""
-    wanted = set(chosen)
-    thumbnails: dict[bytes, NDArray[np.float32]] = {}
+    wanted = {found.names[digest]: digest for digest in chosen}
+    digests: list[bytes] = []
+    thumbnails: list[NDArray[np.float32]] = []
     for entry in source.entries():
-        try:
-            digest, content = entry.read()
-            if digest not in wanted or digest in thumbnails:
+        if entry.name in wanted:
+            try:
+                _, content = entry.read()
+                thumbnails.append(thumbnail(_look(entry, content)))
+            except DataError:  # what cannot be decoded is reported when it is packed
                 continue
-            thumbnails[digest] = thumbnail(_look(entry, content))
-        except DataError:
-            continue
-    digests = list(thumbnails)
-    pairs = near_duplicates(np.stack([*thumbnails.values()])) if digests else []
+            digests.append(wanted[entry.name])
+    pairs = near_duplicates(np.stack(thumbnails)) if thumbnails else []
     return [(digests[first], digests[second]) for first, second in pairs]
 
 
@@ -174,9 +174,7 @@ def _look(entry: Entry, content: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]
     return found.pixels
 
 
-def _units(
-    chosen: list[bytes], groups: Mapping[bytes, int], alike: Iterable[tuple[bytes, bytes]]
-) -> list[list[bytes]]:
+def _units(chosen: list[bytes], groups: Mapping[bytes, int], alike: Iterable[tuple[bytes, bytes]]) -> list[list[bytes]]:
     """Images that must stand on one side, by union of groups and pairs."""
     parent = {digest: digest for digest in chosen}
 

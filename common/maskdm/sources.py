@@ -4,10 +4,12 @@ Listing is cheap, in a fixed order, and in flat memory; nothing is decoded here.
 """
 
 import hashlib
+import math
 import os
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, Protocol
@@ -15,7 +17,7 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.archives import Part, read, tar_members, zip_members
+from maskdm.archives import MAX_FILE_BYTES, Part, is_zip, read, tar_members, zip_members
 from maskdm.corpus import Corpus, is_corpus, open_corpus
 from maskdm.errors import DataError
 from maskdm.images import Box
@@ -82,11 +84,10 @@ class FolderSource:
 
     def entries(self) -> Iterator[Entry]:
         for name, file in _walk(self.path):
-            if is_picture(name):
-                yield _entry(name, Part(file))
+            yield _entry(name, Part(file))
 
     def count(self) -> int:
-        return sum(is_picture(name) for name, _ in _walk(self.path))
+        return sum(1 for _ in _walk(self.path))
 
     def fingerprint(self) -> bytes:
         hasher = hashlib.sha256()
@@ -106,13 +107,13 @@ class ArchiveSource:
         self.path = path
 
     def entries(self) -> Iterator[Entry]:
-        members = zip_members(self.path) if zipfile.is_zipfile(self.path) else tar_members(self.path)
+        members = zip_members(self.path) if is_zip(self.path) else tar_members(self.path)
         for name, content in members:
             if is_picture(name):
                 yield _entry(name, content)
 
     def count(self) -> int | None:
-        if not zipfile.is_zipfile(self.path):
+        if not is_zip(self.path):
             return None
         return sum(is_picture(name) for name, _ in zip_members(self.path))
 
@@ -129,19 +130,20 @@ class ArraySource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._parts: list[tuple[str, Split, NDArray[Any] | None]] = [("", "train", None)]
-        if path.suffix.lower() == ".npz":
-            with zipfile.ZipFile(path) as archive:
-                self._parts = self._named({Path(n).stem for n in archive.namelist() if n.endswith(".npy")})
-        for key, _, labels in self._parts:
-            with self._opened(key) as file:
-                shape, _, _ = self._header(file)
-            if labels is not None and labels.shape != shape[:1]:
-                raise DataError(f"--data {path}: {shape[0]} images but labels of shape {labels.shape}")
+        with _named_in_errors(path):
+            if path.suffix.lower() == ".npz":
+                with zipfile.ZipFile(path) as archive:
+                    self._parts = self._named({Path(n).stem for n in archive.namelist() if n.endswith(".npy")})
+            for key, _, labels in self._parts:
+                with self._opened(key) as file:
+                    shape, _, _ = self._header(file)
+                if labels is not None and labels.shape != shape[:1]:
+                    raise DataError(f"--data {path}: {shape[0]} images but labels of shape {labels.shape}")
 
     def entries(self) -> Iterator[Entry]:
         number = 0
         for key, split, labels in self._parts:
-            with self._opened(key) as file:
+            with _named_in_errors(self.path), self._opened(key) as file:
                 shape, channels_first, stride = self._header(file)
                 for row in range(shape[0]):
                     data = file.read(stride)
@@ -192,9 +194,9 @@ class ArraySource:
 
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], bool, int]:
         """Shape of the images, whether channels stand first, and bytes an image."""
-        version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+        version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = reader(file)  # type: ignore[arg-type]
+        shape, fortran, dtype = reader(file)
         where = f"--data {self.path}"
         if dtype.hasobject:
             raise DataError(f"{where} cannot be read: it holds Python objects, not pixels")
@@ -205,9 +207,11 @@ class ArraySource:
         channels_first = len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3)
         if len(shape) == 4 and not channels_first and shape[3] not in (1, 3):
             raise DataError(f"{where}: images have {shape[3]} channels; give 1 or 3")
-        if shape[0] == 0 or min(shape[1:]) < 1:
+        if min(shape) < 1:
             raise DataError(f"{where} holds no images")
-        return shape, channels_first, int(np.prod(shape[1:], dtype=np.int64))
+        if math.prod(shape[1:]) > MAX_FILE_BYTES:
+            raise DataError(f"{where}: images of {shape[1:]} are larger than a picture can be")
+        return shape, channels_first, math.prod(shape[1:])
 
 
 class PackedSource:
@@ -242,17 +246,21 @@ def open_source(path: Path, option: str = "--data") -> Source:
     Raises:
         DataError: missing, empty, unreadable, or of no known kind.
     """
-    if not path.exists():
-        raise DataError(f"{option} {path} does not exist: give a folder, zip, tar, .npz, .npy or packed corpus of images")
     source: Source
     try:
+        if not path.exists():
+            raise DataError(
+                f"{option} {path} does not exist: give a folder, zip, tar, .npz, .npy or packed corpus of images"
+            )
         if is_corpus(path):
             source = PackedSource(path)
         elif path.is_dir():
             source = FolderSource(path)
+        elif not path.is_file():  # a pipe, which would never end
+            raise DataError(f"{option} {path} is no file and no folder")
         elif path.suffix.lower() in (".npz", ".npy"):
             source = ArraySource(path)
-        elif zipfile.is_zipfile(path) or tarfile.is_tarfile(path):
+        elif is_zip(path) or tarfile.is_tarfile(path):
             source = ArchiveSource(path)
         elif path.suffix.lower() in (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz"):
             raise DataError(f"{option} {path} is not a whole archive: copy it again")
@@ -270,9 +278,12 @@ def open_source(path: Path, option: str = "--data") -> Source:
 def is_picture(name: str) -> bool:
     """Whether a file is worth reading, by its name: DICOM files often have none but numbers."""
     path = PurePosixPath(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
     suffix = path.suffix.lower()
-    return not hidden and (suffix in PICTURE_SUFFIXES or not suffix or suffix[1:].isdecimal())
+    return not any(map(_is_hidden, path.parts)) and (suffix in PICTURE_SUFFIXES or not suffix or suffix[1:].isdecimal())
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith((".", "__MACOSX"))
 
 
 def of_file(path: Path) -> bytes:
@@ -293,30 +304,54 @@ def _entry(name: str, content: Part | bytes) -> Entry:
     return Entry(name, content, folders[-1] if folders else "", split=splits[0] if splits else "train")
 
 
+@contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    """Whatever a damaged array makes NumPy or the standard library raise becomes one line with the file's name."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"--data {path} cannot be read: {error}") from error
+
+
 def _walk(root: Path) -> Iterator[tuple[str, str]]:
-    """Names relative to the root and paths of all files, folder by folder in alphabetical order."""
+    """Names relative to the root and paths of all pictures, folder by folder in alphabetical order; folders and links
+    that lead nowhere too, so that they are counted as unreadable."""
     seen = set()
-
-    def below(folder: str, prefix: str) -> Iterator[tuple[str, str]]:
+    waiting: list[tuple[str, str, bool | None]] = [("", str(root), True)]
+    while waiting:
+        name, path, is_folder = waiting.pop()
+        if not is_folder:
+            yield name, path
+            continue
         try:
-            status = os.stat(folder)
+            status = os.stat(path)
             if (status.st_dev, status.st_ino) in seen:  # a link to where we have been
-                return
+                continue
             seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as found:
-                names = sorted((item.name, item.is_dir(), item.is_file() or _is_broken(item)) for item in found)
-        except OSError:
-            yield f"{prefix[:-1]}", folder  # which cannot be read: counted like a file that cannot
-            return
-        for name, is_folder, is_file in names:
-            shown = prefix + name.encode(errors="backslashreplace").decode()
-            if is_folder:
-                yield from below(f"{folder}/{name}", f"{shown}/")
-            elif is_file:
-                yield shown, f"{folder}/{name}"
+            with os.scandir(path) as found:
+                items = sorted(
+                    ((item.name, _is_folder(item)) for item in found if not _is_hidden(item.name)), reverse=True
+                )
+        except OSError as error:
+            if not name:
+                raise DataError(f"--data {root} cannot be read: {error.strerror}") from error
+            yield name, path
+            continue
+        for item, kind in items:
+            shown = f"{name}/{item}" if name else item
+            if kind or (kind is not None and is_picture(item)):
+                waiting.append((shown.encode(errors="backslashreplace").decode(), f"{path}/{item}", kind))
 
-    yield from below(str(root), "")
 
-
-def _is_broken(item: "os.DirEntry[str]") -> bool:
-    return item.is_symlink() and not os.path.exists(item.path)
+def _is_folder(item: "os.DirEntry[str]") -> bool | None:
+    """True for a folder, False for a file, None for pipes and the like. A link that leads nowhere is taken for a file."""
+    try:
+        if item.is_dir():
+            return True
+        if item.is_file():
+            return False
+    except OSError:  # a link to itself, or into a folder that is closed to us
+        return False
+    return False if item.is_symlink() and not os.path.exists(item.path) else None

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import typer
+from click.core import ParameterSource
 
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint, model_from
@@ -27,15 +28,19 @@ from maskdm.config import (
     Schedule,
     Size,
 )
-from maskdm.data import Images, load_images, open_source
+from maskdm.corpus import Corpus
+from maskdm.data import load_corpus
 from maskdm.distributed import local_device, process_group
 from maskdm.errors import DataError, UsageError
-from maskdm.images import decode, grid_picture, save_png
+from maskdm.images import PixelPolicy, decode, grid_picture, save_png
+from maskdm.packing import guess_channels
 from maskdm.precision import pick_device, pick_precision
+from maskdm.prepare import prepare
 from maskdm.processes import Child, free_port, is_first
 from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import atomic_write, owned
 from maskdm.sampling import Options, Sampler, inpaint, interpolate, sample
+from maskdm.sources import PackedSource, Source, open_source
 from maskdm_server.curriculum import recipe_names, stages_from, use_recipe
 from maskdm_server.pretrain import Run
 from maskdm_server.pretrain import pretrain as train_prior
@@ -47,7 +52,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="The coordina
 
 # Options that several commands share.
 Out = Annotated[Path, typer.Option(help="Folder of this run; the same command again continues it.")]
-Data = Annotated[Path, typer.Option(help="Images: a folder of any depth, a zip, .npz or .npy.")]
+Data = Annotated[Path, typer.Option(help="Images: a folder of any depth, a zip, tar, .npz, .npy or packed corpus.")]
 Prior = Annotated[Path, typer.Option(help="Checkpoint to start from.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Arithmetic of matrix products.")]
@@ -113,8 +118,11 @@ def pretrain(
 ) -> None:
     """Pre-train a prior on a public corpus with most of each image masked."""
     source = open_source(data)
-    found = _channels(channels) or source.channels()
-    class_names = tuple(sorted({source.label(name) for name in source.names})) if conditional else ()
+    packed = source.corpus.manifest.policy if isinstance(source, PackedSource) else None
+    found = _channels(channels) or (packed.channels if packed else guess_channels(source))
+    if packed and context.get_parameter_source("image_size") is ParameterSource.DEFAULT:
+        image_size = packed.image_size
+    class_names = _labels(source) if conditional else ()
     if conditional and len(class_names) < 2:
         raise UsageError("--conditional needs at least two classes: sub-folders, or an .npz with an array 'labels'")
     shape = {"image_size": image_size, "channels": found, "patch_size": patch_size, "network": network}
@@ -135,7 +143,7 @@ def pretrain(
         "recompute": recompute,
         "lr": lr,
         "warmup_images": warmup_images,
-        "betas": _pair("--betas", betas),
+        "betas": cli.pair("--betas", betas),
         "weight_decay": weight_decay,
         "ema": ema,
         "ema_decay": ema_decay,
@@ -155,7 +163,7 @@ def pretrain(
         return
     picked = local_device(pick_device(device))
     with process_group(picked), owned(out) if is_first() else nullcontext():
-        corpus = load_images(source, image_size, found, upscale=upscale)
+        corpus = load_corpus(source, _policy(image_size, found, upscale))
         say(f"corpus: {corpus.summary()}")
         prior = train_prior(
             corpus,
@@ -169,6 +177,9 @@ def pretrain(
             sharded=shard,
         )
     say(f"prior: {prior}; samples: {out / 'samples'}")
+
+
+app.command("prepare")(prepare)
 
 
 @app.command("sample")
@@ -225,7 +236,7 @@ def sample_command(
             images = inpaint(network, metadata.diffusion, picture, where, count, **options)
         else:
             images = sample(network, metadata.diffusion, count, **options)
-    save_png(out, grid_picture(images))
+    save_png(out, grid_picture(images.numpy()))
     if npz:
         _write_npz(npz, images.permute(0, 2, 3, 1).numpy())
     say(f"{count} samples: {out}")
@@ -304,13 +315,13 @@ def simulate(
         shares = None
         if len(data) == 1:
             shape = metadata.model
-            images = load_images(open_source(data[0]), shape.image_size, shape.channels, upscale=upscale)
-            say(f"data: {images.summary()}")
-            shares = _shares(images, clients, split, alpha, seed)
+            corpus = load_corpus(open_source(data[0]), _policy(shape.image_size, shape.channels, upscale))
+            say(f"data: {corpus.summary()}")
+            shares = _shares(corpus, clients, split, alpha, seed)
         server = f"127.0.0.1:{(port := free_port())}"
 
         def start_sites() -> list[Child]:
-            paths = data if shares is None else write_shares(images, shares, out / "sites")
+            paths = data if shares is None else write_shares(corpus, shares, out / "sites")
             return start_clients(paths, out / "sites", server, options)
 
         model = serve(
@@ -339,14 +350,24 @@ def demo_command(
     print(page)
 
 
-def _shares(images: Images, clients: int, split: str, alpha: float, seed: int) -> list[np.ndarray]:
+def _shares(corpus: Corpus, clients: int, split: str, alpha: float, seed: int) -> list[np.ndarray]:
+    rows = corpus.training_rows
     if split == "iid":
-        if len(images) < 2 * clients:
-            raise UsageError(f"--data holds {len(images)} images, too few for --clients {clients}")
-        return split_iid(len(images), clients, seed)
-    if len(set(images.labels)) < 2:
+        if len(rows) < 2 * clients:
+            raise UsageError(f"--data holds {len(rows)} images, too few for --clients {clients}")
+        return split_iid(len(rows), clients, seed)
+    labels = [corpus.label(row) for row in rows]
+    if len(set(labels)) < 2:
         raise UsageError("--split label needs labels: sub-folders, or an .npz with an array 'labels'")
-    return split_by_label(images.labels, clients, alpha, seed)
+    return split_by_label(labels, clients, alpha, seed)
+
+
+def _labels(source: Source) -> tuple[str, ...]:
+    return tuple(sorted({entry.label for entry in source.entries() if entry.split == "train"}))
+
+
+def _policy(image_size: int, channels: int, upscale: bool) -> PixelPolicy:
+    return cli.configure(PixelPolicy, {"image_size": image_size, "channels": channels, "upscale": upscale})
 
 
 def _classes(wanted: list[str] | None, names: tuple[str, ...], count: int) -> torch.Tensor | None:
@@ -365,7 +386,7 @@ def _picture(path: Path, shape: ModelConfig, option: str) -> torch.Tensor:
     except OSError as error:
         raise UsageError(f"{option} {path} cannot be read ({error.strerror})") from error
     try:
-        return torch.from_numpy(decode(data, shape.image_size, shape.channels, upscale=True).copy())
+        return torch.from_numpy(decode(data, _policy(shape.image_size, shape.channels, True)).pixels.copy())
     except DataError as error:
         raise UsageError(f"{option} {path}: {error}") from error
 
@@ -374,14 +395,6 @@ def _channels(text: str) -> int | None:
     if text not in ("auto", "1", "3"):
         raise UsageError(f"--channels {text}: give 1, 3 or auto")
     return None if text == "auto" else int(text)
-
-
-def _pair(option: str, text: str) -> tuple[float, float]:
-    try:
-        first, second = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{option} {text}: give two numbers such as 0.9,0.99") from error
-    return first, second
 
 
 def _write_npz(path: Path, images: np.ndarray) -> None:

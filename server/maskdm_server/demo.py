@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, TrainingConfig
-from maskdm.data import load_images, open_source
-from maskdm.images import grid_picture, save_png
+from maskdm.data import load_corpus
+from maskdm.images import PixelPolicy, grid_picture, save_png
 from maskdm.precision import pick_device
 from maskdm.processes import free_port
 from maskdm.reporting import say
 from maskdm.runfolder import read_lines
+from maskdm.sources import open_source
 from maskdm_server.faces import SITES, Domain, draw_faces
 from maskdm_server.page import Panel, write_page
 from maskdm_server.pretrain import Run, pretrain
@@ -49,7 +49,8 @@ def demo(out: Path, seed: int = 0, budget: Budget | None = None) -> Path:
     corpus = _drawn(out / "images" / "public.npz", budget.public, "public", seed)
     sites = [_drawn(out / "images" / f"{domain}.npz", budget.private, domain, seed) for domain in SITES]
     say("2/4  pre-training the prior on the public faces, 75 % of each hidden")
-    images = load_images(open_source(corpus), MODEL.image_size, MODEL.channels)
+    policy = PixelPolicy(image_size=MODEL.image_size, channels=3)
+    images = load_corpus(open_source(corpus), policy, cache=out / "images")
     training = TrainingConfig(
         images=budget.pretrain_images, batch_size=64, lr=1e-3, betas=(0.9, 0.95), warmup_images=2000, seed=seed
     )
@@ -96,7 +97,7 @@ def _drawn(path: Path, count: int, domain: Domain, seed: int) -> Path:
 def _report(out: Path, corpora: list[Path], budget: Budget) -> Path:
     shown = []
     for path in corpora:
-        pixels = torch.from_numpy(np.load(path, allow_pickle=False)["images"][:10]).permute(0, 3, 1, 2)
+        pixels = np.moveaxis(np.load(path, allow_pickle=False)["images"][:10], 3, 1)
         picture = out / "images" / f"{path.stem}.png"
         save_png(picture, grid_picture(pixels, columns=10))
         shown.append((path.stem, picture))

@@ -29,7 +29,7 @@ def save_samples(
     picked = pick_device(device)
     model = model_from(weights, shape, picked)
     drawn = sample(model, diffusion, count, seed=seed, precision=pick_precision(precision, picked))
-    save_png(picture, grid_picture(drawn))
+    save_png(picture, grid_picture(drawn.numpy()))
 
 
 def draw_samples(checkpoint: Path, picture: Path, seed: int, count: int) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from maskdm import __version__
 from maskdm.checkpoint import CheckpointMetadata, load_state, load_weights, save_checkpoint, save_state, sha256_of
 from maskdm.config import DiffusionConfig, ModelConfig, Stage
-from maskdm.data import Images, batches, class_numbers
+from maskdm.corpus import Corpus
+from maskdm.data import batches, class_numbers
 from maskdm.distributed import agreed, check_batch, rank, shard, together, whole, world_size
 from maskdm.errors import UsageError
 from maskdm.interruption import Interruption
@@ -70,7 +71,7 @@ class Run:
 
 
 def pretrain(
-    images: Images,
+    corpus: Corpus,
     out: Path,
     run: Run,
     *,
@@ -81,7 +82,7 @@ def pretrain(
     compiled: bool = False,
     sharded: bool = False,
 ) -> Path:
-    """Train a prior on `images` and return the path of its checkpoint.
+    """Train a prior on a corpus and return the path of its checkpoint.
 
     A stage starts from the moving average of the one before, with a fresh optimiser. Where `torchrun` started several
     processes, each takes its share of every batch and the first one writes.
@@ -101,7 +102,7 @@ def pretrain(
     for stage in run.stages:
         check_batch(stage.training.batch_size)
     if is_first():
-        open_run(out, run, images, init, resume)
+        open_run(out, run, corpus, init, resume)
     model = build_model(run.model, seed=derive_seed("weights", run.seed), device=device)
     if init:
         load_weights(model, init, "--init")
@@ -119,7 +120,7 @@ def pretrain(
     say(
         f"{parameter_count(model):,} parameters; {pick_precision(run.stages[0].training.precision, device)} on {device}"
     )
-    state = train_stages(state, run, images, out, device, save_every)
+    state = train_stages(state, run, corpus, out, device, save_every)
     picture = out / "samples" / f"{state.images_seen:09d}.png"
     average = {name: whole(tensor) for name, tensor in state.average.items()}
     if is_first() and not picture.exists():
@@ -133,13 +134,13 @@ def pretrain(
 def train_stages(
     state: TrainingState,
     run: Run,
-    images: Images,
+    corpus: Corpus,
     out: Path,
     device: torch.device,
     save_every: float,
 ) -> TrainingState:
     """Train what is left of each stage, saving as it goes; returns the state after the last one."""
-    begins, classes = run.begins(), class_numbers(images.labels, run.class_names)
+    begins, classes = run.begins(), class_numbers(corpus, run.class_names)
     with Interruption() as interruption, WorkBar("pretrain", begins[-1], state.images_seen) as bar:
 
         def record(progress: Progress) -> None:
@@ -161,12 +162,14 @@ def train_stages(
             )
             denoiser = together(state.model)
             order = batches(
-                images.pixels,
+                corpus.pixels,
                 config.batch_size,
                 state.images_seen,
                 run.seed,
+                rows=corpus.training_rows,
                 classes=classes,
                 share=(rank(), world_size()),
+                device=device,
             )
             while state.images_seen < end:
                 stop = agreed(_wish(interruption, time.monotonic() + save_every), device)
@@ -182,7 +185,7 @@ def train_stages(
                     report_seconds=METRICS_EVERY,
                     stop=stop,
                 )
-                save(state, run, stage, out)
+                save(state, run, stage, corpus, out)
                 interruption.check()
     return state
 
@@ -195,7 +198,7 @@ def next_stage(state: TrainingState, stage: Stage) -> TrainingState:
     return following
 
 
-def save(state: TrainingState, run: Run, stage: Stage, out: Path) -> None:
+def save(state: TrainingState, run: Run, stage: Stage, corpus: Corpus, out: Path) -> None:
     """What resume needs, and the weights: averaged as the prior, raw ones beside it."""
     save_state(out / "state" / "training.safetensors", state, stage.training)
     metadata = CheckpointMetadata(
@@ -206,15 +209,16 @@ def save(state: TrainingState, run: Run, stage: Stage, out: Path) -> None:
         images_seen=state.images_seen,
         seed=run.seed,
         class_names=run.class_names,
+        corpus=corpus.manifest.statistics,
     )
     raw: dict[str, Tensor] = {name: parameter.detach() for name, parameter in state.model.named_parameters()}
     save_checkpoint(out / "raw.safetensors", raw, metadata.model_copy(update={"weights": "raw"}))
     save_checkpoint(out / "prior.safetensors", state.average, metadata)
 
 
-def open_run(out: Path, run: Run, images: Images, init: Path | None, resume: bool) -> None:
+def open_run(out: Path, run: Run, corpus: Corpus, init: Path | None, resume: bool) -> None:
     """Claim the folder for this run, or find that it holds it already."""
-    config = run.describe() | {"corpus_sha256": images.digest(), "images": len(images)}
+    config = run.describe() | {"corpus_sha256": corpus.manifest.sha256, "images": len(corpus.training_rows)}
     if init:
         config["init_sha256"] = sha256_of(init)
     numbers = range(1, len(run.stages) + 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.data import Images
+from maskdm.corpus import Corpus
 from maskdm.errors import UsageError
 from maskdm.processes import Child, script
 from maskdm.seeding import derive_seed
@@ -42,17 +42,21 @@ def split_by_label(labels: Sequence[str], clients: int, alpha: float, seed: int)
     return [np.sort(np.array(share, dtype=np.int64)) for share in shares]
 
 
-def write_shares(images: Images, shares: Sequence[Rows], folder: Path) -> list[Path]:
-    """One `.npz` of images and labels for each client; existing ones of an earlier start are kept."""
-    pixels = images.pixels.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
-    labels = np.array(images.labels)
+def write_shares(corpus: Corpus, shares: Sequence[Rows], folder: Path) -> list[Path]:
+    """One `.npz` of images and labels for each client; existing ones of an earlier start are kept.
+
+    Args:
+        shares: places in `corpus.training_rows`.
+    """
     paths = []
-    for number, rows in enumerate(shares, start=1):
+    for number, share in enumerate(shares, start=1):
         path = folder / f"site-{number}" / "images.npz"
         if not path.exists():
+            rows = corpus.training_rows[share]
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name("images.tmp.npz")
-            np.savez(temporary, images=pixels[rows], labels=labels[rows])
+            pixels = np.moveaxis(corpus.pixels[rows], 1, 3)  # (n, H, W, C)
+            np.savez(temporary, images=pixels, labels=np.array([corpus.label(row) for row in rows]))
             temporary.replace(path)
         paths.append(path)
     return paths

@@ -1,5 +1,6 @@
 """A site's whole answer to a plan, in one process: what it learns, what it sends, what it keeps to itself."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint
 from maskdm.config import ModelConfig
-from maskdm.data import choose_slice, open_source
 from maskdm.errors import TrainingDiverged
 from maskdm.model import build_model
 from maskdm.protocol import REPORT_NAMES, Outcome, Parcel, Report, RoundPlan, decode_bfloat16, to_arrays
@@ -65,8 +65,10 @@ def make_site(tmp_path: Path) -> MakeSite:
         values = {"data": tmp_path / "hospital-data.npz", "precision": "fp32", "device": "cpu", "threads": 1}
         settings = SiteSettings.model_validate(values | changes)
         (folder / "config.json").write_text(json.dumps({"site": settings.model_dump(mode="json")}))
-        chosen = choose_slice(open_source(tmp_path / "hospital-data.npz"), 1.0)
-        (folder / "slice.json").write_text(json.dumps({"train": chosen.train, "held_out": chosen.held_out}))
+        names = {hashlib.sha256(image.tobytes()).hexdigest(): str(i) for i, image in enumerate(images)}
+        chosen = [dict(part) for part in (list(names.items())[::5], list(names.items()))]
+        train = {digest: name for digest, name in chosen[1].items() if digest not in chosen[0]}
+        (folder / "slice.json").write_text(json.dumps({"train": train, "held_out": chosen[0]}))
         return folder
 
     return make
@@ -109,7 +111,8 @@ def test_the_images_held_out_do_not_change_the_update(make_site: MakeSite, plan:
     folder = make_site()
     first = answer(plan(), folder)
     chosen = json.loads((folder / "slice.json").read_text())
-    (folder / "slice.json").write_text(json.dumps(chosen | {"held_out": chosen["held_out"][:1]}))
+    fewer = dict(list(chosen["held_out"].items())[:1])
+    (folder / "slice.json").write_text(json.dumps(chosen | {"held_out": fewer}))
     second = answer(plan(), folder)
     assert all((first.arrays[name] == second.arrays[name]).all() for name in first.arrays)
     assert first.scalars["loss_after"] != second.scalars["loss_after"]
@@ -125,7 +128,7 @@ def test_every_message_of_a_round_is_in_the_audit_log_and_the_events_say_how_it_
     assert audit[1]["bytes"] == parcel.size()
     assert events(folder, "measured")[0]["loss"] == parcel.scalars["loss_before"]
     assert events(folder, "round")[0]["loss_after"] == parcel.scalars["loss_after"]
-    assert "images of 8x8" in events(folder, "data")[0]["train"]
+    assert "images of 8x8" in events(folder, "data")[0]["summary"]
 
 
 def test_the_final_model_is_kept_and_only_numbers_go_back(
@@ -189,8 +192,22 @@ def test_training_that_diverges_leaves_as_a_code(
 
 def test_an_unexpected_failure_leaves_as_a_code_and_is_explained_at_home(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
-    (folder / "slice.json").unlink()
+    (folder / "config.json").unlink()
     assert_only_a_code_left(answer(plan(), folder), folder, Outcome.FAILED, "unexpected FileNotFoundError")
+
+
+def test_a_slice_that_cannot_be_read_leaves_as_a_code(make_site: MakeSite, plan: MakePlan) -> None:
+    folder = make_site()
+    (folder / "slice.json").write_text("{")
+    assert_only_a_code_left(answer(plan(), folder), folder, Outcome.DATA_UNUSABLE, "slice.json is damaged")
+
+
+def test_the_images_are_decoded_once_and_mapped_in_later_rounds(make_site: MakeSite, plan: MakePlan) -> None:
+    folder = make_site()
+    answer(plan(), folder)
+    (folder.parent / "hospital-data.npz").rename(folder.parent / "moved.npz")
+    np.savez(folder.parent / "hospital-data.npz", images=np.zeros((1, 8, 8), np.uint8))
+    assert answer(plan(round=2), folder).scalars["outcome"] == Outcome.DONE
 
 
 @pytest.mark.parametrize("document", ["", "{}", '{"action": "upload"}', "[]"])

@@ -13,7 +13,7 @@ import torch
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint, sha256_of
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, TrainingConfig
-from maskdm.data import Images
+from maskdm.corpus import Corpus, in_memory
 from maskdm.errors import Interrupted, UsageError
 from maskdm.runfolder import append_line
 from maskdm_server import pretrain as pretraining
@@ -82,7 +82,7 @@ def test_a_recipe_takes_two_steps_in_every_stage(name: str, tmp_path: Path) -> N
     values = VALUES | {"horizontal_flip": recipe.get("horizontal-flip", 0.0), "precision": "fp32"}
     tables = [table | {"batch-size": 2, "images": 4} for table in recipe["stages"]]
     stages = stages_from(values, tables, ())
-    images = Images(torch.randint(0, 256, (6, 3, size, size)).to(torch.uint8), list("abcdef"), [""] * 6)
+    images = in_memory(np.random.default_rng(0).integers(0, 256, (6, 3, size, size), dtype=np.uint8))
     run = Run(model, DiffusionConfig(schedule=recipe["schedule"], timesteps=20), stages)
     prior = pretrain(images, tmp_path, run, device=torch.device("cpu"))
     _, metadata = load_checkpoint(prior)
@@ -179,9 +179,9 @@ def trained(folder: Path, run: Run, init: Path | None = None) -> Path:
     return pretrain(pictures(), folder, run, device=torch.device("cpu"), init=init)
 
 
-def pictures() -> Images:
-    pixels = torch.randint(0, 256, (10, 1, 8, 8), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    return Images(pixels, [str(i) for i in range(10)], ["even", "odd"] * 5)
+def pictures() -> Corpus:
+    pixels = np.random.default_rng(1).integers(0, 256, (10, 1, 8, 8), dtype=np.uint8)
+    return in_memory(pixels, ["even", "odd"] * 5)
 
 
 @pytest.mark.parametrize("killed_at", [8, 16, 22, 28, 34])

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm.data import Images, load_images, open_source
+from maskdm.corpus import in_memory
 from maskdm.errors import UsageError
+from maskdm.sources import open_source
 from maskdm_server.simulate import Rows, split_by_label, split_iid, write_shares
 
 
@@ -79,18 +79,18 @@ def test_a_client_left_without_images_is_refused_with_a_remedy() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shares_are_files_that_a_client_can_read(tmp_path: Path, channels: int) -> None:
-    pixels = torch.randint(0, 256, (6, channels, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    images = Images(pixels=pixels, names=[str(i) for i in range(6)], labels=list("abcabc"))
+    pixels = np.random.default_rng(0).integers(0, 256, (6, channels, 8, 8), dtype=np.uint8)
     shares = [np.array([0, 3, 5]), np.array([1, 2, 4])]
-    paths = write_shares(images, shares, tmp_path)
+    paths = write_shares(in_memory(pixels, list("abcabc")), shares, tmp_path)
     for path, rows in zip(paths, shares, strict=True):
-        found = load_images(open_source(path), 8, channels)
-        assert torch.equal(found.pixels, pixels[torch.from_numpy(rows)])
-        assert found.labels == [images.labels[i] for i in rows]
+        entries = list(open_source(path).entries())
+        found = np.stack([np.asarray(entry.content).reshape(8, 8, channels) for entry in entries])
+        assert np.array_equal(np.moveaxis(found, 3, 1), pixels[rows])
+        assert [entry.label for entry in entries] == ["abcabc"[i] for i in rows]
 
 
 def test_shares_of_an_earlier_start_are_kept(tmp_path: Path) -> None:
-    images = Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), list("0123"), [""] * 4)
-    write_shares(images, [np.array([0]), np.array([1, 2, 3])], tmp_path)
-    paths = write_shares(images, [np.array([0, 1]), np.array([2, 3])], tmp_path)
-    assert [len(open_source(path).names) for path in paths] == [1, 3]
+    corpus = in_memory(np.zeros((4, 1, 8, 8), np.uint8))
+    write_shares(corpus, [np.array([0]), np.array([1, 2, 3])], tmp_path)
+    paths = write_shares(corpus, [np.array([0, 1]), np.array([2, 3])], tmp_path)
+    assert [open_source(path).count() for path in paths] == [1, 3]

@@ -1,0 +1,41 @@
+"""`maskdm-client doctor`: what can be checked before joining. Nothing leaves the site."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskdm import cli
+from maskdm.checkpoint import load_checkpoint
+from maskdm.images import PixelPolicy
+from maskdm.packing import guess_channels, pack
+from maskdm.preflight import CONTACT_SHEET, inspect, lines, write_report
+from maskdm.reporting import say
+from maskdm.runfolder import owned
+from maskdm.sources import open_source
+
+
+def doctor(
+    data: Annotated[Path, typer.Option(help="Local images: a folder, zip, tar, .npz, .npy or packed corpus.")],
+    prior: Annotated[Path | None, typer.Option(help="The coordinator's prior, to compare the images with.")] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels along a side, where there is no --prior.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for the report and the contact sheet.")] = Path("maskdm-doctor"),
+    upscale: Annotated[
+        bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")
+    ] = False,
+) -> int:
+    """Look the local images over as training would see them; exit code 1 where something looks wrong."""
+    metadata = load_checkpoint(prior, "--prior")[1] if prior else None
+    source = open_source(data)
+    size, channels = (metadata.model.image_size, metadata.model.channels) if metadata else (image_size, 0)
+    values = {"image_size": size, "channels": channels or guess_channels(source), "upscale": upscale}
+    policy = cli.configure(PixelPolicy, values)
+    with owned(out), tempfile.TemporaryDirectory(dir=out) as folder:
+        corpus = pack(source, Path(folder) / "corpus", policy)
+        report = inspect(corpus, metadata)
+        write_report(corpus, out, report)
+    for line in lines(report, policy):
+        say(line)
+    say(f"look at {out / CONTACT_SHEET}; it stays on this machine")
+    return 1 if report.warnings else 0
