@@ -1,5 +1,7 @@
 """Fixtures that every test shares: one thread, reproducible properties, and the smallest model that is a model."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +12,14 @@ from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 settings.register_profile("maskdm", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("maskdm")
 torch.set_num_threads(1)  # bit-for-bit comparisons, and no fighting over cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Sources are packed into a folder of the test run, by the processes that it starts too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,11 @@ def read_slice(folder: Path) -> Slice:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"--out {folder}: {SLICE} is damaged: delete it to choose the images anew") from error
     return Slice(sides[0], sides[1])
+
+
+def forget_pixels(folder: Path) -> None:
+    """Remove the decoded copies of the images when they are needed no more."""
+    shutil.rmtree(folder / CORPUS, ignore_errors=True)
 
 
 def local_images(settings: SiteSettings, folder: Path, image_size: int, channels: int) -> LocalImages:

@@ -27,7 +27,7 @@ from maskdm.runfolder import append_line
 from maskdm.seeding import derive_seed
 from maskdm.training import Progress, TrainingState, train
 from maskdm_client.gate import record, release_numbers, release_outcome, release_update
-from maskdm_client.local_data import LocalImages, local_images
+from maskdm_client.local_data import LocalImages, forget_pixels, local_images
 from maskdm_client.settings import SiteSettings, load_settings
 
 # Enough (image, timestep, noise) draws for a held-out loss whose differences between rounds can be read.
@@ -138,6 +138,8 @@ def _finish(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings,
         skipped_steps=0,
     )
     released = release_numbers(report, settings.policy, folder / "audit.jsonl")
+    del images  # mapped from the file that goes now
+    forget_pixels(folder)
     say({"event": "finished", "round": plan.round, "loss": loss})
     return released
 

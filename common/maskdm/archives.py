@@ -7,7 +7,6 @@ directory piece by piece (PKWARE APPNOTE 4.3), and any process can read any memb
 import os
 import struct
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,12 +57,12 @@ def read(part: Part) -> bytes:
         if part.method < 0:
             return _whole(os.pread(archive, part.size, part.offset), part.size)
         header = _LOCAL.unpack(_whole(os.pread(archive, _LOCAL.size, part.offset), _LOCAL.size))
+        if header[0] != b"PK\x03\x04":
+            raise DataError("a damaged member of the zip")
         # Name and extra field, whose lengths may differ from the directory's.
         stored = _whole(os.pread(archive, part.size, part.offset + _LOCAL.size + header[-2] + header[-1]), part.size)
     except (OSError, struct.error) as error:
         raise DataError("not readable") from error
-    if header[0] != b"PK\x03\x04":
-        raise DataError("a damaged member of the zip")
     if header[2] & 1:
         raise DataError("encrypted")
     data = stored if part.method == 0 else _inflate(stored, part)
@@ -105,8 +104,21 @@ def is_zip(path: Path) -> bool:
     """Whether a file is a zip. Its end tells, but a tar whose last member is a zip ends like one."""
     with path.open("rb") as file:
         head = file.read(262)
-    tar = head[257:] == b"ustar" or head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
-    return not tar and zipfile.is_zipfile(path)
+    if head[257:] == b"ustar" or head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
+        return False
+    try:
+        _directory(path)
+    except DataError:
+        return False
+    return True
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a file begins like a tar, compressed or not."""
+    try:
+        return tarfile.is_tarfile(path)
+    except Exception:  # of a damaged compression
+        return False
 
 
 def zip_members(path: Path) -> Iterator[tuple[str, Part]]:
@@ -171,7 +183,7 @@ def _directory(path: Path) -> tuple[int, int, int, int]:
                 place = written if file.read(4) == _END64 else place
             file.seek(place)
             record = file.read(56)
-            if record[:4] != _END64:
+            if len(record) < 56 or record[:4] != _END64:
                 raise _torn(path)
             count, size, start = struct.unpack_from("<3Q", record, 32)
     before = place - size - start
@@ -206,17 +218,16 @@ class _Header(tarfile.TarInfo):
             if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
                 raise
             raise tarfile.ReadError("a damaged header") from error
-        return header._checked()
+        if header.size < 0:  # in the extended header
+            raise tarfile.ReadError("a damaged header")
+        return header
 
-    @classmethod
-    def frombuf(cls, buffer: bytes | bytearray, encoding: str, errors: str) -> Self:
-        return super().frombuf(buffer, encoding, errors)._checked()
-
-    def _checked(self) -> Self:
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         """Long names and the like are read into memory at once; a negative size leads back to where we were."""
         if self.size < 0 or (self.type in _TAR_TEXTS and self.size > _PIECE):
             raise tarfile.ReadError("a damaged header")
-        return self
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return member
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, Part | bytes]]:

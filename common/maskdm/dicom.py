@@ -7,6 +7,7 @@ C.11), MONOCHROME1 turned so that bright is dense, palettes and YBR to RGB.
 import io
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,11 @@ def decode(data: bytes, window: tuple[float, float] | None = None) -> NDArray[An
         import pydicom
     except ImportError as error:
         raise DataError("a DICOM file: pip install 'maskdm[dicom]' to read it") from error
-    logging.getLogger("pydicom").disabled = True  # its warnings quote values of the file
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)  # what it and its parts log quotes values of the file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=_ELEMENTS)  # type: ignore[arg-type]
+            dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=_ELEMENTS)
             if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
                 raise DataError("a DICOM file without an image")
             if int(dataset.get("NumberOfFrames") or 1) > 1:
@@ -70,34 +71,56 @@ def decode(data: bytes, window: tuple[float, float] | None = None) -> NDArray[An
 
 
 def _pixels(dataset: Any, window: tuple[float, float] | None) -> NDArray[Any]:
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
+    from pydicom.pixels import apply_color_lut, apply_modality_lut
 
     stored = dataset.pixel_array  # YBR becomes RGB on the way
     kind = str(dataset.PhotometricInterpretation)
     if kind == "PALETTE COLOR":
         colours = apply_color_lut(stored, dataset)
-        return (colours >> (8 * (colours.dtype.itemsize - 1))).astype(np.uint8)
+        bits = int(dataset.RedPaletteColorLookupTableDescriptor[2])  # 8 may be stored in 16
+        return np.asarray(colours >> max(0, bits - 8), np.uint8)
     if stored.ndim == 3:
-        return (stored >> max(0, int(dataset.BitsStored) - 8)).astype(np.uint8)
+        return np.asarray(stored >> max(0, int(dataset.BitsStored) - 8), np.uint8)
     if stored.ndim != 2 or not kind.startswith("MONOCHROME"):
         raise DataError("not a readable DICOM file")
-    values = apply_modality_lut(stored, dataset).astype(np.float64)
-    if window is None and "WindowCenter" in dataset and "WindowWidth" in dataset:
-        window = _linear(_first(dataset.WindowCenter), _first(dataset.WindowWidth), dataset.get("VOILUTFunction"))
-    elif window is None and "VOILUTSequence" in dataset:
-        values = apply_voi_lut(values.astype(stored.dtype), dataset).astype(np.float64)
-    low, high = window or (float(values.min()), float(values.max()))
-    scaled = (values.clip(low, high) - low) * (255.0 / max(high - low, 1e-9))
+    values: NDArray[np.float64] = apply_modality_lut(stored, dataset).astype(np.float64)
+    window = window or _window(dataset)
+    if window is None and dataset.get("VOILUTSequence"):
+        values, window = _looked_up(values, dataset.VOILUTSequence[0], dataset.file_meta.TransferSyntaxUID)
+    known = np.isfinite(values)
+    if not known.any():
+        raise DataError("not a readable DICOM file")
+    low, high = window or (float(values[known].min()), float(values[known].max()))
+    scaled: NDArray[np.float64] = (np.nan_to_num(values.clip(low, high), nan=low) - low) * (
+        255.0 / max(high - low, 1e-9)
+    )
     return 255.0 - scaled if kind == "MONOCHROME1" else scaled
 
 
-def _first(value: Any) -> float:
+def _window(dataset: Any) -> tuple[float, float] | None:
+    """The edges of the file's window (PS3.3 C.11.2.1.2.1 and C.11.2.1.3.2); None where it has none that is valid."""
+    center, width = _first(dataset.get("WindowCenter")), _first(dataset.get("WindowWidth"))
+    if center is None or width is None:
+        return None
+    if str(dataset.get("VOILUTFunction") or "LINEAR").upper() == "LINEAR_EXACT":
+        return (center - width / 2, center + width / 2) if width > 0 else None
+    return (center - 0.5 - (width - 1) / 2, center - 0.5 + max(width - 1, 1e-6) / 2) if width >= 1 else None
+
+
+def _first(value: Any) -> float | None:
     """A file may offer several windows; the first is the default one."""
-    return float(value[0] if hasattr(value, "__getitem__") and not isinstance(value, str) else value)
+    values = value if isinstance(value, Sequence) else [value]
+    return float(values[0]) if len(values) and values[0] is not None else None
 
 
-def _linear(center: float, width: float, function: Any) -> tuple[float, float]:
-    """The window's edges (PS3.3 C.11.2.1.2.1 and C.11.2.1.3.2)."""
-    if str(function or "LINEAR").upper() == "LINEAR_EXACT":
-        return center - width / 2, center + width / 2
-    return center - 0.5 - (width - 1) / 2, center - 0.5 + max(width - 1, 1e-6) / 2
+def _looked_up(values: NDArray[Any], table: Any, syntax: Any) -> tuple[NDArray[Any], tuple[float, float]]:
+    """Values after the file's table, and the range of its output (PS3.3 C.11.2.1.1)."""
+    entries, first, bits = (int(number) for number in table.LUTDescriptor)
+    entries = entries or 1 << 16
+    outputs = table.LUTData
+    if isinstance(outputs, bytes):
+        wide = np.dtype(np.uint16).newbyteorder("<" if syntax.is_little_endian else ">")
+        outputs = np.frombuffer(outputs, wide if len(outputs) >= 2 * entries else np.uint8)
+    outputs = np.asarray(outputs, np.float64)[:entries]
+    places = (values.round() - first).clip(0, len(outputs) - 1)
+    return outputs[places.astype(np.int64)], (0.0, 2.0**bits - 1)

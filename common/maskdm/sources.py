@@ -6,7 +6,6 @@ Listing is cheap, in a fixed order, and in flat memory; nothing is decoded here.
 import hashlib
 import math
 import os
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.archives import MAX_FILE_BYTES, Part, is_zip, read, tar_members, zip_members
+from maskdm.archives import MAX_FILE_BYTES, Part, is_tar, is_zip, read, tar_members, zip_members
 from maskdm.corpus import Corpus, is_corpus, open_corpus
 from maskdm.errors import DataError
 from maskdm.images import Box
@@ -260,7 +259,7 @@ def open_source(path: Path, option: str = "--data") -> Source:
             raise DataError(f"{option} {path} is no file and no folder")
         elif path.suffix.lower() in (".npz", ".npy"):
             source = ArraySource(path)
-        elif is_zip(path) or tarfile.is_tarfile(path):
+        elif is_zip(path) or is_tar(path):
             source = ArchiveSource(path)
         elif path.suffix.lower() in (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz"):
             raise DataError(f"{option} {path} is not a whole archive: copy it again")
@@ -299,9 +298,10 @@ def group_of(text: str) -> int:
 
 def _entry(name: str, content: Part | bytes) -> Entry:
     """The label is the folder's name; `train/LABEL/…` and `ANY/test/LABEL/…` say the split too."""
-    folders = PurePosixPath(name).parts[:-1]
+    path = PurePosixPath(name)  # without the leading ./ of many tars
+    folders = path.parts[:-1]
     splits = [SPLIT_FOLDERS[f.lower()] for f in folders[:2][: len(folders) - 1] if f.lower() in SPLIT_FOLDERS]
-    return Entry(name, content, folders[-1] if folders else "", split=splits[0] if splits else "train")
+    return Entry(str(path), content, folders[-1] if folders else "", split=splits[0] if splits else "train")
 
 
 @contextmanager
@@ -346,7 +346,7 @@ def _walk(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _is_folder(item: "os.DirEntry[str]") -> bool | None:
-    """True for a folder, False for a file, None for pipes and the like. A link that leads nowhere is taken for a file."""
+    """True for a folder, False for a file or a link that leads nowhere, None for pipes and the like."""
     try:
         if item.is_dir():
             return True

@@ -21,6 +21,7 @@ from maskdm.forward_process import forward_process
 from maskdm.layers import patchify
 from maskdm.masking import draw_visible
 from maskdm.model import build_model
+from maskdm.processes import is_first
 from maskdm.runfolder import read_lines
 from maskdm.seeding import generator
 
@@ -95,7 +96,7 @@ def test_the_command_trains_saves_and_continues_a_sharded_network_in_two_process
 
 def test_a_single_process_needs_no_group() -> None:
     with distributed.process_group(torch.device("cpu")):
-        assert (distributed.rank(), distributed.world_size(), distributed.is_first()) == (0, 1, True)
+        assert (distributed.rank(), distributed.world_size(), is_first()) == (0, 1, True)
         model = torch.nn.Linear(1, 1)
         assert distributed.together(model) is model
         assert distributed.agreed(lambda: True, torch.device("cpu"))()

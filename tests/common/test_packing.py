@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from maskdm import packing
-from maskdm.corpus import RECORD, SPLITS, Corpus, in_memory, open_corpus
+from maskdm.corpus import RECORD, SPLITS, Corpus, in_memory, open_corpus, verify
 from maskdm.errors import DataError, Interrupted
 from maskdm.images import IsColour, PixelPolicy, Pixels
 from maskdm.interruption import Interruption
@@ -280,12 +280,16 @@ def test_a_corpus_that_was_copied_is_verified_once(tmp_path: Path, monkeypatch: 
     pack(Generated(6), tmp_path / "corpus", POLICY)
     for file in (tmp_path / "corpus").iterdir():
         os.utime(file)
-    checked: list[int] = []
-    kept = packing.open_corpus.__globals__["verify"]
-    monkeypatch.setitem(packing.open_corpus.__globals__, "verify", lambda *a: (checked.append(1), kept(*a)))
+    checked: list[Corpus] = []
+
+    def counted(found: Corpus, option: str) -> None:
+        checked.append(found)
+        verify(found, option)
+
+    monkeypatch.setattr("maskdm.corpus.verify", counted)
     for _ in range(3):
         open_corpus(tmp_path / "corpus")
-    assert checked == [1]
+    assert len(checked) == 1
 
 
 def test_nothing_writes_through_the_mapped_pixels(tmp_path: Path) -> None:

@@ -31,7 +31,12 @@ def site(count: int, labels: str = "a", groups: list[int] | None = None) -> Foun
 
 def smaller(found: Found, count: int) -> Found:
     kept = list(found.names)[:count]
-    return Found(*({d: table[d] for d in kept} for table in (found.names, found.labels, found.groups)), count)  # type: ignore[attr-defined]
+    return Found(
+        names={digest: found.names[digest] for digest in kept},
+        labels={digest: found.labels[digest] for digest in kept},
+        groups={digest: found.groups[digest] for digest in kept},
+        total=count,
+    )
 
 
 def sides(parted: Slice) -> dict[bytes, str]:

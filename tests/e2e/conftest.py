@@ -1,6 +1,8 @@
 """Real processes: how the end-to-end tests start, feed, watch and end them."""
 
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -48,6 +50,14 @@ def environment(**extra: str) -> dict[str, str]:
     """This process's environment without its own MASKDM_ settings, plus the small ones."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MASKDM_")}
     return {**clean, **SMALL, **extra}
+
+
+def documented(name: str, page: str = "README.md") -> list[list[str]]:
+    """The commands of a page's block that is marked with a name, one after another."""
+    text = (Path(__file__).parents[2] / page).read_text()
+    block = re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", text, re.DOTALL)
+    assert block, f"{page} has no block {name}"
+    return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines() if line and line[0] != "#"]
 
 
 class Started:

@@ -1,8 +1,6 @@
 """The README's story with real processes: pretrain, serve, two clients; and what happens when someone stops or dies."""
 
 import json
-import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -14,18 +12,9 @@ from maskdm.processes import free_port
 from maskdm.protocol import REPORT_NAMES
 from maskdm.runfolder import read_lines
 
-from .conftest import RecordingProxy, Started, processes_with, wait_until, write_certificates, write_faces
+from .conftest import RecordingProxy, Started, documented, processes_with, wait_until, write_certificates, write_faces
 
 pytestmark = pytest.mark.slow
-
-README = Path(__file__).parents[2] / "README.md"
-
-
-def documented(name: str) -> list[list[str]]:
-    """The commands of the README's block that is marked with a name, one after another."""
-    block = re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", README.read_text(), re.DOTALL)
-    assert block, f"the README has no block {name}"
-    return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines() if line and line[0] != "#"]
 
 
 def with_port(command: list[str], port: int) -> list[str]:
