@@ -7,8 +7,12 @@ that decode a corpus start in a blink.
 """
 
 import io
+import logging
 import math
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -36,6 +40,7 @@ GREY_TOLERANCE = 4
 # Not all that Pillow knows: some formats start other programs (PostScript), others have no signature.
 _FORMATS = ("BMP", "GIF", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # its remarks on damaged files
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
@@ -91,7 +96,7 @@ def decode(data: bytes, policy: PixelPolicy, box: Box | None = None) -> Decoded:
                 return from_array(dicom.decode(data, policy.window), policy)
             if box is None and (plain := _plain_jpeg(data, policy)) is not None:
                 return plain
-            with _open(data) as opened:
+            with _open(data) as opened, _silence() if opened.format == "TIFF" else nullcontext():
                 width, height = opened.size
                 # Shown lying on its side; a TIFF is turned already.
                 if opened.format != "TIFF" and opened.getexif().get(0x0112) in (5, 6, 7, 8):
@@ -149,6 +154,19 @@ def _open(data: bytes) -> Image.Image:
     if data[:3] == b"\xff\xd8\xff":  # past Pillow's own limit: a huge JPEG is decoded at an eighth of its size
         return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
     return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """libtiff itself writes to stderr what is wrong with a file."""
+    stderr = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _load(opened: Image.Image, policy: PixelPolicy, box: Box | None) -> Image.Image:
