@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import functional as transforms
 
-from maskdm.corpus import open_corpus
-from maskdm.data import batches
-from maskdm.images import PixelPolicy
-from maskdm.packing import decode_entries, pack
+from maskdm.data.batches import batches
+from maskdm.data.corpus import open_corpus
+from maskdm.data.packing import decode_entries, pack
+from maskdm.data.pixels import PixelPolicy
+from maskdm.data.sources import open_source
 from maskdm.runfolder import write_json
-from maskdm.sources import open_source
 
 MODEL_SIZE = 64
 COUNTS = {64: 4000, 256: 1500, 1024: 160}

@@ -29,14 +29,16 @@ from PIL import Image
 
 from maskdm.checkpoint import load_checkpoint, model_from
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
-from maskdm.data import batches, load_corpus
+from maskdm.data.batches import batches
+from maskdm.data.cache import load_corpus
+from maskdm.data.pixels import PixelPolicy
+from maskdm.data.sources import open_source
 from maskdm.diffusion import denoising_loss
-from maskdm.images import PixelPolicy, save_png
 from maskdm.layers import patchify
 from maskdm.model import build_model
+from maskdm.pictures import save_png
 from maskdm.precision import arithmetic, pick_precision
 from maskdm.runfolder import read_lines, write_json
-from maskdm.sources import open_source
 from maskdm.training import TrainingState, train
 from maskdm_client.local_data import read_slice
 from maskdm_server.pictures import save_samples

@@ -7,13 +7,14 @@ import typer
 
 from maskdm import cli
 from maskdm.config import Precision
+from maskdm.data.packing import check_apart
+from maskdm.data.prepare import prepare
+from maskdm.data.sources import open_source
 from maskdm.errors import UsageError
 from maskdm.interruption import Interruption
 from maskdm.precision import pick_device
-from maskdm.prepare import prepare
 from maskdm.reporting import say
 from maskdm.runfolder import claim, owned
-from maskdm.sources import open_source
 from maskdm_client.doctor import doctor
 from maskdm_client.local_data import choose_slice
 from maskdm_client.settings import SiteSettings
@@ -80,6 +81,7 @@ def join(
     }
     settings = cli.configure(SiteSettings, values)
     open_source(data)
+    check_apart(data, out)
     pick_device(device)
     with owned(out), Interruption() as interruption:
         may_change = ("site.device", "site.precision", "site.threads")

@@ -8,12 +8,12 @@ import typer
 
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint
-from maskdm.images import PixelPolicy
-from maskdm.packing import guess_channels, pack
-from maskdm.preflight import CONTACT_SHEET, inspect, lines, write_report
+from maskdm.data.packing import check_apart, guess_channels, pack
+from maskdm.data.pixels import PixelPolicy
+from maskdm.data.preflight import CONTACT_SHEET, inspect, lines, write_report
+from maskdm.data.sources import open_source
 from maskdm.reporting import say
 from maskdm.runfolder import owned
-from maskdm.sources import open_source
 
 
 def doctor(
@@ -31,6 +31,7 @@ def doctor(
     size, channels = (metadata.model.image_size, metadata.model.channels) if metadata else (image_size, 0)
     values = {"image_size": size, "channels": channels or guess_channels(source), "upscale": upscale}
     policy = cli.configure(PixelPolicy, values)
+    check_apart(data, out)
     with owned(out), tempfile.TemporaryDirectory(dir=out) as folder:
         corpus = pack(source, Path(folder) / "corpus", policy)
         report = inspect(corpus, metadata)

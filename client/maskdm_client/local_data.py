@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.corpus import Corpus
+from maskdm.data.corpus import Corpus
+from maskdm.data.groups import with_groups
+from maskdm.data.packing import pack
+from maskdm.data.pixels import PixelPolicy
+from maskdm.data.slices import Found, Slice, choose, divide, look_alike, survey
+from maskdm.data.sources import Entry, Source, open_source
 from maskdm.errors import DataError
-from maskdm.groups import with_groups
-from maskdm.images import PixelPolicy
-from maskdm.packing import pack
 from maskdm.runfolder import write_json
-from maskdm.slices import Found, Slice, choose, divide, look_alike, survey
-from maskdm.sources import Entry, Source, open_source
 from maskdm_client.settings import SiteSettings
 
 Rows = NDArray[np.int64]

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from maskdm.checkpoint import expected_shapes, first_problem, model_from, save_checkpoint
 from maskdm.config import MaskConfig, TrainingConfig
-from maskdm.data import batches, class_numbers
+from maskdm.data.batches import batches, class_numbers
+from maskdm.data.pixels import IsColour
+from maskdm.data.preflight import compare
 from maskdm.diffusion import denoising_loss
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
-from maskdm.images import IsColour
 from maskdm.layers import patchify
 from maskdm.model import Network, device_of
 from maskdm.precision import arithmetic, pick_device, pick_precision
-from maskdm.preflight import compare
 from maskdm.protocol import Outcome, Parcel, Report, RoundPlan, from_arrays
 from maskdm.runfolder import append_line
 from maskdm.seeding import derive_seed

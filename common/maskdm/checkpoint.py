@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, TrainingConfig
-from maskdm.corpus import Statistics
+from maskdm.data.corpus import Statistics
 from maskdm.distributed import as_part_of, whole
 from maskdm.errors import CheckpointError
 from maskdm.model import Network, network, resize_positions

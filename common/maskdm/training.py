@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
-from maskdm.data import Batch
+from maskdm.data.batches import Batch
 from maskdm.diffusion import Denoiser, masked_loss, to_model_range
 from maskdm.distributed import as_part_of, rank, whole
 from maskdm.errors import OutOfMemory, TrainingDiverged

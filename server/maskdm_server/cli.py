@@ -28,19 +28,20 @@ from maskdm.config import (
     Schedule,
     Size,
 )
-from maskdm.corpus import Corpus
-from maskdm.data import load_corpus
+from maskdm.data.cache import load_corpus
+from maskdm.data.corpus import Corpus
+from maskdm.data.packing import guess_channels
+from maskdm.data.pixels import PixelPolicy, decode
+from maskdm.data.prepare import prepare
+from maskdm.data.sources import PackedSource, Source, open_source
 from maskdm.distributed import local_device, process_group
 from maskdm.errors import DataError, UsageError
-from maskdm.images import PixelPolicy, decode, grid_picture, save_png
-from maskdm.packing import guess_channels
+from maskdm.pictures import grid_picture, save_png
 from maskdm.precision import pick_device, pick_precision
-from maskdm.prepare import prepare
 from maskdm.processes import Child, free_port, is_first
 from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import atomic_write, owned
 from maskdm.sampling import Options, Sampler, inpaint, interpolate, sample
-from maskdm.sources import PackedSource, Source, open_source
 from maskdm_server.curriculum import recipe_names, stages_from, use_recipe
 from maskdm_server.pretrain import Run
 from maskdm_server.pretrain import pretrain as train_prior

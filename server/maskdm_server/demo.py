@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, TrainingConfig
-from maskdm.data import load_corpus
-from maskdm.images import PixelPolicy, grid_picture, save_png
+from maskdm.data.cache import load_corpus
+from maskdm.data.pixels import PixelPolicy
+from maskdm.data.sources import open_source
+from maskdm.pictures import grid_picture, save_png
 from maskdm.precision import pick_device
 from maskdm.processes import free_port
 from maskdm.reporting import say
 from maskdm.runfolder import read_lines
-from maskdm.sources import open_source
 from maskdm_server.faces import SITES, Domain, draw_faces
 from maskdm_server.page import Panel, write_page
 from maskdm_server.pretrain import Run, pretrain

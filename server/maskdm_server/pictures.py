@@ -6,7 +6,7 @@ from torch import Tensor
 
 from maskdm.checkpoint import load_checkpoint, model_from
 from maskdm.config import DiffusionConfig, ModelConfig, Precision
-from maskdm.images import grid_picture, save_png
+from maskdm.pictures import grid_picture, save_png
 from maskdm.precision import pick_device, pick_precision
 from maskdm.sampling import sample
 

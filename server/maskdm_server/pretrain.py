@@ -13,8 +13,8 @@ from torch import Tensor
 from maskdm import __version__
 from maskdm.checkpoint import CheckpointMetadata, load_state, load_weights, save_checkpoint, save_state, sha256_of
 from maskdm.config import DiffusionConfig, ModelConfig, Stage
-from maskdm.corpus import Corpus
-from maskdm.data import batches, class_numbers
+from maskdm.data.batches import batches, class_numbers
+from maskdm.data.corpus import Corpus
 from maskdm.distributed import agreed, check_batch, rank, shard, together, whole, world_size
 from maskdm.errors import UsageError
 from maskdm.interruption import Interruption

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.corpus import Corpus
+from maskdm.data.corpus import Corpus
 from maskdm.errors import UsageError
 from maskdm.processes import Child, script
 from maskdm.seeding import derive_seed

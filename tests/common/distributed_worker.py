@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
-from maskdm.data import batches
+from maskdm.data.batches import batches
 from maskdm.distributed import process_group, rank, shard, together, whole, world_size
 from maskdm.model import build_model
 from maskdm.training import TrainingState, train

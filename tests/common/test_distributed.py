@@ -14,7 +14,7 @@ from torch import Tensor
 from maskdm import distributed
 from maskdm.checkpoint import load_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
-from maskdm.data import batches
+from maskdm.data.batches import batches
 from maskdm.diffusion import masked_loss, to_model_range
 from maskdm.errors import UsageError
 from maskdm.forward_process import forward_process

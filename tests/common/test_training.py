@@ -21,7 +21,7 @@ from maskdm.config import (
     ProcessKind,
     TrainingConfig,
 )
-from maskdm.data import batches
+from maskdm.data.batches import batches
 from maskdm.diffusion import denoising_loss
 from maskdm.errors import OutOfMemory, TrainingDiverged
 from maskdm.layers import patchify

@@ -11,7 +11,7 @@ from PIL import Image
 from maskdm import cli
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
-from maskdm.corpus import in_memory, open_corpus
+from maskdm.data.corpus import in_memory, open_corpus
 from maskdm.model import build_model
 from maskdm.runfolder import read_lines
 from maskdm_client.cli import app as client_app

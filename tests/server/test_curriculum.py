@@ -13,7 +13,7 @@ import torch
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint, sha256_of
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, TrainingConfig
-from maskdm.corpus import Corpus, in_memory
+from maskdm.data.corpus import Corpus, in_memory
 from maskdm.errors import Interrupted, UsageError
 from maskdm.runfolder import append_line
 from maskdm_server import pretrain as pretraining

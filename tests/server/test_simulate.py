@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm.corpus import in_memory
+from maskdm.data.corpus import in_memory
+from maskdm.data.sources import open_source
 from maskdm.errors import UsageError
-from maskdm.sources import open_source
 from maskdm_server.simulate import Rows, split_by_label, split_iid, write_shares
 
 

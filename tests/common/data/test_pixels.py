@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 from pydantic import ValidationError
 
-from maskdm import images
+from maskdm.data import pixels as images
+from maskdm.data.pixels import Decoded, IsColour, PixelPolicy, Pixels, TooSmall, decode, from_array
 from maskdm.errors import DataError
-from maskdm.images import Decoded, IsColour, PixelPolicy, Pixels, TooSmall, decode, from_array
 
 GREY = PixelPolicy(image_size=8, channels=1)
 COLOUR = PixelPolicy(image_size=8, channels=3)
@@ -371,7 +371,13 @@ def test_what_lies_beyond_the_picture_is_black() -> None:
     found = grey(decode(encoded(pixels), GREY, (56, 36, 64, 44)))
     assert found[:4, :4].min() == 200
     assert found[4:].max() == found[:, 4:].max() == 0
-    assert grey(decode(encoded(pixels), GREY, (100, 100, 108, 108))).max() == 0
+
+
+@pytest.mark.parametrize("box", [(100, 20, 108, 28), (60, 20, 68, 28), (20, 40, 28, 48), (-8, 0, 0, 8), (0, -8, 8, 0)])
+def test_a_box_outside_of_the_picture_is_refused(box: images.Box) -> None:
+    for kind in ("PNG", "JPEG"):
+        with pytest.raises(DataError, match="a box outside of the picture"):
+            decode(encoded(picture(0, 40, 60), kind), GREY, box)
 
 
 @pytest.mark.parametrize("box", [(5, 5, 5, 13), (5, 5, 13, 5), (13, 5, 5, 13)])
@@ -426,7 +432,7 @@ def measured(*files: Path) -> list[int]:
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from maskdm.images import PixelPolicy, decode\n"
+        "from maskdm.data.pixels import PixelPolicy, decode\n"
         "policy = PixelPolicy(image_size=64, channels=1)\n"
         "for name in sys.argv[1:]:\n"
         "    found = decode(Path(name).read_bytes(), policy)\n"
@@ -468,7 +474,7 @@ def test_a_png_that_claims_too_many_pixels_is_refused(width: int, height: int) -
 
 
 def test_a_file_that_claims_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskdm.images.MAX_PIXELS", 63)
+    monkeypatch.setattr("maskdm.data.pixels.MAX_PIXELS", 63)
     for kind in ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"):
         with pytest.raises(DataError, match="more than 63 pixels"):
             decode(encoded(picture(), kind), GREY)
@@ -477,7 +483,7 @@ def test_a_file_that_claims_too_many_pixels_is_refused(monkeypatch: pytest.Monke
 def test_a_progressive_jpeg_is_refused_at_its_full_size_and_others_at_the_reduced_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("maskdm.images.MAX_PIXELS", 9_999)
+    monkeypatch.setattr("maskdm.data.pixels.MAX_PIXELS", 9_999)
     pixels = smooth(100, 100)
     assert decode(encoded(pixels, "JPEG"), COLOUR)[1:3] == (100, 100)
     with pytest.raises(DataError, match="more than 9,999 pixels"):

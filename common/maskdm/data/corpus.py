@@ -23,8 +23,8 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from maskdm.config import Frozen
+from maskdm.data.pixels import PixelPolicy, Pixels
 from maskdm.errors import DataError
-from maskdm.images import PixelPolicy, Pixels
 from maskdm.runfolder import write_json
 
 IMAGES, INDEX, MANIFEST, SKIPPED, VERIFIED = "images.npy", "index.npy", "manifest.json", "skipped.jsonl", ".verified"

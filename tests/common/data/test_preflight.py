@@ -10,11 +10,11 @@ from PIL import Image
 
 from maskdm.checkpoint import CheckpointMetadata
 from maskdm.config import ModelConfig
-from maskdm.corpus import in_memory
-from maskdm.images import PixelPolicy
-from maskdm.packing import pack
-from maskdm.preflight import compare, inspect, lines, write_report
-from maskdm.sources import open_source
+from maskdm.data.corpus import in_memory
+from maskdm.data.packing import pack
+from maskdm.data.pixels import PixelPolicy
+from maskdm.data.preflight import compare, inspect, lines, write_report
+from maskdm.data.sources import open_source
 from maskdm_server.faces import draw_faces
 
 Pixels = NDArray[np.uint8]
@@ -65,8 +65,10 @@ def test_originals_of_another_resolution_are_warned_of(
     tmp_path: Path, prior: CheckpointMetadata, size: int, warning: str
 ) -> None:
     for number, pixels in enumerate(draw_faces(6, size=16)):
-        Image.fromarray(pixels).resize((size, size)).save(tmp_path / f"{number}.png")
-    corpus = pack(open_source(tmp_path), tmp_path / "corpus", PixelPolicy(image_size=16, channels=3, upscale=True))
+        path = tmp_path / "images" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).resize((size, size)).save(path)
+    corpus = pack(open_source(tmp_path / "images"), tmp_path / "corpus", PixelPolicy(image_size=16, channels=3, upscale=True))
     assert any(warning in found for found in compare(corpus, prior))
 
 

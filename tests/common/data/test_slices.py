@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from maskdm.duplicates import near_duplicates, thumbnail
+from maskdm.data.duplicates import near_duplicates, thumbnail
+from maskdm.data.groups import with_groups
+from maskdm.data.slices import Found, Slice, choose, divide, look_alike, survey
+from maskdm.data.sources import Entry, open_source
 from maskdm.errors import DataError
-from maskdm.groups import with_groups
-from maskdm.slices import Found, Slice, choose, divide, look_alike, survey
-from maskdm.sources import Entry, open_source
 from maskdm_server.faces import draw_faces
 
 

@@ -1,35 +1,15 @@
 """What images belong together (a patient, an identity, a slide), from a column of a CSV or from their names."""
 
 import csv
-import hashlib
 import re
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
+from maskdm.data.sources import MappedSource, Source, group_of
+from maskdm.data.tables import Table
 from maskdm.errors import DataError
-from maskdm.sources import Entry, Source, group_of
-
-Rule = Callable[[Entry], Entry | None]
-
-
-class MappedSource:
-    """A source whose entries are changed, or left out, by a rule."""
-
-    def __init__(self, source: Source, rule: Rule, key: bytes) -> None:
-        self.path = source.path
-        self._source, self._rule, self._key = source, rule, key
-
-    def entries(self) -> Iterator[Entry]:
-        return (changed for entry in self._source.entries() if (changed := self._rule(entry)))
-
-    def count(self) -> int | None:
-        return self._source.count()
-
-    def fingerprint(self) -> bytes:
-        return hashlib.sha256(self._source.fingerprint() + self._key).digest()
 
 
 def with_groups(source: Source, regex: str | None = None, table: str | None = None) -> Source:
@@ -75,8 +55,7 @@ def _by_table(table: str) -> tuple[Callable[[str], int], bytes]:
     path, _, column = table.rpartition(":")
     if not path or not column:
         raise DataError(f"--group-csv {table}: give FILE.csv:COLUMN")
-    names: list[int] = []
-    groups: list[int] = []
+    names, groups = array("Q"), array("Q")
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file)
@@ -90,15 +69,10 @@ def _by_table(table: str) -> tuple[Callable[[str], int], bytes]:
                     groups.append(group_of(row[place]))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"--group-csv {path} cannot be read: {error}") from error
-    order = np.argsort(np.array(names, np.uint64), kind="stable")  # 16 bytes an image, where a dict takes 150
-    keys, values = np.array(names, np.uint64)[order], np.array(groups, np.uint64)[order]
+    known = Table(names, groups)
 
     def find(name: str) -> int:
         parts = PurePosixPath(name)
-        for text in (name, parts.name, parts.stem):
-            row = int(np.searchsorted(keys, np.uint64(group_of(text))))
-            if row < len(keys) and keys[row] == group_of(text):
-                return int(values[row])
-        return 0
+        return next((known.get(group_of(n))[0] for n in (name, parts.name, parts.stem) if known.get(group_of(n))), 0)
 
-    return find, hashlib.sha256(keys.tobytes() + values.tobytes()).digest()
+    return find, known.digest()

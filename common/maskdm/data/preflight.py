@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maskdm.config import Frozen
-from maskdm.corpus import SKIPPED, Corpus, Manifest, Statistics
-from maskdm.duplicates import near_duplicates, thumbnail
-from maskdm.images import PixelPolicy, grid_picture, save_png
+from maskdm.data.corpus import SKIPPED, Corpus, Manifest, Statistics
+from maskdm.data.duplicates import near_duplicates, thumbnail
+from maskdm.data.pixels import PixelPolicy
+from maskdm.pictures import grid_picture, save_png
 from maskdm.runfolder import write_json
 from maskdm.seeding import derive_seed
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,10 +16,10 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.archives import MAX_FILE_BYTES, Part, is_tar, is_zip, read, tar_members, zip_members
-from maskdm.corpus import Corpus, is_corpus, open_corpus
+from maskdm.data.archives import MAX_FILE_BYTES, Part, is_tar, is_zip, read, tar_members, zip_members
+from maskdm.data.corpus import Corpus, is_corpus, open_corpus
+from maskdm.data.pixels import Box
 from maskdm.errors import DataError
-from maskdm.images import Box
 
 PICTURE_SUFFIXES = frozenset(
     {".bmp", ".dcm", ".dicom", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -237,6 +237,23 @@ class PackedSource:
 
     def fingerprint(self) -> bytes:
         return bytes.fromhex(self.corpus.manifest.sha256)
+
+
+class MappedSource:
+    """A source whose entries are changed, or left out, by a rule."""
+
+    def __init__(self, source: Source, rule: Callable[[Entry], Entry | None], key: bytes) -> None:
+        self.path = source.path
+        self._source, self._rule, self._key = source, rule, key
+
+    def entries(self) -> Iterator[Entry]:
+        return (changed for entry in self._source.entries() if (changed := self._rule(entry)))
+
+    def count(self) -> int | None:
+        return self._source.count()
+
+    def fingerprint(self) -> bytes:
+        return hashlib.sha256(self._source.fingerprint() + self._key).digest()
 
 
 def open_source(path: Path, option: str = "--data") -> Source:

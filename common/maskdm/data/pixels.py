@@ -1,4 +1,4 @@
-"""One policy for pixels: any picture or array becomes uint8 (C, S, S), and pictures go back to PNG.
+"""One policy for pixels: any picture or array becomes uint8 (C, S, S).
 
 In this order: EXIF orientation, palette to colours, transparency over white, 16 bits to 8 by a window, then the short
 side to S with the centre cropped (`fit="crop"`), or the long side to S on black (`fit="pad"`). Large JPEGs are decoded
@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, JpegImagePlugin
 from pydantic import Field, model_validator
 
-from maskdm import dicom
 from maskdm.config import Frozen
+from maskdm.data import dicom
 from maskdm.errors import DataError
-from maskdm.runfolder import atomic_write
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the stored picture; may reach beyond it
@@ -40,7 +39,6 @@ GREY_TOLERANCE = 4
 # Not all that Pillow knows: some formats start other programs (PostScript), others have no signature.
 _FORMATS = ("BMP", "GIF", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _FILTERS = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}
-logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # its remarks on damaged files
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
@@ -90,13 +88,12 @@ def decode(data: bytes, policy: PixelPolicy, box: Box | None = None) -> Decoded:
     if not data:
         raise DataError("an empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # decoders' remarks on damaged files
+        if box is None and (plain := _plain_jpeg(data, policy)) is not None:
+            return plain
+        with _quiet():
             if dicom.is_dicom(data):
                 return from_array(dicom.decode(data, policy.window), policy)
-            if box is None and (plain := _plain_jpeg(data, policy)) is not None:
-                return plain
-            with _open(data) as opened, _silence() if opened.format == "TIFF" else nullcontext():
+            with _open(data) as opened, _without_stderr() if opened.format == "TIFF" else nullcontext():
                 width, height = opened.size
                 # Shown lying on its side; a TIFF is turned already.
                 if opened.format != "TIFF" and opened.getexif().get(0x0112) in (5, 6, 7, 8):
@@ -157,7 +154,21 @@ def _open(data: bytes) -> Image.Image:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """Without decoders' remarks on damaged files."""
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
     """libtiff itself writes to stderr what is wrong with a file."""
     stderr = os.dup(2)
     try:
@@ -186,6 +197,8 @@ def _load(opened: Image.Image, policy: PixelPolicy, box: Box | None) -> Image.Im
     if box:
         across, down = opened.width / width, opened.height / height
         left, top, right, bottom = box
+        if right <= 0 or bottom <= 0 or left >= width or top >= height:
+            raise DataError("a box outside of the picture")
         opened = opened.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
     return ImageOps.exif_transpose(opened)
 
@@ -237,26 +250,3 @@ def _resized(picture: Image.Image, policy: PixelPolicy, side: int) -> Image.Imag
     sheet = Image.new(picture.mode, (size, size))
     sheet.paste(inner, ((size - across) // 2, (size - down) // 2))
     return sheet
-
-
-def grid_picture(images: Pixels, columns: int | None = None, scale: int | None = None, gap: int = 2) -> Image.Image:
-    """uint8 (N, C, H, W) → one picture, row by row; small images are enlarged so that a person can see them."""
-    array = np.moveaxis(images, 1, 3)  # (N, H, W, C)
-    count, height, width, channels = array.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    scale = scale or max(1, 96 // max(height, width))
-    array = array.repeat(scale, axis=1).repeat(scale, axis=2)
-    height, width = height * scale + gap, width * scale + gap
-    sheet = np.full((rows * height + gap, columns * width + gap, channels), 255, dtype=np.uint8)
-    for i, image in enumerate(array):
-        top, left = gap + i // columns * height, gap + i % columns * width
-        sheet[top : top + height - gap, left : left + width - gap] = image
-    return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
-
-
-def save_png(path: Path, picture: Image.Image) -> None:
-    """Write a picture whole or not at all."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    atomic_write(path, buffer.getvalue())

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import os
+import signal
 import socket
 import subprocess
 import tarfile
@@ -20,10 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from maskdm.data.packing import pack
+from maskdm.data.pixels import PixelPolicy, Pixels
+from maskdm.data.sources import (
+    ArchiveSource,
+    ArraySource,
+    Entry,
+    FolderSource,
+    Source,
+    group_of,
+    is_picture,
+    open_source,
+)
 from maskdm.errors import DataError
-from maskdm.images import PixelPolicy, Pixels
-from maskdm.packing import pack
-from maskdm.sources import ArchiveSource, ArraySource, Entry, FolderSource, Source, group_of, is_picture, open_source
 
 FILES = {"top.png": b"0", "a/one.PNG": b"1", "a/b/c/two.jpg": b"2", "b/three.dcm": b"3"}
 
@@ -57,6 +67,16 @@ def seen(entry: Entry) -> tuple[str, bytes, str, str]:
 
 def pixels(source: Source) -> list[Pixels]:
     return [content for _, content in (entry.read() for entry in source.entries()) if isinstance(content, np.ndarray)]
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> Iterator[None]:
+    """A reader that never comes to an end fails its test."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.setitimer(signal.ITIMER_REAL, 60, 60)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm.corpus import Corpus
+from maskdm.data.corpus import Corpus
+from maskdm.data.layouts import LAYOUTS, with_layout
+from maskdm.data.packing import pack
+from maskdm.data.pixels import PixelPolicy, Pixels
+from maskdm.data.sources import Entry, Source, group_of
+from maskdm.data.tables import Table, read_table
 from maskdm.errors import DataError
-from maskdm.images import PixelPolicy, Pixels
-from maskdm.layouts import LAYOUTS, Table, read_table, with_layout
-from maskdm.packing import pack
-from maskdm.sources import Entry, Source, group_of
 
 FORMS = pytest.mark.parametrize("form", ["folder", "zip", "tar"])
 
@@ -353,11 +354,11 @@ def put_lmdb(folder: Path, values: dict[bytes, bytes]) -> None:
 
 def test_lsuns_databases_say_category_and_split(tmp_path: Path) -> None:
     webp = encoded(np.full((20, 16), 90, np.uint8), "WEBP")
-    put_lmdb(tmp_path / "dining_room_train_lmdb", {b"0a1b": flat(30), b"\xff\x00": webp})
-    put_lmdb(tmp_path / "bedroom_val_lmdb", {b"c": flat(60)})
-    put_lmdb(tmp_path / "test_lmdb", {b"d": flat(120)})
-    (tmp_path / "category_list.txt").write_text("bedroom\n")
-    source = with_layout(tmp_path, "lsun")
+    put_lmdb(tmp_path / "lsun" / "dining_room_train_lmdb", {b"0a1b": flat(30), b"\xff\x00": webp})
+    put_lmdb(tmp_path / "lsun" / "bedroom_val_lmdb", {b"c": flat(60)})
+    put_lmdb(tmp_path / "lsun" / "test_lmdb", {b"d": flat(120)})
+    (tmp_path / "lsun" / "category_list.txt").write_text("bedroom\n")
+    source = with_layout(tmp_path / "lsun", "lsun")
     assert source.count() == 4
     assert {e.name: (e.label, e.split, e.group) for e in source.entries()} == {
         "bedroom/c": ("bedroom", "validation", 0),
@@ -368,11 +369,11 @@ def test_lsuns_databases_say_category_and_split(tmp_path: Path) -> None:
     corpus = packed(source, tmp_path / "out", 16)
     assert corpus.labels == ("bedroom", "dining_room")
     assert [int(image.mean().round()) for image in corpus.pixels] == pytest.approx([60, 30, 90, 120], abs=2)
-    (tmp_path / "elsewhere.mdb").hardlink_to(tmp_path / "test_lmdb" / "data.mdb")
-    (tmp_path / "test_lmdb" / "data.mdb").unlink()
-    (tmp_path / "test_lmdb" / "data.mdb").symlink_to(tmp_path / "elsewhere.mdb")
-    assert with_layout(tmp_path, "lsun").count() == 4
-    alone = with_layout(tmp_path / "bedroom_val_lmdb", "lsun")
+    (tmp_path / "elsewhere.mdb").hardlink_to(tmp_path / "lsun" / "test_lmdb" / "data.mdb")
+    (tmp_path / "lsun" / "test_lmdb" / "data.mdb").unlink()
+    (tmp_path / "lsun" / "test_lmdb" / "data.mdb").symlink_to(tmp_path / "elsewhere.mdb")
+    assert with_layout(tmp_path / "lsun", "lsun").count() == 4
+    alone = with_layout(tmp_path / "lsun" / "bedroom_val_lmdb", "lsun")
     assert [(e.label, e.split) for e in alone.entries()] == [("bedroom", "validation")]
     assert alone.fingerprint() != source.fingerprint()
 

@@ -7,12 +7,12 @@ import typer
 
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint
+from maskdm.data.groups import with_groups
+from maskdm.data.layouts import LAYOUTS, with_layout
+from maskdm.data.packing import check_apart, guess_channels, pack
+from maskdm.data.pixels import Filter, Fit, PixelPolicy
+from maskdm.data.preflight import CONTACT_SHEET, REPORT, inspect, lines, write_report
 from maskdm.errors import UsageError
-from maskdm.groups import with_groups
-from maskdm.images import Filter, Fit, PixelPolicy
-from maskdm.layouts import LAYOUTS, with_layout
-from maskdm.packing import guess_channels, pack
-from maskdm.preflight import CONTACT_SHEET, REPORT, inspect, lines, write_report
 from maskdm.reporting import say
 from maskdm.runfolder import owned
 
@@ -55,6 +55,7 @@ def prepare(
         "upscale": upscale,
     }
     policy = cli.configure(PixelPolicy, values)
+    check_apart(data, out)
     with owned(out):
         corpus = pack(source, out, policy, workers=workers)
         report = inspect(corpus, metadata)

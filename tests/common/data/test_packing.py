@@ -19,13 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskdm import packing
-from maskdm.corpus import RECORD, SPLITS, Corpus, in_memory, open_corpus, verify
+from maskdm.data import packing, writer
+from maskdm.data.corpus import RECORD, SPLITS, Corpus, in_memory, open_corpus, verify
+from maskdm.data.packing import guess_channels, pack
+from maskdm.data.pixels import IsColour, PixelPolicy, Pixels
+from maskdm.data.sources import Entry, open_source
 from maskdm.errors import DataError, Interrupted
-from maskdm.images import IsColour, PixelPolicy, Pixels
 from maskdm.interruption import Interruption
-from maskdm.packing import guess_channels, pack
-from maskdm.sources import Entry, open_source
 
 POLICY = PixelPolicy(image_size=8, channels=1)
 
@@ -153,7 +153,7 @@ def test_packing_that_was_interrupted_anywhere_goes_on_to_the_same_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     monkeypatch.setattr(packing, "CHUNK_BYTES", 64 * 8)  # eight images a part
-    monkeypatch.setattr(packing, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
     wanted = pack(Generated(40), tmp_path / "whole", POLICY)
     with pytest.raises(KeyboardInterrupt):
         pack(Generated(40, stop_after=after), tmp_path / "corpus", POLICY)
@@ -192,7 +192,7 @@ def test_an_unfinished_corpus_that_was_damaged_is_begun_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr(packing, "CHUNK_BYTES", 64 * 8)
-    monkeypatch.setattr(packing, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         pack(Generated(40, stop_after=30), tmp_path / "corpus", POLICY)
     file = tmp_path / "corpus" / ".packing" / damage
@@ -205,22 +205,29 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_is_taken_for_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "CHUNK_BYTES", 64 * 8)
-    monkeypatch.setattr(packing, "COMMIT_SECONDS", 0.0)
-    kept: Callable[..., Any] = packing.Writer.add
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
+    kept: Callable[..., Any] = writer.Writer.add
     left = iter([None, None])
 
-    def add(writer: packing.Writer, part: packing.Packed) -> None:
+    def add(self: writer.Writer, part: writer.Packed) -> None:
         if next(left, 1):
             raise OSError(errno.ENOSPC, "No space left on device")
-        kept(writer, part)
+        kept(self, part)
 
-    monkeypatch.setattr(packing.Writer, "add", add)
+    monkeypatch.setattr(writer.Writer, "add", add)
     with pytest.raises(DataError, match="the disk is full: free some space and run the same command again"):
         pack(Generated(40), tmp_path / "corpus", POLICY)
     with pytest.raises(DataError, match="holds no images"):
         open_source(tmp_path / "corpus")
-    monkeypatch.setattr(packing.Writer, "add", kept)
+    monkeypatch.setattr(writer.Writer, "add", kept)
     assert len(pack(Generated(40), tmp_path / "corpus", POLICY)) == 40
+
+
+def test_a_corpus_inside_of_the_images_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.png", Generated(1).image(0))
+    with pytest.raises(DataError, match="lies inside of --data"):
+        pack(open_source(tmp_path / "images"), tmp_path / "images" / "deep" / "corpus", POLICY)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["a.png"]
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_the_work(tmp_path: Path) -> None:
@@ -286,7 +293,7 @@ def test_a_corpus_that_was_copied_is_verified_once(tmp_path: Path, monkeypatch: 
         checked.append(found)
         verify(found, option)
 
-    monkeypatch.setattr("maskdm.corpus.verify", counted)
+    monkeypatch.setattr("maskdm.data.corpus.verify", counted)
     for _ in range(3):
         open_corpus(tmp_path / "corpus")
     assert len(checked) == 1
@@ -335,18 +342,18 @@ def test_workers_end_when_the_process_that_packs_is_killed(tmp_path: Path) -> No
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\n"
-        "from maskdm import packing\n"
-        "from maskdm.images import PixelPolicy\n"
-        "from maskdm.sources import open_source\n"
+        "from maskdm.data import packing, writer\n"
+        "from maskdm.data.pixels import PixelPolicy\n"
+        "from maskdm.data.sources import open_source\n"
         "if __name__ == '__main__':\n"
         "    packing.ALONE_SECONDS = 0.0\n"
         "    packing.CHUNK_BYTES = 64 * 8\n"
-        "    kept = packing.Writer.add\n"
+        "    kept = writer.Writer.add\n"
         "    def add(self, part):\n"
         "        kept(self, part)\n"
         "        print(self.entries, flush=True)\n"
         "        if self.entries > 100: sys.stdin.read()\n"
-        "    packing.Writer.add = add\n"
+        "    writer.Writer.add = add\n"
         "    packing.pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), PixelPolicy(image_size=8, channels=1),"
         " workers=2)\n"
     )

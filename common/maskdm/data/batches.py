@@ -1,71 +1,21 @@
 """Packed corpus → batches, with no per-image Python: an epoch is a seeded permutation that a resumed run continues."""
 
-import fcntl
-import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskdm.corpus import Corpus, is_corpus
-from maskdm.errors import DataError
-from maskdm.images import PixelPolicy, Pixels
-from maskdm.packing import pack
-from maskdm.reporting import say
+from maskdm.data.corpus import Corpus
+from maskdm.data.pixels import Pixels
 from maskdm.seeding import derive_seed
-from maskdm.sources import PackedSource, Source
 
 Batch = tuple[Tensor, Tensor | None]
 # Share of an accelerator's free memory that a corpus may take; the rest is for the network.
 DEVICE_SHARE = 0.25
-
-
-def cache_folder() -> Path:
-    """Where unpacked sources are packed to: $MASKDM_CACHE, else the user's cache folder."""
-    if given := os.environ.get("MASKDM_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm"
-
-
-def load_corpus(source: Source, policy: PixelPolicy, *, cache: Path | None = None) -> Corpus:
-    """A packed corpus as it is; any other source packed into the cache, once, however many processes ask.
-
-    A source that has changed since is packed again in the place of the old one.
-
-    Raises:
-        DataError: a packed corpus of another size or number of channels, or see `pack`.
-    """
-    if isinstance(source, PackedSource):
-        packed = source.corpus.manifest.policy
-        if (packed.image_size, packed.channels) != (policy.image_size, policy.channels):
-            raise DataError(
-                f"--data {source.path} was packed at {packed.image_size}x{packed.image_size} pixels with "
-                f"{packed.channels} channels, but {policy.image_size}x{policy.image_size} with {policy.channels} are "
-                f"wanted: pack the images again with prepare --image-size {policy.image_size} --channels "
-                f"{policy.channels}"
-            )
-        return source.corpus
-    key = hashlib.sha256(f"{source.path.resolve()}\0{policy.model_dump_json()}".encode()).hexdigest()[:16]
-    folder = (cache or cache_folder()) / f"{source.path.stem}-{policy.image_size}-{key}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise DataError(
-            f"--data is packed into {folder.parent}, which cannot be written ({error.strerror}): set MASKDM_CACHE to "
-            f"another folder"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not is_corpus(folder):
-            say(f"packing --data {source.path} once into {folder}")
-        return pack(source, folder, policy, option="MASKDM_CACHE", replace=True)
 
 
 def class_numbers(corpus: Corpus, names: Sequence[str]) -> Tensor | None:

@@ -12,7 +12,7 @@ BITS = 64
 BANDS = 8  # candidates agree in at least one; two hashes that differ in less than 8 bits always do
 MAX_BITS = 12
 # Correlation of two thumbnails, each with mean 0 and length 1. Found on real pictures (blood cells, X-rays, portraits):
-# 98 % and more of copies at JPEG quality 50, at half size, 10 % brighter; two pairs among the 11,571 pictures themselves.
+# 98 % and more of copies at JPEG quality 50, at half size, 10 % brighter; two pairs among 11,571 pictures themselves.
 LEAST_CORRELATION = 0.985
 
 

@@ -29,9 +29,10 @@ from pydicom.uid import (  # noqa: E402
     JPEGLSLossless,
 )
 
-from maskdm import dicom, images  # noqa: E402
+from maskdm.data import dicom  # noqa: E402
+from maskdm.data import pixels as images  # noqa: E402
+from maskdm.data.pixels import IsColour, PixelPolicy, Pixels  # noqa: E402
 from maskdm.errors import DataError  # noqa: E402
-from maskdm.images import IsColour, PixelPolicy, Pixels  # noqa: E402
 
 GREY = PixelPolicy(image_size=8, channels=1)
 # What a file says of a person; none of it may ever be seen.

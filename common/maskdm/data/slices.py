@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.duplicates import near_duplicates, thumbnail
+from maskdm.data.duplicates import near_duplicates, thumbnail
+from maskdm.data.pixels import PixelPolicy, decode, from_array
+from maskdm.data.sources import Entry, Source
 from maskdm.errors import DataError
-from maskdm.images import PixelPolicy, decode, from_array
 from maskdm.seeding import derive_seed
-from maskdm.sources import Entry, Source
 
 TOP = 2.0**63  # of `derive_seed`
 # What near-duplicates are looked for on; DICOM, colour and small pictures included.

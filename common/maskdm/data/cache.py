@@ -1,0 +1,55 @@
+"""A source that is not packed is packed once, into the user's cache."""
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+
+from maskdm.data.corpus import Corpus, is_corpus
+from maskdm.data.packing import pack
+from maskdm.data.pixels import PixelPolicy
+from maskdm.data.sources import PackedSource, Source
+from maskdm.errors import DataError
+from maskdm.reporting import say
+
+
+def cache_folder() -> Path:
+    """Where unpacked sources are packed to: $MASKDM_CACHE, else the user's cache folder."""
+    if given := os.environ.get("MASKDM_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm"
+
+
+def load_corpus(source: Source, policy: PixelPolicy, *, cache: Path | None = None) -> Corpus:
+    """A packed corpus as it is; any other source packed into the cache, once, however many processes ask.
+
+    A source that has changed since is packed again in the place of the old one.
+
+    Raises:
+        DataError: a packed corpus of another size or number of channels, or see `pack`.
+    """
+    if isinstance(source, PackedSource):
+        packed = source.corpus.manifest.policy
+        if (packed.image_size, packed.channels) != (policy.image_size, policy.channels):
+            raise DataError(
+                f"--data {source.path} was packed at {packed.image_size}x{packed.image_size} pixels with "
+                f"{packed.channels} channels, but {policy.image_size}x{policy.image_size} with {policy.channels} are "
+                f"wanted: pack the images again with prepare --image-size {policy.image_size} --channels "
+                f"{policy.channels}"
+            )
+        return source.corpus
+    key = hashlib.sha256(f"{source.path.resolve()}\0{policy.model_dump_json()}".encode()).hexdigest()[:16]
+    folder = (cache or cache_folder()) / f"{source.path.stem}-{policy.image_size}-{key}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise DataError(
+            f"--data is packed into {folder.parent}, which cannot be written ({error.strerror}): set MASKDM_CACHE to "
+            f"another folder"
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_corpus(folder):
+            say(f"packing --data {source.path} once into {folder}")
+        return pack(source, folder, policy, option="MASKDM_CACHE", replace=True)

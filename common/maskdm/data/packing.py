@@ -1,0 +1,205 @@
+"""Any source → a packed corpus, once: in parallel, in the source's order, resumable, in flat memory.
+
+Worker processes read, hash and decode; this process appends in order, so the result does not depend on their number.
+What is not finished lies in `.packing/` with a journal; a corpus has its manifest only when it is whole.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from maskdm import guard
+from maskdm.data.corpus import RECORD, SPLITS, Corpus, Tally, is_corpus, open_corpus
+from maskdm.data.pixels import IsColour, PixelPolicy, decode, from_array
+from maskdm.data.sources import Entry, Source
+from maskdm.data.writer import Packed, Writer
+from maskdm.errors import DataError, MaskDMError
+from maskdm.interruption import Interruption
+from maskdm.reporting import WorkBar
+
+ALONE_SECONDS = 1.0  # work that is done sooner starts no other process
+CHUNK_BYTES = 1 << 21
+
+
+def decode_entries(entries: list[Entry], policy: PixelPolicy) -> Packed:
+    """What one worker does with one part of the source."""
+    size, channels = policy.image_size, policy.channels
+    pixels = np.empty((len(entries), channels, size, size), np.uint8)
+    index = np.zeros(len(entries), RECORD)
+    labels: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    for entry in entries:
+        try:
+            digest, content = entry.read()
+            found = decode(content, policy, entry.box) if isinstance(content, bytes) else from_array(content, policy)
+        except DataError as error:
+            skipped.append((entry.name, str(error)))
+            continue
+        row = len(labels)
+        pixels[row] = found.pixels
+        index[row] = (
+            np.frombuffer(digest, np.uint8),
+            -1,
+            entry.group,
+            SPLITS.index(entry.split),
+            found.grey,
+            found.width,
+            found.height,
+        )
+        labels.append(entry.label)
+    tally = Tally(channels)
+    tally.add(pixels[: len(labels)])
+    return Packed(len(entries), pixels[: len(labels)], index[: len(labels)], labels, skipped, tally)
+
+
+def pack(
+    source: Source,
+    out: Path,
+    policy: PixelPolicy,
+    *,
+    workers: int = 0,
+    option: str = "--out",
+    replace: bool = False,
+) -> Corpus:
+    """Pack a source into the folder `out`, or continue or just open what an earlier call left there.
+
+    Args:
+        workers: processes; 0 takes one for each core.
+        option: what the user chose `out` with.
+        replace: pack again where `out` holds a corpus of other data.
+
+    Raises:
+        DataError: nothing usable in the source, another corpus in `out`, or no room for it.
+        Interrupted: asked to stop; the same call continues.
+    """
+    check_apart(source.path, out, option)
+    job = hashlib.sha256(source.fingerprint() + policy.model_dump_json().encode()).hexdigest()
+    if is_corpus(out) and (corpus := _packed_before(out, job, option, replace)):
+        return corpus
+    try:
+        with Interruption() as interruption, Writer(out, job, policy) as writer:
+            total = source.count()
+            _check_room(out, option, policy, (total or 0) - writer.entries)
+            with WorkBar("prepare", total or 0, writer.entries) as bar:
+                for part in _decoded(islice(_listed(source), writer.entries, None), policy, workers):
+                    writer.add(part)
+                    bar.update(writer.entries, f"{writer.skipped.total():,} skipped" if writer.skipped else "")
+                    if interruption.requested():
+                        writer.commit()
+                        interruption.check()
+            writer.finish()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DataError(f"{option} {out} cannot be written: {error.strerror}") from error
+        raise DataError(
+            f"{option} {out}: the disk is full: free some space and run the same command again, which continues"
+        ) from error
+    return open_corpus(out, option)
+
+
+def check_apart(data: Path, out: Path, option: str = "--out") -> None:
+    """Raises DataError where what is written would become part of what is read."""
+    if data.is_dir() and not is_corpus(data) and out.resolve().is_relative_to(data.resolve()):
+        raise DataError(f"{option} {out} lies inside of --data {data}: choose a folder outside of it")
+
+
+def _listed(source: Source) -> Iterator[Entry]:
+    try:
+        yield from source.entries()
+    except OSError as error:
+        raise DataError(
+            f"--data {source.path} cannot be read ({error.strerror}): run the same command again"
+        ) from error
+
+
+def _packed_before(out: Path, job: str, option: str, replace: bool) -> Corpus | None:
+    try:
+        corpus = open_corpus(out, option)
+    except DataError:
+        if replace:
+            return None
+        raise
+    if corpus.manifest.source == job:
+        return corpus
+    if replace:
+        return None
+    raise DataError(
+        f"{option} {out} holds a corpus packed from other data or in another way: choose another folder, or delete it "
+        f"to pack it again"
+    )
+
+
+def _decoded(entries: Iterator[Entry], policy: PixelPolicy, workers: int) -> Iterator[Packed]:
+    """Decode entries in their order: here at first, and by worker processes where that takes longer."""
+    workers = workers or os.cpu_count() or 1
+    image_bytes = policy.channels * policy.image_size**2
+    size = min(512, max(8, CHUNK_BYTES // image_bytes))
+    chunks = iter(lambda: list(islice(entries, size)), [])
+    alone_until = time.monotonic() + ALONE_SECONDS
+    for chunk in chunks:
+        yield decode_entries(chunk, policy)
+        if workers > 1 and time.monotonic() > alone_until:
+            break
+    else:
+        return
+    waiting: deque[Future[Packed]] = deque()
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),)) as pool:
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(decode_entries, chunk, policy))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise MaskDMError(
+                "a process that decodes images died, perhaps for want of memory: run the same command again, which "
+                "continues; with --workers 1 if it happens again"
+            ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _begin_worker(parent: int) -> None:
+    guard.die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the work in order
+
+
+def _check_room(out: Path, option: str, policy: PixelPolicy, images: int) -> None:
+    needed = images * (policy.channels * policy.image_size**2 + RECORD.itemsize)
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise DataError(
+            f"{option} {out}: {images:,} images need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: free some "
+            f"space or choose another folder"
+        )
+
+
+def guess_channels(source: Source) -> int:
+    """1 if the first pictures are all grey, else 3."""
+    policy = PixelPolicy(image_size=8, channels=1, upscale=True)
+    for entry in islice(source.entries(), 64):
+        try:
+            _, content = entry.read()
+            if isinstance(content, bytes):
+                decode(content, policy, entry.box)
+            else:
+                from_array(content, policy)
+        except IsColour:
+            return 3
+        except DataError:
+            continue
+    return 1
