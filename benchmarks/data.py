@@ -41,7 +41,8 @@ from maskdm.data.sources import open_source
 from maskdm.runfolder import write_json
 
 MODEL_SIZE = 64
-COUNTS = {64: 4000, 256: 1500, 1024: 160}
+COUNTS = {64: 4000, 256: 1500, 1024: 160}  # files that are read …
+TIMES = 8  # … and how often as many are prepared, so that starting worker processes counts as little as it should
 
 
 def write_photographs(folder: Path, count: int, size: int) -> None:
@@ -103,12 +104,10 @@ def reading(folder: Path, size: int, repeats: int) -> dict[str, Any]:
         return lambda: decode_entries(entries, policy).entries
 
     def packed(name: str) -> Callable[[], int]:
-        corpus = corpora[name]
-        count = max(64, 40 * 64 * MODEL_SIZE**2 // corpus.manifest.policy.image_size**2) // 64 + 1
+        pixels = corpora[name].pixels
 
         def run() -> int:
-            order = batches(corpus.pixels, 64, 0, 0)
-            return sum(len(batch) for batch, _ in islice(order, count))
+            return sum(len(batch) for batch, _ in islice(batches(pixels, 64, 0, 0), 60))
 
         return run
 
@@ -124,7 +123,9 @@ def reading(folder: Path, size: int, repeats: int) -> dict[str, Any]:
 
 def preparation(folder: Path, size: int, repeats: int, cores: int) -> dict[str, Any]:
     """Images per second of wall time on all cores: `prepare` (with start-up, hashes and writing), and the bare work."""
-    paths = sorted((folder / "images").iterdir())
+    source = folder / "many"
+    write_photographs(source, TIMES * COUNTS[size], size)
+    paths = sorted(source.iterdir())
     program = str(Path(sys.executable).with_name("maskdm-server"))
 
     def theirs(path: Path) -> torch.Tensor:
@@ -140,11 +141,11 @@ def preparation(folder: Path, size: int, repeats: int, cores: int) -> dict[str, 
     def ours() -> None:
         shutil.rmtree(folder / "prepared", ignore_errors=True)
         policy = PixelPolicy(image_size=MODEL_SIZE, channels=3)
-        pack(open_source(folder / "images"), folder / "prepared", policy, workers=cores)
+        pack(open_source(source), folder / "prepared", policy, workers=cores)
 
     def command() -> None:
         shutil.rmtree(folder / "prepared", ignore_errors=True)
-        arguments = ["--data", str(folder / "images"), "--out", str(folder / "prepared")]
+        arguments = ["--data", str(source), "--out", str(folder / "prepared")]
         subprocess.run(
             [program, "prepare", *arguments, "--image-size", str(MODEL_SIZE)], check=True, capture_output=True
         )
@@ -170,31 +171,45 @@ def memory(folder: Path, count: int) -> dict[str, Any]:
             path = source / f"{number // 1000:04}" / f"{number:06}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(few[number % 100])
-    script = (
-        "import resource\n"
-        "from maskdm_server.__main__ import main\n"
-        "if __name__ == '__main__':\n"
-        "    try: main()\n"
-        "    finally:\n"
-        "        print(*(resource.getrusage(who).ru_maxrss for who in (0, -1)))  # this process, its children\n"
-    )
-    (folder / "measure.py").write_text(script)
-    command = [sys.executable, str(folder / "measure.py"), "prepare", "--data", str(source)]
+    program = str(Path(sys.executable).with_name("maskdm-server"))
     started = time.perf_counter()
-    done = subprocess.run(
-        [*command, "--out", str(folder / f"out-{count}")], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    process = subprocess.Popen(
+        [program, "prepare", "--data", str(source), "--out", str(folder / f"out-{count}")], stderr=subprocess.DEVNULL
     )
+    largest = {"main": 0, "worker": 0}
+    while process.poll() is None:
+        for pid in [process.pid, *children(process.pid)]:
+            name = "main" if pid == process.pid else "worker"
+            largest[name] = max(largest[name], peak_memory(pid))
+        time.sleep(0.02)
     seconds = time.perf_counter() - started
-    main_kib, worker_kib = (int(value) for value in done.stdout.split())
+    assert process.returncode == 0
     corpus = open_corpus(folder / f"out-{count}")
     assert len(corpus) == count
     return {
         "measure": "memory",
         "images": count,
-        "main_mib": round(main_kib / 1024),
-        "largest_worker_mib": round(worker_kib / 1024),
+        "main_mib": round(largest["main"] / 1024),
+        "largest_worker_mib": round(largest["worker"] / 1024),
         "images_per_s": round(count / seconds),
     }
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def peak_memory(pid: int) -> int:
+    """Largest resident memory of a process until now, KiB; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def main() -> None:

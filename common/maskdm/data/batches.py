@@ -78,7 +78,7 @@ def batches(
         assert rows is not None
         chosen = torch.from_numpy(rows[batch_rows(len(rows), batch_size, seen, seed)[number::processes]])
         chosen = chosen.to(pixels.device, non_blocking=True)
-        found = pixels[chosen]
+        found = pixels.index_select(0, chosen)  # copies whole images, where indexing goes byte by byte
         if device.type == "cuda" and not found.is_cuda:
             found = found.pin_memory()
         return found, None if classes is None else classes[chosen]

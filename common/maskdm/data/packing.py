@@ -9,14 +9,17 @@ import hashlib
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -29,7 +32,7 @@ from maskdm.errors import DataError, MaskDMError
 from maskdm.interruption import Interruption
 from maskdm.reporting import WorkBar
 
-ALONE_SECONDS = 1.0  # work that is done sooner starts no other process
+ALONE_SECONDS = 0.5  # work that is done sooner starts no other process
 CHUNK_BYTES = 1 << 21
 
 
@@ -156,6 +159,8 @@ def _decoded(entries: Iterator[Entry], policy: PixelPolicy, workers: int) -> Ite
         return
     waiting: deque[Future[Packed]] = deque()
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),)) as pool:
+        with _no_main_module():
+            waiting.extend(pool.submit(decode_entries, chunk, policy) for chunk in islice(chunks, 1))
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(decode_entries, chunk, policy))
@@ -171,6 +176,18 @@ def _decoded(entries: Iterator[Entry], policy: PixelPolicy, workers: int) -> Ite
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Processes started here need nothing of the program's main module, which they would import: PyTorch, mostly, and
+    whatever a script without a guard does."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _begin_worker(parent: int) -> None:

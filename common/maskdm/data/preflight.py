@@ -39,7 +39,7 @@ class Preflight(Frozen):
     labels: dict[str, int]
     groups: int
     duplicates: int  # files that repeat another byte by byte
-    near_duplicates: int  # pairs, among at most LOOKED_AT images
+    near_duplicates: int  # pairs, among at most LOOKED_AT different images
     smallest: tuple[int, int]
     largest: tuple[int, int]
     statistics: Statistics
@@ -49,8 +49,9 @@ class Preflight(Frozen):
 def inspect(corpus: Corpus, prior: "CheckpointMetadata | None" = None) -> Preflight:
     """Look a corpus over, and compare it with a prior's metadata where one is given."""
     manifest, index = corpus.manifest, corpus.index
-    some = np.random.default_rng(derive_seed("preflight")).permutation(len(corpus))[:LOOKED_AT]
-    alike = near_duplicates(np.stack([thumbnail(corpus.pixels[row]) for row in np.sort(some)]))
+    _, different = np.unique(index["sha256"][:, :8].copy().view("<u8")[:, 0], return_index=True)
+    some = np.sort(np.random.default_rng(derive_seed("preflight")).permutation(different)[:LOOKED_AT])
+    alike = near_duplicates(np.stack([thumbnail(corpus.image(row)) for row in some]))
     area = index["width"].astype(np.int64) * index["height"]
     smallest, largest = (index[int(row)] for row in (area.argmin(), area.argmax()))
     numbers, counts = np.unique(index["label"], return_counts=True)
@@ -119,7 +120,7 @@ def write_report(corpus: Corpus, folder: Path, report: Preflight) -> None:
     """`preflight.json`, and `contact-sheet.png` with images drawn at random."""
     write_json(folder / REPORT, report.model_dump(mode="json"))
     rows = np.random.default_rng(derive_seed("contact sheet")).permutation(len(corpus))[:SHEET_IMAGES]
-    save_png(folder / CONTACT_SHEET, grid_picture(corpus.pixels[np.sort(rows)]))
+    save_png(folder / CONTACT_SHEET, grid_picture(np.stack([corpus.image(row) for row in np.sort(rows)])))
 
 
 def lines(report: Preflight, policy: PixelPolicy) -> list[str]:

@@ -26,6 +26,7 @@ from maskdm.data.corpus import (
     Tally,
     corpus_sha256,
     mark_verified,
+    repeated,
 )
 from maskdm.data.pixels import IsColour, PixelPolicy, Pixels
 from maskdm.errors import DataError
@@ -130,7 +131,6 @@ class Writer:
         self.commit()
         index = np.load(self._folder / INDEX, mmap_mode="r", allow_pickle=False)
         images_sha256, index_sha256 = (hasher.hexdigest() for hasher in self._hashers)
-        keys = np.sort(index["sha256"][:, :8].copy().view("<u8")[:, 0])
         groups = np.unique(index["group"])
         manifest = Manifest(
             images=self.rows,
@@ -142,7 +142,7 @@ class Writer:
             splits={split: int(np.sum(index["split"] == number)) for number, split in enumerate(SPLITS)},
             groups=int(np.count_nonzero(groups)),
             skipped=dict(self.skipped.most_common()),
-            duplicates=int(np.sum(keys[1:] == keys[:-1])),
+            duplicates=repeated(index),
             statistics=self.tally.statistics(index),
             source=self._job,
         )
