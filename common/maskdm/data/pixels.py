@@ -122,7 +122,7 @@ def from_array(image: NDArray[Any], policy: PixelPolicy) -> Decoded:
 def _plain_jpeg(data: bytes, policy: PixelPolicy) -> Decoded | None:
     """A JPEG that needs no turning, decoded without Pillow's detour: the same library and the same pixels in a third
     of the time for small pictures. None for everything else, damaged files among them."""
-    if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data or b"tiff:Orientation" in data:
+    if data[:3] != b"\xff\xd8\xff" or _may_be_turned(data):
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -139,6 +139,19 @@ def _plain_jpeg(data: bytes, policy: PixelPolicy) -> Decoded | None:
         return None
     pixels, grey = _fit(found[..., 0] if space == "Gray" else found, policy)
     return Decoded(pixels, width, height, grey)
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a JPEG holds EXIF or XMP (APP1), or cannot be followed up to its scan."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and len(data) > place + 4:
+        marker = data[place + 1]
+        if marker == 0xDA:
+            return False
+        if marker == 0xE1:
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return True
 
 
 def _reduction(width: int, height: int, needed: int) -> int:
@@ -240,13 +253,20 @@ def _fit(image: Image.Image | Pixels, policy: PixelPolicy) -> tuple[Pixels, bool
 
 
 def _resized(picture: Image.Image, policy: PixelPolicy, side: int) -> Image.Image:
+    """Crop or pad to a square of S.
+
+    First by the whole factor that leaves at least S, by exact area averages (as ADM's preparation does, Dhariwal &
+    Nichol 2021), then the rest of the way by the filter: Lanczos alone takes four times as long.
+    """
     size, (width, height) = policy.image_size, picture.size
+    factor = max(1, side // size)
     if policy.fit == "crop":
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-        return picture.resize((size, size), _FILTERS[policy.filter], box, reducing_gap=3.0)
+        edge = side // factor * factor
+        left, top = (width - edge) // 2, (height - edge) // 2
+        square = picture.reduce(factor, (left, top, left + edge, top + edge))
+        return square if square.size == (size, size) else square.resize((size, size), _FILTERS[policy.filter])
     across, down = max(1, round(width * size / side)), max(1, round(height * size / side))
-    inner = picture.resize((across, down), _FILTERS[policy.filter], reducing_gap=3.0)
+    inner = picture.reduce(factor).resize((across, down), _FILTERS[policy.filter])
     sheet = Image.new(picture.mode, (size, size))
     sheet.paste(inner, ((size - across) // 2, (size - down) // 2))
     return sheet
