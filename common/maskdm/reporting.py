@@ -20,9 +20,9 @@ def say(line: str) -> None:
 
 
 class WorkBar:
-    """Progress of work that is counted, e.g. in images."""
+    """Progress of work that is counted, e.g. in images; `total` is None where nobody knows it beforehand."""
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
+    def __init__(self, title: str, total: int | None, done: int = 0) -> None:
         self._title, self._total, self._done = title, total, done
         self._since, self._start = time.monotonic(), done
         self._last_line = self._since
@@ -53,10 +53,11 @@ class WorkBar:
         """Show `done` of the total; a plain line at most every few seconds."""
         self._done = done
         now = time.monotonic()
+        shown = f"{done:,} {detail}" if self._total is None else f"{done:,}/{self._total:,} {detail}"
         if self._bar:
-            self._bar.update(self._task, completed=done, detail=f"{done:,}/{self._total:,} {detail}")
-        elif now - self._last_line >= PLAIN_LINE_EVERY or done >= self._total:
+            self._bar.update(self._task, completed=done, detail=shown)
+        elif now - self._last_line >= PLAIN_LINE_EVERY or done == self._total:
             self._last_line = now
             rate = (done - self._start) / max(now - self._since, 1e-9)
-            left = (self._total - done) / rate if rate else 0.0
-            say(f"{self._title}: {done:,}/{self._total:,} {detail} ({left:.0f} s left)")
+            left = f" ({(self._total - done) / rate:.0f} s left)" if self._total is not None and rate else ""
+            say(f"{self._title}: {shown.rstrip()}{left}")

@@ -22,10 +22,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
+from maskdm import cli
 from maskdm.processes import free_port
+from maskdm_client.cli import app as client_app
+from maskdm_server.cli import app as server_app
 from maskdm_server.faces import Domain, draw_faces
 
 DEADLINE = 240.0
+Run = Callable[..., tuple[int, str]]
 
 # The smallest work that still shows a falling loss; flags of a command come before these.
 SMALL = {
@@ -190,6 +194,21 @@ class RecordingProxy:
 
     def close(self) -> None:
         self._listener.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process, in an empty folder; returns exit code and standard error."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("MASKDM_")]:
+        monkeypatch.delenv(name)
+
+    def run_command(program: str, *arguments: str) -> tuple[int, str]:
+        app = server_app if program == "maskdm-server" else client_app
+        code = cli.run(app, program, list(arguments))
+        return code, capsys.readouterr().err
+
+    return run_command
 
 
 @pytest.fixture

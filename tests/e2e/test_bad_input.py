@@ -1,8 +1,6 @@
 """What a user who makes a mistake sees: one line that names the option and the remedy, exit code 2, nothing lost."""
 
-import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +13,12 @@ from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.model import build_model
 from maskdm.processes import free_port
-from maskdm_client.cli import app as client_app
 from maskdm_server.cli import app as server_app
 from maskdm_server.faces import draw_faces
 
-Run = Callable[..., tuple[int, str]]
+from .conftest import Run
 
 MODEL = ModelConfig(image_size=16, channels=3, patch_size=4, dim=16, depth=2, heads=2)
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process, in an empty folder; returns exit code and standard error."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("MASKDM_")]:
-        monkeypatch.delenv(name)
-
-    def run_command(program: str, *arguments: str) -> tuple[int, str]:
-        app = server_app if program == "maskdm-server" else client_app
-        code = cli.run(app, program, list(arguments))
-        return code, capsys.readouterr().err
-
-    return run_command
 
 
 @pytest.fixture

@@ -1,44 +1,25 @@
 """`prepare` and `doctor` as a user meets them, on images made here and, where they are, on real ones."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm import cli
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.data.corpus import in_memory, open_corpus
 from maskdm.model import build_model
 from maskdm.runfolder import read_lines
-from maskdm_client.cli import app as client_app
 from maskdm_client.local_data import choose_slice, local_images
 from maskdm_client.settings import SiteSettings
-from maskdm_server.cli import app as server_app
 from maskdm_server.faces import draw_faces
 
-from .conftest import Started, documented, write_faces
+from .conftest import Run, Started, documented, write_faces
 
-Run = Callable[..., tuple[int, str]]
 REAL = Path(os.environ.get("MASKDM_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SMALL = ("--size", "tiny", "--block-size", "2", "--mask-ratio", "0.5", "--batch-size", "8", "--images", "16")
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process, in an empty folder; returns exit code and standard error."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("MASKDM_")]:
-        monkeypatch.delenv(name)
-
-    def run_command(program: str, *arguments: str) -> tuple[int, str]:
-        code = cli.run(server_app if program == "maskdm-server" else client_app, program, list(arguments))
-        return code, capsys.readouterr().err
-
-    return run_command
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def pack(
         with Interruption() as interruption, Writer(out, job, policy) as writer:
             total = source.count()
             _check_room(out, option, policy, (total or 0) - writer.entries)
-            with WorkBar("prepare", total or 0, writer.entries) as bar:
+            with WorkBar("prepare", total, writer.entries) as bar:
                 for part in _decoded(islice(_listed(source), writer.entries, None), policy, workers):
                     writer.add(part)
                     bar.update(writer.entries, f"{writer.skipped.total():,} skipped" if writer.skipped else "")
