@@ -86,11 +86,12 @@ def join(
     with owned(out), Interruption() as interruption:
         may_change = ("site.device", "site.precision", "site.threads")
         claim(out, "client", {"site": settings.model_dump(mode="json")}, may_change=may_change)
-        chosen, found = choose_slice(settings, out)
+        chosen, found = choose_slice(settings, out, interruption.check)
         say(
             f"{found.total:,} local images; {len(chosen.train):,} to train on, {len(chosen.held_out):,} held out"
             + (f"; {len(found.unreadable):,} could not be read" if found.unreadable else "")
-            + (f"; {chosen.left_out:,} left out, alike to both" if chosen.left_out else "")
+            + (f"; {len(chosen.left_out):,} left out, alike to both" if chosen.left_out else "")
+            + (f"; {found.other_splits:,} left out: in folders named test or validation" if found.other_splits else "")
         )
         if certificate is None:
             say("WARNING: no --kit, so the connection is not encrypted: use it on one machine or a closed network only")

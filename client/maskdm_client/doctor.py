@@ -8,12 +8,13 @@ import typer
 
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint
+from maskdm.data.corpus import SKIPPED
 from maskdm.data.packing import check_apart, guess_channels, pack
 from maskdm.data.pixels import PixelPolicy
 from maskdm.data.preflight import CONTACT_SHEET, inspect, lines, write_report
 from maskdm.data.sources import open_source
 from maskdm.reporting import say
-from maskdm.runfolder import owned
+from maskdm.runfolder import atomic_write, owned
 
 
 def doctor(
@@ -24,18 +25,27 @@ def doctor(
     upscale: Annotated[
         bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")
     ] = False,
+    window: Annotated[
+        str | None, typer.Option(help="Values that are black and white in images of more than 8 bits, e.g. 0,4095.")
+    ] = None,
 ) -> int:
     """Look the local images over as training would see them; exit code 1 where something looks wrong."""
     metadata = load_checkpoint(prior, "--prior")[1] if prior else None
     source = open_source(data)
     size, channels = (metadata.model.image_size, metadata.model.channels) if metadata else (image_size, 0)
-    values = {"image_size": size, "channels": channels or guess_channels(source), "upscale": upscale}
+    values = {
+        "image_size": size,
+        "channels": channels or guess_channels(source),
+        "upscale": upscale,
+        "window": cli.pair("--window", window) if window else None,
+    }
     policy = cli.configure(PixelPolicy, values)
     check_apart(data, out)
     with owned(out), tempfile.TemporaryDirectory(dir=out) as folder:
         corpus = pack(source, Path(folder) / "corpus", policy)
         report = inspect(corpus, metadata)
         write_report(corpus, out, report)
+        atomic_write(out / SKIPPED, (Path(folder) / "corpus" / SKIPPED).read_bytes())
     for line in lines(report, policy):
         say(line)
     say(f"look at {out / CONTACT_SHEET}; it stays on this machine")

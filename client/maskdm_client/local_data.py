@@ -3,21 +3,22 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.data.corpus import Corpus
+from maskdm.data.corpus import Corpus, is_corpus, open_corpus
 from maskdm.data.groups import with_groups
 from maskdm.data.packing import pack
 from maskdm.data.pixels import PixelPolicy
 from maskdm.data.slices import Found, Slice, choose, divide, look_alike, survey
 from maskdm.data.sources import Entry, Source, open_source
 from maskdm.errors import DataError
-from maskdm.runfolder import write_json
+from maskdm.reporting import WorkBar, say
+from maskdm.runfolder import atomic_write, write_json
 from maskdm_client.settings import SiteSettings
 
 Rows = NDArray[np.int64]
@@ -40,7 +41,6 @@ class SliceSource:
         self.path = source.path
         self._source = source
         self._names = {*chosen.train.values(), *chosen.held_out.values()}
-        self._chosen = json.dumps([sorted(chosen.train), sorted(chosen.held_out)])
 
     def entries(self) -> Iterator[Entry]:
         return (entry for entry in self._source.entries() if entry.name in self._names)
@@ -49,7 +49,8 @@ class SliceSource:
         return len(self._names)
 
     def fingerprint(self) -> bytes:
-        return hashlib.sha256(self._chosen.encode()).digest()
+        """Over what is there now, in its order: an interrupted packing goes on only where both are the same."""
+        return hashlib.sha256("\0".join(entry.name for entry in self.entries()).encode()).digest()
 
 
 def site_source(settings: SiteSettings) -> Source:
@@ -57,27 +58,42 @@ def site_source(settings: SiteSettings) -> Source:
     return with_groups(open_source(settings.data), settings.group_regex, settings.group_csv)
 
 
-def choose_slice(settings: SiteSettings, folder: Path) -> tuple[Slice, Found]:
-    """Choose the images that take part, keep what was chosen and parted before, and record it in `slice.json`."""
+def choose_slice(settings: SiteSettings, folder: Path, check: Callable[[], None] = lambda: None) -> tuple[Slice, Found]:
+    """Choose the images that take part, keep what was chosen and parted before, and record it in `slice.json`.
+
+    Args:
+        check: called now and then; raises where the user wants to stop.
+    """
     source = site_source(settings)
     before = read_slice(folder) if (folder / SLICE).exists() else Slice({}, {})
-    earlier = {
-        bytes.fromhex(digest): side
-        for side, images in (("train", before.train), ("held_out", before.held_out))
-        for digest in images
-    }
-    found = survey(source)
-    chosen = choose(
-        found,
-        settings.fraction,
-        max_images=settings.max_images,
-        stratify=settings.stratify,
-        seed=settings.seed,
-        earlier=earlier,
-    )
-    alike = look_alike(source, chosen, found)
+    sides = {"train": before.train, "held_out": before.held_out, "left_out": before.left_out}
+    earlier = {bytes.fromhex(digest): side for side, images in sides.items() for digest in images}
+    with WorkBar("reading the local images", source.count()) as bar:
+
+        def tick(done: int) -> None:
+            check()
+            bar.update(done)
+
+        found = survey(source, tick)
+        absent = sum(digest not in found.names for digest in earlier)
+        chosen = choose(
+            found,
+            settings.fraction,
+            max_images=settings.max_images,
+            stratify=settings.stratify,
+            seed=settings.seed,
+            earlier=earlier,
+            absent=absent,
+        )
+        alike = look_alike(source, chosen, found, window=settings.window, tick=tick)
     parted = divide(chosen, found, held_out=settings.held_out, seed=settings.seed, alike=alike, earlier=earlier)
-    write_json(folder / SLICE, {"train": parted.train, "held_out": parted.held_out})
+    if absent:
+        say(f"WARNING: {absent:,} images of the recorded slice are not there now; their places are kept")
+    now = {"train": parted.train, "held_out": parted.held_out, "left_out": parted.left_out}
+    seen = {digest.hex() for digest in found.names}
+    # What is absent stays in the record: it may come back, and must not change sides then.
+    kept = {side: {d: name for d, name in images.items() if d not in seen} for side, images in sides.items()}
+    write_json(folder / SLICE, {side: kept[side] | now[side] for side in now})
     return parted, found
 
 
@@ -85,17 +101,18 @@ def read_slice(folder: Path) -> Slice:
     """The slice that was recorded in a site's folder."""
     try:
         document = json.loads((folder / SLICE).read_text())
-        sides = [dict(document[side]) for side in ("train", "held_out")]
+        sides = [dict(document.get(side, {})) for side in ("train", "held_out", "left_out")]
         for digest in (digest for side in sides for digest in side):
             bytes.fromhex(digest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"--out {folder}: {SLICE} is damaged: delete it to choose the images anew") from error
-    return Slice(sides[0], sides[1])
+    return Slice(*sides)
 
 
 def forget_pixels(folder: Path) -> None:
     """Remove the decoded copies of the images when they are needed no more."""
-    shutil.rmtree(folder / CORPUS, ignore_errors=True)
+    if (folder / CORPUS).exists():
+        shutil.rmtree(folder / CORPUS)
 
 
 def local_images(settings: SiteSettings, folder: Path, image_size: int, channels: int) -> LocalImages:
@@ -108,14 +125,28 @@ def local_images(settings: SiteSettings, folder: Path, image_size: int, channels
     policy = PixelPolicy.model_validate(
         {"image_size": image_size, "channels": channels, "upscale": settings.upscale, "window": settings.window}
     )
-    source = SliceSource(site_source(settings), chosen)
-    corpus = pack(source, folder / CORPUS, policy, workers=settings.threads, replace=True)
-    digests = [bytes(row).hex() for row in corpus.index["sha256"]]
+    corpus = _packed_slice(settings, folder, chosen, policy)
+    row_of = {bytes(digest).hex(): row for row, digest in enumerate(corpus.index["sha256"])}
+    # In the slice's own order, a random one: whoever takes the first few takes them from everywhere.
     train, held_out = (
-        np.array([row for row, digest in enumerate(digests) if digest in side], np.int64)
+        np.array([row_of[digest] for digest in side if digest in row_of], np.int64)
         for side in (chosen.train, chosen.held_out)
     )
     if not len(train) or not len(held_out):
         side = "trained on" if not len(train) else "held out"
-        raise DataError(f"--data: none of the images to be {side} can be used ({corpus.summary()}): see preflight")
+        raise DataError(
+            f"--data: none of the images to be {side} can be used ({corpus.summary()}): see maskdm-client doctor"
+        )
     return LocalImages(corpus, train, held_out)
+
+
+def _packed_slice(settings: SiteSettings, folder: Path, chosen: Slice, policy: PixelPolicy) -> Corpus:
+    """Packed before, so that the images themselves are needed no more, or packed now."""
+    out, mark = folder / CORPUS, folder / CORPUS / ".slice"
+    wanted = hashlib.sha256(json.dumps([chosen.train, chosen.held_out, policy.model_dump()]).encode()).hexdigest()
+    if is_corpus(out) and mark.exists() and mark.read_text() == wanted:
+        return open_corpus(out, "--out")
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)  # decoded images are as private as the originals
+    corpus = pack(SliceSource(site_source(settings), chosen), out, policy, workers=settings.threads, replace=True)
+    atomic_write(mark, wanted)
+    return corpus

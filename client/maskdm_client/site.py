@@ -124,11 +124,24 @@ def _train(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, 
 
 
 def _finish(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say) -> Parcel:
+    try:
+        report = _measure_last(plan, weights, settings, folder, say)
+    finally:
+        forget_pixels(folder)
+    released = release_numbers(report, settings.policy, folder / "audit.jsonl")
+    say({"event": "finished", "round": plan.round, "loss": report.loss_after})
+    return released
+
+
+def _measure_last(
+    plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
+) -> Report:
+    """Keep the final model and measure it."""
     started = time.monotonic()
     save_checkpoint(folder / "model.safetensors", weights, plan.model)
     model, images = _prepare(plan, weights, settings, folder, say)
     loss = _held_out_loss(model, plan, images, settings)
-    report = Report(
+    return Report(
         round=plan.round,
         examples=len(images.train),
         images_seen=0,
@@ -137,11 +150,6 @@ def _finish(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings,
         seconds=round(time.monotonic() - started, 3),
         skipped_steps=0,
     )
-    released = release_numbers(report, settings.policy, folder / "audit.jsonl")
-    del images  # mapped from the file that goes now
-    forget_pixels(folder)
-    say({"event": "finished", "round": plan.round, "loss": loss})
-    return released
 
 
 def _read_plan(parcel: Parcel) -> RoundPlan:

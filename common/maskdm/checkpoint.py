@@ -37,7 +37,7 @@ class CheckpointMetadata(Frozen):
     seed: Annotated[int, Field(ge=0)]
     weights: Literal["ema", "raw"] = "ema"
     class_names: tuple[str, ...] = ()  # of a conditional model, in the order of its classes
-    corpus: Statistics | None = None  # of what it was trained on, for a site to compare its own images with
+    corpus: Statistics | None = None  # of its whole corpus, for a site to compare its own images with
     prior_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     rounds: Annotated[int, Field(ge=0)] = 0
     created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))

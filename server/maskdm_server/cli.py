@@ -30,7 +30,7 @@ from maskdm.config import (
 )
 from maskdm.data.cache import load_corpus
 from maskdm.data.corpus import Corpus
-from maskdm.data.packing import guess_channels
+from maskdm.data.packing import check_apart, guess_channels
 from maskdm.data.pixels import PixelPolicy, decode
 from maskdm.data.prepare import prepare
 from maskdm.data.sources import PackedSource, Source, open_source
@@ -162,6 +162,7 @@ def pretrain(
     if dry_run:
         print(json.dumps(resolved, indent=2))
         return
+    check_apart(data, out)
     picked = local_device(pick_device(device))
     with process_group(picked), owned(out) if is_first() else nullcontext():
         corpus = load_corpus(source, _policy(image_size, found, upscale))
@@ -312,6 +313,8 @@ def simulate(
     }
     config = cli.configure(FederationConfig, federation_config(prior, values))
     options = ["--fraction", str(fraction), "--seed", str(seed), *(["--upscale"] if upscale else [])]
+    for path in data:
+        check_apart(path, out)
     with owned(out):
         shares = None
         if len(data) == 1:
@@ -364,7 +367,7 @@ def _shares(corpus: Corpus, clients: int, split: str, alpha: float, seed: int) -
 
 
 def _labels(source: Source) -> tuple[str, ...]:
-    return tuple(sorted({entry.label for entry in source.entries() if entry.split == "train"}))
+    return tuple(sorted({entry.label for entry in source.entries() if entry.split == "train"} - {""}))
 
 
 def _policy(image_size: int, channels: int, upscale: bool) -> PixelPolicy:

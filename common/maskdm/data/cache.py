@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 from pathlib import Path
+from typing import IO
 
 from maskdm.data.corpus import Corpus, is_corpus
 from maskdm.data.packing import pack
@@ -41,7 +42,7 @@ def load_corpus(source: Source, policy: PixelPolicy, *, cache: Path | None = Non
     key = hashlib.sha256(f"{source.path.resolve()}\0{policy.model_dump_json()}".encode()).hexdigest()[:16]
     folder = (cache or cache_folder()) / f"{source.path.stem}-{policy.image_size}-{key}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise DataError(
@@ -49,7 +50,20 @@ def load_corpus(source: Source, policy: PixelPolicy, *, cache: Path | None = Non
             f"another folder"
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock, folder)
         if not is_corpus(folder):
             say(f"packing --data {source.path} once into {folder}")
         return pack(source, folder, policy, option="MASKDM_CACHE", replace=True)
+
+
+def _wait_for(lock: IO[str], folder: Path) -> None:
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process packs into {folder}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be locked ({error.strerror}): set MASKDM_CACHE to a folder on a local disk"
+        ) from error

@@ -9,6 +9,7 @@ from PIL import Image
 
 SIDE = 16
 BITS = 64
+BLOCK = 1024  # rows compared with as many at a time
 BANDS = 8  # candidates agree in at least one; two hashes that differ in less than 8 bits always do
 MAX_BITS = 12
 # Correlation of two thumbnails, each with mean 0 and length 1. Found on real pictures (blood cells, X-rays, portraits):
@@ -35,23 +36,29 @@ def difference_hash(thumbnails: NDArray[np.float32]) -> NDArray[np.uint64]:
 
 
 def near_duplicates(thumbnails: NDArray[np.float32]) -> list[tuple[int, int]]:
-    """Pairs of rows (first < second) whose hashes differ in at most MAX_BITS bits and whose thumbnails correlate.
+    """Links between rows whose hashes differ in at most MAX_BITS bits and whose thumbnails correlate.
 
-    Memory grows with the largest set of equal bands, not with the square of the number of images.
+    As many as are needed to join all that belong together: n − 1 for n pictures that nearly repeat one another.
     """
     hashes = difference_hash(thumbnails)
     flat = thumbnails.reshape(len(thumbnails), -1)
     bands = hashes.view(np.uint8).reshape(-1, BANDS)
-    pairs: set[tuple[int, int]] = set()
+    unit = np.arange(len(flat))  # number of what a row belongs to
+    links: list[tuple[int, int]] = []
     for band in range(BANDS):
         order = np.argsort(bands[:, band], kind="stable")
         edges = np.flatnonzero(np.diff(bands[order, band])) + 1
         for rows in np.split(order, edges):
-            for start in range(0, len(rows), 1024):
-                some = rows[start : start + 1024]
-                alike = flat[some] @ flat[rows].T >= LEAST_CORRELATION  # (s, r)
-                near = np.bitwise_count(hashes[some][:, None] ^ hashes[rows][None]) <= MAX_BITS
-                first, second = np.nonzero(alike & near)
-                found = zip(some[first].tolist(), rows[second].tolist(), strict=True)
-                pairs |= {pair for pair in found if pair[0] < pair[1]}
-    return sorted(pairs)
+            for some in np.split(rows, range(BLOCK, len(rows), BLOCK)):
+                for others in np.split(rows, range(BLOCK, len(rows), BLOCK)):
+                    alike = flat[some] @ flat[others].T >= LEAST_CORRELATION  # (s, o)
+                    alike &= unit[some][:, None] != unit[others][None]
+                    for place in np.flatnonzero(alike.any(axis=1)):
+                        row = int(some[place])
+                        near = others[alike[place]]
+                        near = near[np.bitwise_count(hashes[near] ^ hashes[row]) <= MAX_BITS]
+                        for other in near.tolist():
+                            if unit[other] != unit[row]:
+                                links.append((min(row, other), max(row, other)))
+                                unit[unit == unit[other]] = unit[row]
+    return sorted(links)

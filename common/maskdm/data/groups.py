@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from maskdm.data.sources import MappedSource, Source, group_of
+from maskdm.data.sources import ArraySource, MappedSource, PackedSource, Source, group_of
 from maskdm.data.tables import Table
 from maskdm.errors import DataError
+from maskdm.reporting import say
 
 
 def with_groups(source: Source, regex: str | None = None, table: str | None = None) -> Source:
@@ -32,9 +33,16 @@ def with_groups(source: Source, regex: str | None = None, table: str | None = No
     else:
         assert table is not None
         option, (find, key) = f"--group-csv {table}", _by_table(table)
-    if not any(find(entry.name) for entry in source.entries()):
+    if isinstance(source, ArraySource | PackedSource):
+        raise DataError(f"{option}: images in {source.path} have no names; give groups when they are packed from files")
+    with_group, count = 0, 0
+    for entry in source.entries():
+        with_group, count = with_group + bool(find(entry.name)), count + 1
+    if not with_group:
         raise DataError(f"{option}: fits none of the images' names")
-    return MappedSource(source, lambda entry: replace(entry, group=find(entry.name)), key)
+    if with_group < count:
+        say(f"WARNING: {option}: {count - with_group:,} of {count:,} images belong to no group")
+    return MappedSource(source, lambda entry: replace(entry, group=find(entry.name) or entry.group), key)
 
 
 def _by_regex(regex: str) -> Callable[[str], int]:
@@ -70,6 +78,8 @@ def _by_table(table: str) -> tuple[Callable[[str], int], bytes]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"--group-csv {path} cannot be read: {error}") from error
     known = Table(names, groups)
+    if known.contradicts_itself():
+        raise DataError(f"--group-csv {table}: one image is in two groups: name the images by their whole paths")
 
     def find(name: str) -> int:
         parts = PurePosixPath(name)

@@ -24,6 +24,7 @@ from types import ModuleType
 import numpy as np
 
 from maskdm import guard
+from maskdm.data.archives import Part
 from maskdm.data.corpus import RECORD, SPLITS, Corpus, Tally, is_corpus, open_corpus
 from maskdm.data.pixels import IsColour, PixelPolicy, decode, from_array
 from maskdm.data.sources import Entry, Source
@@ -33,7 +34,8 @@ from maskdm.interruption import Interruption
 from maskdm.reporting import WorkBar
 
 ALONE_SECONDS = 0.5  # work that is done sooner starts no other process
-CHUNK_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 21  # of decoded images
+CARRIED_BYTES = 1 << 24  # of files that entries carry, as those of compressed tars do
 
 
 def decode_entries(entries: list[Entry], policy: PixelPolicy) -> Packed:
@@ -88,12 +90,11 @@ def pack(
         Interrupted: asked to stop; the same call continues.
     """
     check_apart(source.path, out, option)
-    job = hashlib.sha256(source.fingerprint() + policy.model_dump_json().encode()).hexdigest()
+    job, total = _examined(source, policy)
     if is_corpus(out) and (corpus := _packed_before(out, job, option, replace)):
         return corpus
     try:
         with Interruption() as interruption, Writer(out, job, policy) as writer:
-            total = source.count()
             _check_room(out, option, policy, (total or 0) - writer.entries)
             with WorkBar("prepare", total, writer.entries) as bar:
                 for part in _decoded(islice(_listed(source), writer.entries, None), policy, workers):
@@ -114,8 +115,22 @@ def pack(
 
 def check_apart(data: Path, out: Path, option: str = "--out") -> None:
     """Raises DataError where what is written would become part of what is read."""
-    if data.is_dir() and not is_corpus(data) and out.resolve().is_relative_to(data.resolve()):
+    inner, outer = out.resolve(), data.resolve()
+    if data.is_dir() and not is_corpus(data) and inner.is_relative_to(outer):
         raise DataError(f"{option} {out} lies inside of --data {data}: choose a folder outside of it")
+    if outer != inner and outer.is_relative_to(inner):
+        raise DataError(
+            f"--data {data} lies inside of {option} {out}: choose another folder, so that it stays as it is"
+        )
+
+
+def _examined(source: Source, policy: PixelPolicy) -> tuple[str, int | None]:
+    """What makes this packing job this one, and how many entries it has."""
+    try:
+        fingerprint, count = source.fingerprint(), source.count()
+    except OSError as error:
+        raise DataError(f"--data {source.path} cannot be read: {error.strerror}") from error
+    return hashlib.sha256(fingerprint + policy.model_dump_json().encode()).hexdigest(), count
 
 
 def _listed(source: Source) -> Iterator[Entry]:
@@ -149,7 +164,7 @@ def _decoded(entries: Iterator[Entry], policy: PixelPolicy, workers: int) -> Ite
     workers = workers or os.cpu_count() or 1
     image_bytes = policy.channels * policy.image_size**2
     size = min(512, max(8, CHUNK_BYTES // image_bytes))
-    chunks = iter(lambda: list(islice(entries, size)), [])
+    chunks = iter(lambda: _chunk(entries, size), [])
     alone_until = time.monotonic() + ALONE_SECONDS
     for chunk in chunks:
         yield decode_entries(chunk, policy)
@@ -159,11 +174,10 @@ def _decoded(entries: Iterator[Entry], policy: PixelPolicy, workers: int) -> Ite
         return
     waiting: deque[Future[Packed]] = deque()
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),)) as pool:
-        with _no_main_module():
-            waiting.extend(pool.submit(decode_entries, chunk, policy) for chunk in islice(chunks, 1))
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(decode_entries, chunk, policy))
+                with _no_main_module():  # a submit may start another process
+                    waiting.append(pool.submit(decode_entries, chunk, policy))
                 if len(waiting) >= 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -171,11 +185,23 @@ def _decoded(entries: Iterator[Entry], policy: PixelPolicy, workers: int) -> Ite
         except BrokenProcessPool as error:
             raise MaskDMError(
                 "a process that decodes images died, perhaps for want of memory: run the same command again, which "
-                "continues; with --workers 1 if it happens again"
+                "continues; if it happens again, pack with prepare --workers 1"
             ) from error
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _chunk(entries: Iterator[Entry], size: int) -> list[Entry]:
+    """Up to `size` entries, fewer where they carry their files or pixels with them."""
+    chunk, carried = [], 0
+    for entry in entries:
+        chunk.append(entry)
+        if not isinstance(entry.content, Part):
+            carried += len(entry.content) if isinstance(entry.content, bytes) else entry.content.nbytes
+        if len(chunk) == size or carried > CARRIED_BYTES:
+            break
+    return chunk
 
 
 @contextmanager
@@ -192,7 +218,8 @@ def _no_main_module() -> Iterator[None]:
 
 def _begin_worker(parent: int) -> None:
     guard.die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the work in order
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent ends the work in order
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_room(out: Path, option: str, policy: PixelPolicy, images: int) -> None:
@@ -206,9 +233,12 @@ def _check_room(out: Path, option: str, policy: PixelPolicy, images: int) -> Non
 
 
 def guess_channels(source: Source) -> int:
-    """1 if the first pictures are all grey, else 3."""
-    policy = PixelPolicy(image_size=8, channels=1, upscale=True)
-    for entry in islice(source.entries(), 64):
+    """1 if pictures from all over the source are grey, else 3."""
+    policy = PixelPolicy(image_size=64, channels=1, upscale=True)
+    first = next(iter(source.entries()), None)
+    spread = first is not None and isinstance(first.content, Part)  # others would all be read to get to the last
+    step = max(1, (source.count() or 0) // 64) if spread else 1
+    for entry in islice(source.entries(), 0, 64 * step, step):
         try:
             _, content = entry.read()
             if isinstance(content, bytes):

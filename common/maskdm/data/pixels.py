@@ -245,11 +245,16 @@ def _fit(image: Image.Image | Pixels, policy: PixelPolicy) -> tuple[Pixels, bool
         pixels = np.asarray(_resized(picture, policy, side))
     if pixels.ndim == 2:
         return np.broadcast_to(pixels, (policy.channels, size, size)), True
-    if policy.channels == 1:
-        if int((pixels.max(axis=2) - pixels.min(axis=2)).max()) > GREY_TOLERANCE:
-            raise IsColour("colour, but the model has one channel")
-        return pixels[None, :, :, 1], True
-    return pixels.transpose(2, 0, 1), False
+    # Colour mostly shows in a few of the pixels already.
+    grey = not _has_colour(pixels[::8, ::8]) and not _has_colour(pixels)
+    if policy.channels == 1 and not grey:
+        raise IsColour("colour, but the model has one channel")
+    planes = pixels.transpose(2, 0, 1)
+    return (planes[1:2] if policy.channels == 1 else planes), grey
+
+
+def _has_colour(pixels: Pixels) -> bool:
+    return int((pixels.max(axis=2) - pixels.min(axis=2)).max()) > GREY_TOLERANCE
 
 
 def _resized(picture: Image.Image, policy: PixelPolicy, side: int) -> Image.Image:

@@ -4,8 +4,8 @@ An image is in because of a keyed hash of its content, on its side because of a 
 its group, or its near-duplicates. What was recorded once is kept, so that nothing ever changes sides.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,9 @@ class Found:
 
     names: dict[bytes, str]  # sha256 → name, of every different image that may be trained on
     labels: dict[bytes, str]
-    groups: dict[bytes, int]  # 0: none
+    groups: dict[bytes, set[int]]  # equal files may belong to several
     total: int  # files
+    other_splits: int = 0  # files in folders named test or validation, which are left out
     unreadable: list[str] = field(default_factory=list)
 
 
@@ -38,15 +39,17 @@ class Slice:
 
     train: dict[str, str]  # sha256 in hex → name
     held_out: dict[str, str]
-    left_out: int = 0  # resemble images of both sides, so they can stand on neither
+    left_out: dict[str, str] = field(default_factory=dict)  # belong with images of both sides, so they stand on neither
 
 
-def survey(source: Source) -> Found:
-    """Read and hash everything that may be trained on."""
+def survey(source: Source, tick: Callable[[int], None] = lambda done: None) -> Found:
+    """Read and hash everything that may be trained on; `tick` hears of each file."""
     found = Found({}, {}, {}, 0)
-    total = 0
-    for entry in source.entries():
+    total = other_splits = 0
+    for number, entry in enumerate(source.entries(), start=1):
+        tick(number)
         if entry.split != "train":
+            other_splits += 1
             continue
         total += 1
         try:
@@ -56,8 +59,8 @@ def survey(source: Source) -> Found:
             continue
         found.names.setdefault(digest, entry.name)
         found.labels.setdefault(digest, entry.label)
-        found.groups.setdefault(digest, entry.group)
-    return Found(found.names, found.labels, found.groups, total, found.unreadable)
+        found.groups.setdefault(digest, set()).update({entry.group} - {0})
+    return replace(found, total=total, other_splits=other_splits)
 
 
 def choose(
@@ -68,12 +71,13 @@ def choose(
     stratify: bool = False,
     seed: int = 0,
     earlier: Iterable[bytes] = (),
+    absent: int = 0,
 ) -> list[bytes]:
     """About `fraction` of the images, by a keyed hash of their content; those chosen earlier stay.
 
     Whether an image is in depends on nothing but its content, the key and the fraction. `stratify` takes exactly the
     fraction of each label and at least one image; `max_images` ends the list. Both depend on what else is there, so
-    they are stable through `earlier`.
+    they are stable through `earlier`. `absent` images chosen earlier are not here now, and keep their places.
 
     Raises:
         DataError: fewer than two different images can be read.
@@ -94,7 +98,7 @@ def choose(
         chosen = [digest for digest in ordered if rank[digest] < fraction * TOP]
     chosen = list(dict.fromkeys([*kept, *(chosen if len(chosen) > 1 else ordered[:2])]))
     if max_images is not None:
-        chosen = chosen[: max(max_images, len(kept), 2)]
+        chosen = chosen[: max(max_images - absent, len(kept), 2)]
     return chosen
 
 
@@ -111,26 +115,27 @@ def divide(
 
     Args:
         alike: pairs of near-duplicates.
-        earlier: sides taken before, "train" or "held_out"; they are kept, and what joins both sides is left out.
+        earlier: sides taken before, "train", "held_out" or "left_out"; they are kept. An image that joins both sides
+            is left out; where images of both sides turn out to belong together, those held out are left out from now.
 
     Raises:
         DataError: all images belong together, so that no side can be held out.
     """
-    chosen, earlier = list(chosen), earlier or {}
-    units = _units(chosen, found.groups, alike)
-    sides: dict[bytes, str] = {}
-    left_out = 0
+    earlier, alike = earlier or {}, list(alike)
+    chosen = list(chosen)
+    sides = {digest: "left_out" for digest in chosen if earlier.get(digest) == "left_out"}
     free: list[tuple[float, list[bytes]]] = []
-    for members in units:
-        taken = {earlier[digest] for digest in members if digest in earlier}
-        if len(taken) > 1:  # something new links what was apart
-            left_out += sum(digest not in earlier for digest in members)
-            sides |= {digest: earlier[digest] for digest in members if digest in earlier}
-        elif taken:
-            sides |= dict.fromkeys(members, taken.pop())
+    for members in _units([digest for digest in chosen if digest not in sides], found.groups, alike):
+        old = [digest for digest in members if digest in earlier]
+        if len({earlier[digest] for digest in old}) > 1:
+            sides |= dict.fromkeys(members, "left_out")  # but for those that are not tied to the other side directly
+            for part in _units(old, found.groups, alike):
+                both = len({earlier[digest] for digest in part}) > 1
+                sides |= {d: earlier[d] for d in part if not both or earlier[d] == "train"}
+        elif old:
+            sides |= dict.fromkeys(members, earlier[old[0]])
         else:
-            keys = [derive_seed("held out", seed, found.groups[digest] or digest) for digest in members]
-            free.append((min(keys) / TOP, members))
+            free.append((_place(members, found.groups, seed), members))
     present = set(sides.values())
     edge = sorted(key for key, _ in free)
     cut = held_out
@@ -140,28 +145,51 @@ def divide(
         cut = (edge[-2] + edge[-1]) / 2 if len(edge) > 1 else -1.0
     for key, members in free:
         sides |= dict.fromkeys(members, "held_out" if key <= cut else "train")
-    if set(sides.values()) != {"train", "held_out"}:
+    if not {"train", "held_out"} <= set(sides.values()):
         raise DataError(
             "--data: all chosen images belong to one group or are near-duplicates of one another, so none can be held "
             "out: give more images, or a larger --fraction"
         )
-    train, out = (
-        {digest.hex(): found.names[digest] for digest in chosen if sides.get(digest) == side}
-        for side in ("train", "held_out")
+    train, out, left = (
+        {digest.hex(): found.names[digest] for digest in chosen if sides[digest] == side}
+        for side in ("train", "held_out", "left_out")
     )
-    return Slice(train, out, left_out)
+    return Slice(train, out, left)
 
 
-def look_alike(source: Source, chosen: Iterable[bytes], found: Found) -> list[tuple[bytes, bytes]]:
-    """Pairs of near-duplicates among the chosen images: crops, copies and re-compressions of one another."""
+def _place(members: list[bytes], groups: Mapping[bytes, set[int]], seed: int) -> float:
+    """Where in [0, 1) a unit lies: by one of its members or groups, whatever their number, so that large units are
+    held out no more often than small ones."""
+    keys: set[int | bytes] = set()
+    for digest in members:
+        keys |= groups[digest] or {digest}
+    first = min(keys, key=lambda key: derive_seed("unit", seed, key))
+    return derive_seed("held out", seed, first) / TOP
+
+
+def look_alike(
+    source: Source,
+    chosen: Iterable[bytes],
+    found: Found,
+    *,
+    window: tuple[float, float] | None = None,
+    tick: Callable[[int], None] = lambda done: None,
+) -> list[tuple[bytes, bytes]]:
+    """Links between near-duplicates among the chosen images: copies and re-compressions of one another.
+
+    Args:
+        window: as in the policy that training uses.
+    """
+    policy = LOOK.model_copy(update={"window": window})
     wanted = {found.names[digest]: digest for digest in chosen}
     digests: list[bytes] = []
     thumbnails: list[NDArray[np.float32]] = []
-    for entry in source.entries():
+    for number, entry in enumerate(source.entries(), start=1):
+        tick(number)
         if entry.name in wanted:
             try:
                 _, content = entry.read()
-                thumbnails.append(thumbnail(_look(entry, content)))
+                thumbnails.append(thumbnail(_look(entry, content, policy)))
             except DataError:  # what cannot be decoded is reported when it is packed
                 continue
             digests.append(wanted[entry.name])
@@ -169,12 +197,13 @@ def look_alike(source: Source, chosen: Iterable[bytes], found: Found) -> list[tu
     return [(digests[first], digests[second]) for first, second in pairs]
 
 
-def _look(entry: Entry, content: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    found = decode(content, LOOK, entry.box) if isinstance(content, bytes) else from_array(content, LOOK)
-    return found.pixels
+def _look(entry: Entry, content: bytes | NDArray[np.uint8], policy: PixelPolicy) -> NDArray[np.uint8]:
+    return (decode(content, policy, entry.box) if isinstance(content, bytes) else from_array(content, policy)).pixels
 
 
-def _units(chosen: list[bytes], groups: Mapping[bytes, int], alike: Iterable[tuple[bytes, bytes]]) -> list[list[bytes]]:
+def _units(
+    chosen: list[bytes], groups: Mapping[bytes, set[int]], alike: Iterable[tuple[bytes, bytes]]
+) -> list[list[bytes]]:
     """Images that must stand on one side, by union of groups and pairs."""
     parent = {digest: digest for digest in chosen}
 
@@ -185,10 +214,11 @@ def _units(chosen: list[bytes], groups: Mapping[bytes, int], alike: Iterable[tup
 
     first_of: dict[int, bytes] = {}
     for digest in chosen:
-        if groups[digest]:
-            parent[root(digest)] = root(first_of.setdefault(groups[digest], digest))
+        for group in groups[digest]:
+            parent[root(digest)] = root(first_of.setdefault(group, digest))
     for first, second in alike:
-        parent[root(first)] = root(second)
+        if first in parent and second in parent:
+            parent[root(first)] = root(second)
     units: dict[bytes, list[bytes]] = {}
     for digest in chosen:
         units.setdefault(root(digest), []).append(digest)

@@ -22,7 +22,8 @@ from maskdm.data.pixels import Box
 from maskdm.errors import DataError
 
 PICTURE_SUFFIXES = frozenset(
-    {".bmp", ".dcm", ".dicom", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    f".{kind}"
+    for kind in ["bmp", "dcm", "dicom", "gif", "jfif", "jp2", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"]
 )
 Split = Literal["train", "validation", "test"]
 # First folder of a path that says to which part of a benchmark the image belongs.
@@ -309,7 +310,7 @@ def of_file(path: Path) -> bytes:
 
 
 def group_of(text: str) -> int:
-    """A group's number; equal texts give equal numbers, and the text cannot be read back from a list of names."""
+    """A group's number, the same for equal texts. Whoever guesses a text can test it: as private as the text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") | 1
 
 

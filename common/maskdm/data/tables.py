@@ -34,6 +34,11 @@ class Table:
         found = row < len(self._keys) and int(self._keys[row]) == key
         return tuple(self._values[row].tolist()) if found else default
 
+    def contradicts_itself(self) -> bool:
+        """Whether one name has different numbers."""
+        same = self._keys[1:] == self._keys[:-1]
+        return bool(np.any(same & (self._values[1:] != self._values[:-1]).any(axis=1)))
+
     def digest(self) -> bytes:
         """Changes with the content."""
         return hashlib.sha256(self._keys.data).digest() + hashlib.sha256(self._values.data).digest()

@@ -96,7 +96,7 @@ class Writer:
         self.entries += part.entries
         self.rows += len(part.index)
         colour = self.skipped[COLOUR]
-        if colour > max(self.rows, 64):
+        if colour > max(self.rows, 1024):
             raise too_much_colour(colour)
         if time.monotonic() > self._next_commit:
             self.commit()
@@ -213,8 +213,8 @@ HEADERS = (_header_length((1, 1, 2048, 2048), np.dtype(np.uint8)), _header_lengt
 def too_much_colour(colour: int) -> IsColour:
     """The error where most images do not fit a model of one channel."""
     return IsColour(
-        f"--data holds {colour} colour images, but the model has one channel: convert them to grey, or use a prior "
-        f"of three channels"
+        f"--data holds {colour} colour images, but the model has one channel: convert them to grey, or use a model "
+        f"of three channels (--channels 3)"
     )
 
 
