@@ -202,6 +202,21 @@ def test_a_slice_that_cannot_be_read_leaves_as_a_code(make_site: MakeSite, plan:
     assert_only_a_code_left(answer(plan(), folder), folder, Outcome.DATA_UNUSABLE, "slice.json is damaged")
 
 
+def test_the_decoded_images_are_removed_at_the_end_even_of_a_failure(
+    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site()
+    answer(plan(), folder)
+    assert (folder / "corpus").exists()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(site, "save_checkpoint", fail)
+    assert answer(plan(action="finish", round=2), folder).scalars["outcome"] == Outcome.FAILED
+    assert not (folder / "corpus").exists()
+
+
 def test_the_images_are_decoded_once_and_mapped_in_later_rounds(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
     answer(plan(), folder)

@@ -144,6 +144,29 @@ def test_a_site_that_gets_more_images_keeps_its_slice_and_decodes_only_that(hosp
     assert len(images.corpus) == 40
 
 
+def test_images_that_are_away_for_a_while_stay_in_the_record(hospital: Path, tmp_path: Path) -> None:
+    site = settings(hospital)
+    first, _ = choose_slice(site, tmp_path)
+    (hospital / "ward1").rename(tmp_path / "unmounted")
+    without, _ = choose_slice(site, tmp_path)
+    assert len(without.train) < len(first.train)
+    (tmp_path / "unmounted").rename(hospital / "ward1")
+    again, _ = choose_slice(site, tmp_path)
+    assert (again.train, again.held_out) == (first.train, first.held_out)
+
+
+def test_rounds_go_on_while_the_images_are_away_and_measure_in_the_slices_order(hospital: Path, tmp_path: Path) -> None:
+    site = settings(hospital)
+    chosen, _ = choose_slice(site, tmp_path)
+    first = local_images(site, tmp_path, 16, 3)
+    hospital.rename(tmp_path / "unmounted")
+    again = local_images(site, tmp_path, 16, 3)
+    for rows, side in ((again.train, chosen.train), (again.held_out, chosen.held_out)):
+        assert [bytes(again.corpus.index["sha256"][row]).hex() for row in rows] == list(side)
+    assert np.array_equal(first.corpus.pixels, again.corpus.pixels)
+    assert (tmp_path / "corpus").stat().st_mode & 0o077 == 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there")
 @pytest.mark.parametrize(

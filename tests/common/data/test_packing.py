@@ -230,6 +230,43 @@ def test_a_corpus_inside_of_the_images_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["a.png"]
 
 
+def test_a_source_that_lies_where_the_corpus_would_go_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    np.save(tmp_path / "work" / "images.npy", np.zeros((4, 8, 8), np.uint8))
+    before = (tmp_path / "work" / "images.npy").read_bytes()
+    with pytest.raises(DataError, match="lies inside of --out"):
+        pack(open_source(tmp_path / "work" / "images.npy"), tmp_path / "work", POLICY)
+    assert (tmp_path / "work" / "images.npy").read_bytes() == before
+
+
+def test_parts_of_entries_that_carry_their_pixels_are_small_whatever_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packing, "CARRIED_BYTES", 3 * 256)
+    entries = Generated(20, size=16).entries()
+    assert [len(packing._chunk(entries, 100)) for _ in range(3)] == [4, 4, 4]
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "print('once', flush=True)\n"
+        "from maskdm.data import packing\n"
+        "from maskdm.data.pixels import PixelPolicy\n"
+        "from maskdm.data.sources import open_source\n"
+        "packing.ALONE_SECONDS, packing.CHUNK_BYTES = 0.0, 64 * 8\n"
+        "policy = PixelPolicy(image_size=8, channels=1)\n"
+        "print(len(packing.pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), policy, workers=3)))\n"
+    )
+    np.save(tmp_path / "images.npy", np.stack([Generated(1).image(i) for i in range(200)]))
+    command = [sys.executable, str(script), str(tmp_path / "images.npy"), str(tmp_path / "corpus")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["once", "200"]
+
+
 def test_a_disk_that_is_too_small_is_noticed_before_the_work(tmp_path: Path) -> None:
     class Huge(Generated):
         def count(self) -> int:

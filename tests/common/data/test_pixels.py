@@ -649,3 +649,10 @@ def test_damage_of_any_kind_is_one_error_and_nothing_is_printed(
     assert found.pixels.shape == (policy.channels, 8, 8)
     assert found.pixels.dtype == np.uint8
     assert min(found.width, found.height) > 0
+
+
+def test_grey_stored_as_colour_counts_as_grey_for_a_colour_model_too() -> None:
+    stored = np.repeat(picture(7, 8, 8)[:, :, None], 3, axis=2)
+    assert decode(encoded(stored), COLOUR).grey
+    stored[7, 7] = (200, 10, 10)
+    assert not decode(encoded(stored), COLOUR).grey

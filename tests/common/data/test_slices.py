@@ -328,6 +328,29 @@ def test_groups_come_from_a_column_of_a_table(tmp_path: Path, key: str) -> None:
     assert groups[6] == 0
 
 
+def test_images_that_fit_no_group_are_told_of_and_keep_the_group_they_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("patient1.png", "patient2.png", "other.png"):
+        put(tmp_path / name, len(name))
+    groups = [entry.group for entry in with_groups(open_source(tmp_path), r"patient(\d)").entries()]
+    assert groups.count(0) == 1
+    assert "1 of 3 images belong to no group" in capsys.readouterr().err
+
+
+def test_arrays_whose_images_have_no_names_take_no_groups(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((4, 8, 8), np.uint8))
+    with pytest.raises(DataError, match="have no names"):
+        with_groups(open_source(tmp_path / "images.npy"), r"\d")
+
+
+def test_a_table_that_puts_one_image_into_two_groups_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "1.png", 1)
+    (tmp_path / "patients.csv").write_text("image,patient\n1.png,A\n1.png,A\n1.png,B\n")
+    with pytest.raises(DataError, match="one image is in two groups: name the images by their whole paths"):
+        with_groups(open_source(tmp_path / "images"), table=f"{tmp_path}/patients.csv:patient")
+
+
 @pytest.mark.parametrize(
     ("regex", "table", "message"),
     [
