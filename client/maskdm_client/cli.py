@@ -7,6 +7,7 @@ import typer
 
 from maskdm import cli
 from maskdm.config import Precision
+from maskdm.data.options import GroupCsv, GroupRegex, Upscale, Window, window_of
 from maskdm.data.packing import check_apart
 from maskdm.data.prepare import prepare
 from maskdm.data.sources import open_source
@@ -37,19 +38,10 @@ def join(
     seed: Annotated[int, typer.Option(help="Key of the choice of images.")] = 0,
     max_images: Annotated[int | None, typer.Option(help="Use at most so many, of the fraction.")] = None,
     stratify: Annotated[bool, typer.Option(help="Take the fraction of each label.")] = False,
-    group_regex: Annotated[
-        str | None,
-        typer.Option(help="Part of an image's path that names its patient, who is then never on both sides."),
-    ] = None,
-    group_csv: Annotated[
-        str | None, typer.Option(help="The same from a table, FILE.csv:COLUMN; its first column names the images.")
-    ] = None,
-    upscale: Annotated[
-        bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")
-    ] = False,
-    window: Annotated[
-        str | None, typer.Option(help="Values that are black and white in images of more than 8 bits, e.g. 0,4095.")
-    ] = None,
+    group_regex: GroupRegex = None,
+    group_csv: GroupCsv = None,
+    upscale: Upscale = False,
+    window: Window = None,
     wait: Annotated[float, typer.Option(help="Seconds to keep trying while the coordinator is not there.")] = 600,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic of matrix products.")] = "auto",
@@ -74,7 +66,7 @@ def join(
         "group_regex": group_regex,
         "group_csv": group_csv and str(Path(group_csv).absolute()),
         "upscale": upscale,
-        "window": cli.pair("--window", window) if window else None,
+        "window": window_of(window),
         "device": device,
         "precision": precision,
         "threads": threads,

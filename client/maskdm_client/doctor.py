@@ -9,6 +9,7 @@ import typer
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint
 from maskdm.data.corpus import SKIPPED
+from maskdm.data.options import Upscale, Window, window_of
 from maskdm.data.packing import check_apart, guess_channels, pack
 from maskdm.data.pixels import PixelPolicy
 from maskdm.data.preflight import CONTACT_SHEET, inspect, lines, write_report
@@ -22,12 +23,8 @@ def doctor(
     prior: Annotated[Path | None, typer.Option(help="The coordinator's prior, to compare the images with.")] = None,
     image_size: Annotated[int, typer.Option(help="Pixels along a side, where there is no --prior.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder for the report and the contact sheet.")] = Path("maskdm-doctor"),
-    upscale: Annotated[
-        bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")
-    ] = False,
-    window: Annotated[
-        str | None, typer.Option(help="Values that are black and white in images of more than 8 bits, e.g. 0,4095.")
-    ] = None,
+    upscale: Upscale = False,
+    window: Window = None,
 ) -> int:
     """Look the local images over as training would see them; exit code 1 where something looks wrong."""
     metadata = load_checkpoint(prior, "--prior")[1] if prior else None
@@ -37,7 +34,7 @@ def doctor(
         "image_size": size,
         "channels": channels or guess_channels(source),
         "upscale": upscale,
-        "window": cli.pair("--window", window) if window else None,
+        "window": window_of(window),
     }
     policy = cli.configure(PixelPolicy, values)
     check_apart(data, out)

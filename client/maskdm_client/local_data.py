@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -53,20 +53,15 @@ class SliceSource:
         return hashlib.sha256("\0".join(entry.name for entry in self.entries()).encode()).digest()
 
 
-def site_source(settings: SiteSettings) -> Source:
-    """The images of the site as its options describe them."""
-    return with_groups(open_source(settings.data), settings.group_regex, settings.group_csv)
-
-
 def choose_slice(settings: SiteSettings, folder: Path, check: Callable[[], None] = lambda: None) -> tuple[Slice, Found]:
     """Choose the images that take part, keep what was chosen and parted before, and record it in `slice.json`.
 
     Args:
         check: called now and then; raises where the user wants to stop.
     """
-    source = site_source(settings)
+    source = with_groups(open_source(settings.data), settings.group_regex, settings.group_csv)
     before = read_slice(folder) if (folder / SLICE).exists() else Slice({}, {})
-    sides = {"train": before.train, "held_out": before.held_out, "left_out": before.left_out}
+    sides = asdict(before)
     earlier = {bytes.fromhex(digest): side for side, images in sides.items() for digest in images}
     with WorkBar("reading the local images", source.count()) as bar:
 
@@ -89,11 +84,10 @@ def choose_slice(settings: SiteSettings, folder: Path, check: Callable[[], None]
     parted = divide(chosen, found, held_out=settings.held_out, seed=settings.seed, alike=alike, earlier=earlier)
     if absent:
         say(f"WARNING: {absent:,} images of the recorded slice are not there now; their places are kept")
-    now = {"train": parted.train, "held_out": parted.held_out, "left_out": parted.left_out}
     seen = {digest.hex() for digest in found.names}
     # What is absent stays in the record: it may come back, and must not change sides then.
     kept = {side: {d: name for d, name in images.items() if d not in seen} for side, images in sides.items()}
-    write_json(folder / SLICE, {side: kept[side] | now[side] for side in now})
+    write_json(folder / SLICE, {side: kept[side] | now for side, now in asdict(parted).items()})
     return parted, found
 
 
@@ -101,7 +95,7 @@ def read_slice(folder: Path) -> Slice:
     """The slice that was recorded in a site's folder."""
     try:
         document = json.loads((folder / SLICE).read_text())
-        sides = [dict(document.get(side, {})) for side in ("train", "held_out", "left_out")]
+        sides = [dict(document.get(side.name, {})) for side in fields(Slice)]
         for digest in (digest for side in sides for digest in side):
             bytes.fromhex(digest)
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -147,6 +141,6 @@ def _packed_slice(settings: SiteSettings, folder: Path, chosen: Slice, policy: P
     if is_corpus(out) and mark.exists() and mark.read_text() == wanted:
         return open_corpus(out, "--out")
     out.mkdir(mode=0o700, parents=True, exist_ok=True)  # decoded images are as private as the originals
-    corpus = pack(SliceSource(site_source(settings), chosen), out, policy, workers=settings.threads, replace=True)
+    corpus = pack(SliceSource(open_source(settings.data), chosen), out, policy, workers=settings.threads, replace=True)
     atomic_write(mark, wanted)
     return corpus

@@ -30,6 +30,7 @@ from maskdm.config import (
 )
 from maskdm.data.cache import load_corpus
 from maskdm.data.corpus import Corpus
+from maskdm.data.options import Channels, Upscale, channels_of
 from maskdm.data.packing import check_apart, guess_channels
 from maskdm.data.pixels import PixelPolicy, decode
 from maskdm.data.prepare import prepare
@@ -58,7 +59,6 @@ Prior = Annotated[Path, typer.Option(help="Checkpoint to start from.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Arithmetic of matrix products.")]
 Seed = Annotated[int, typer.Option(help="All randomness follows from it.")]
-Upscale = Annotated[bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")]
 Rounds = Annotated[int, typer.Option(help="Rounds of the federation.")]
 LocalImages = Annotated[int, typer.Option(help="Images each client sees in a round, counting repetitions.")]
 LocalBatch = Annotated[int, typer.Option(help="Batch size at the clients.")]
@@ -78,7 +78,7 @@ def pretrain(
     network: Annotated[NetworkKind, typer.Option(help="Masked U-ViT, or a masked DiT.")] = "uvit",
     size: Annotated[Size, typer.Option(help="tiny (ours), or S, B, L as published.")] = "S",
     image_size: Annotated[int, typer.Option(help="Pixels along a side.")] = 64,
-    channels: Annotated[str, typer.Option(help="1, 3, or auto: grey where all images are grey.")] = "auto",
+    channels: Channels = "auto",
     patch_size: Annotated[int, typer.Option(help="Pixels along a patch.")] = 4,
     conditional: Annotated[
         bool, typer.Option(help="Learn the classes: folder names, or the labels of an .npz.")
@@ -120,7 +120,7 @@ def pretrain(
     """Pre-train a prior on a public corpus with most of each image masked."""
     source = open_source(data)
     packed = source.corpus.manifest.policy if isinstance(source, PackedSource) else None
-    found = _channels(channels) or (packed.channels if packed else guess_channels(source))
+    found = channels_of(channels) or (packed.channels if packed else guess_channels(source))
     if packed and context.get_parameter_source("image_size") is ParameterSource.DEFAULT:
         image_size = packed.image_size
     class_names = _labels(source) if conditional else ()
@@ -393,12 +393,6 @@ def _picture(path: Path, shape: ModelConfig, option: str) -> torch.Tensor:
         return torch.from_numpy(decode(data, _policy(shape.image_size, shape.channels, True)).pixels.copy())
     except DataError as error:
         raise UsageError(f"{option} {path}: {error}") from error
-
-
-def _channels(text: str) -> int | None:
-    if text not in ("auto", "1", "3"):
-        raise UsageError(f"--channels {text}: give 1, 3 or auto")
-    return None if text == "auto" else int(text)
 
 
 def _write_npz(path: Path, images: np.ndarray) -> None:

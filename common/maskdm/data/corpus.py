@@ -247,12 +247,10 @@ def verify(corpus: Corpus, option: str = "--data") -> None:
         (corpus.pixels, manifest.images_sha256, IMAGES),
         (corpus.index, manifest.index_sha256, INDEX),
     ):
-        hasher = hashlib.sha256()
         with (corpus.path / name).open("rb") as file:
             file.seek(-array.nbytes, 2)
-            while piece := file.read(1 << 24):
-                hasher.update(piece)
-        if hasher.hexdigest() != wanted:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != wanted:
             raise DataError(
                 f"{option} {corpus.path}: {name} changed after it was packed: pack the corpus again with prepare, or "
                 f"restore the file"

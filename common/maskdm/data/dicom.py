@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from maskdm.errors import DataError
 
+# Decompression bombs: a picture that would need more pixels than this in memory is refused. 4 bytes each at most.
 MAX_PIXELS = 180_000_000
 
 # All that is read of a file.

@@ -26,7 +26,7 @@ import numpy as np
 from maskdm import guard
 from maskdm.data.archives import Part
 from maskdm.data.corpus import RECORD, SPLITS, Corpus, Tally, is_corpus, open_corpus
-from maskdm.data.pixels import IsColour, PixelPolicy, decode, from_array
+from maskdm.data.pixels import IsColour, PixelPolicy, to_pixels
 from maskdm.data.sources import Entry, Source
 from maskdm.data.writer import Packed, Writer
 from maskdm.errors import DataError, MaskDMError
@@ -48,7 +48,7 @@ def decode_entries(entries: list[Entry], policy: PixelPolicy) -> Packed:
     for entry in entries:
         try:
             digest, content = entry.read()
-            found = decode(content, policy, entry.box) if isinstance(content, bytes) else from_array(content, policy)
+            found = to_pixels(content, policy, entry.box)
         except DataError as error:
             skipped.append((entry.name, str(error)))
             continue
@@ -241,10 +241,7 @@ def guess_channels(source: Source) -> int:
     for entry in islice(source.entries(), 0, 64 * step, step):
         try:
             _, content = entry.read()
-            if isinstance(content, bytes):
-                decode(content, policy, entry.box)
-            else:
-                from_array(content, policy)
+            to_pixels(content, policy, entry.box)
         except IsColour:
             return 3
         except DataError:

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 
 from maskdm.config import Frozen
 from maskdm.data import dicom
+from maskdm.data.dicom import MAX_PIXELS
 from maskdm.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -31,8 +32,6 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the sto
 Fit = Literal["crop", "pad"]
 Filter = Literal["lanczos", "area"]
 
-# Decompression bombs: a picture that would need more pixels than this in memory is refused. 4 bytes each at most.
-MAX_PIXELS = 180_000_000
 # JPEG chroma of a grey picture stored as colour may be off by rounding.
 GREY_TOLERANCE = 4
 
@@ -107,6 +106,11 @@ def decode(data: bytes, policy: PixelPolicy, box: Box | None = None) -> Decoded:
     except Exception as error:  # decoders meet anything in damaged files; whatever they raise, the file is wrong
         raise DataError("not a readable picture") from error
     return Decoded(pixels, width, height, grey)
+
+
+def to_pixels(content: bytes | Pixels, policy: PixelPolicy, box: Box | None = None) -> Decoded:
+    """What an entry of a source holds, a file or an array, as the model sees it; raises as `decode` does."""
+    return decode(content, policy, box) if isinstance(content, bytes) else from_array(content, policy)
 
 
 def from_array(image: NDArray[Any], policy: PixelPolicy) -> Decoded:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskdm.data.duplicates import near_duplicates, thumbnail
-from maskdm.data.pixels import PixelPolicy, decode, from_array
-from maskdm.data.sources import Entry, Source
+from maskdm.data.pixels import PixelPolicy, to_pixels
+from maskdm.data.sources import Source
 from maskdm.errors import DataError
 from maskdm.seeding import derive_seed
 
@@ -189,16 +189,12 @@ def look_alike(
         if entry.name in wanted:
             try:
                 _, content = entry.read()
-                thumbnails.append(thumbnail(_look(entry, content, policy)))
+                thumbnails.append(thumbnail(to_pixels(content, policy, entry.box).pixels))
             except DataError:  # what cannot be decoded is reported when it is packed
                 continue
             digests.append(wanted[entry.name])
     pairs = near_duplicates(np.stack(thumbnails)) if thumbnails else []
     return [(digests[first], digests[second]) for first, second in pairs]
-
-
-def _look(entry: Entry, content: bytes | NDArray[np.uint8], policy: PixelPolicy) -> NDArray[np.uint8]:
-    return (decode(content, policy, entry.box) if isinstance(content, bytes) else from_array(content, policy)).pixels
 
 
 def _units(

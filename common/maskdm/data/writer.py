@@ -177,37 +177,31 @@ class Writer:
 
     def _write_headers(self) -> None:
         """NumPy's headers, whose length does not depend on the number of rows."""
-        for file, shape, kind, length in (
-            (self._files[0], self._shape(), np.dtype(np.uint8), HEADERS[0]),
-            (self._files[1], (self.rows,), RECORD, HEADERS[1]),
-        ):
+        headers = (_header(self._shape(), np.dtype(np.uint8)), _header((self.rows,), RECORD))
+        assert tuple(map(len, headers)) == HEADERS
+        for file, header in zip(self._files, headers, strict=False):
             file.seek(0)
-            np.lib.format.write_array_header_1_0(
-                file,
-                {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape},
-            )
-            assert file.tell() == length
+            file.write(header)
         for file in self._files:
             file.seek(0, os.SEEK_END)
 
     def _rehash(self) -> None:
         """Hashes over what an earlier call had written."""
-        for file, hasher, header in zip(self._files, self._hashers, HEADERS, strict=False):
-            file.seek(header)
-            while piece := file.read(1 << 24):
-                hasher.update(piece)
+        for number, header in enumerate(HEADERS):
+            self._files[number].seek(header)
+            self._hashers[number] = hashlib.file_digest(self._files[number], "sha256")  # type: ignore[arg-type]
 
 
-def _header_length(shape: tuple[int, ...], kind: np.dtype[Any]) -> int:
+def _header(shape: tuple[int, ...], kind: np.dtype[Any]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         buffer, {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
     )
-    return buffer.tell()
+    return buffer.getvalue()
 
 
 # Bytes before the first row of each.
-HEADERS = (_header_length((1, 1, 2048, 2048), np.dtype(np.uint8)), _header_length((1,), RECORD))
+HEADERS = (len(_header((1, 1, 2048, 2048), np.dtype(np.uint8))), len(_header((1,), RECORD)))
 
 
 def too_much_colour(colour: int) -> IsColour:

@@ -4,7 +4,6 @@ import bz2
 import gzip
 import io
 import lzma
-import signal
 import struct
 import tarfile
 import tracemalloc
@@ -21,6 +20,8 @@ from hypothesis import strategies as st
 from maskdm.data import archives
 from maskdm.data.archives import MAX_FILE_BYTES, Part, is_tar, is_zip, read, tar_members, zip_members
 from maskdm.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("in_time")
 
 Files = dict[str, bytes]
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -102,16 +103,6 @@ def memory_below(limit: int) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < limit
     finally:
         tracemalloc.stop()
-
-
-@pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
-    """A reader that never comes to an end fails its test."""
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
-    signal.setitimer(signal.ITIMER_REAL, 60, 60)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import os
-import signal
 import socket
 import subprocess
 import tarfile
@@ -34,6 +33,8 @@ from maskdm.data.sources import (
     open_source,
 )
 from maskdm.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("in_time")
 
 FILES = {"top.png": b"0", "a/one.PNG": b"1", "a/b/c/two.jpg": b"2", "b/three.dcm": b"3"}
 
@@ -67,16 +68,6 @@ def seen(entry: Entry) -> tuple[str, bytes, str, str]:
 
 def pixels(source: Source) -> list[Pixels]:
     return [content for _, content in (entry.read() for entry in source.entries()) if isinstance(content, np.ndarray)]
-
-
-@pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
-    """A reader that never comes to an end fails its test."""
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
-    signal.setitimer(signal.ITIMER_REAL, 60, 60)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
