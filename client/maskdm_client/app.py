@@ -1,35 +1,72 @@
-"""The Flower ClientApp: turns Flower messages into parcels and back. Everything else is in `maskdm_client.site`."""
+"""The Flower ClientApp: carries parcels between Flower and the site. What a site does is in `maskdm_client.site`.
+
+It lives for one message: it leaves a plan in the mailbox of the site's worker and comes back with the reply or a sign
+of life.
+"""
 
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from maskdm.protocol import Parcel, pack, unpack
-from maskdm_client.site import answer
+from maskdm.parcel import Outcome, Parcel
+from maskdm.tensorfile import pack
+from maskdm_client.gate import release_outcome, release_progress
+from maskdm_client.mailbox import Mailbox
+from maskdm_client.settings import load_settings
+
+PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document
+LONGEST_WAIT = 600.0
 
 app = ClientApp()
 
 
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
-    """Answer one plan of the coordinator."""
-    released = answer(_parcel(message.content), Path(str(context.node_config["site"])))
-    content = RecordDict({"report": MetricRecord(dict(released.scalars))})
-    if released.arrays:
-        content["update"] = ArrayRecord({"packed": Array(pack(released.arrays))})
+    """Answer one message of the coordinator."""
+    return message_with(carry(asked_of(message.content), Path(str(context.node_config["site"]))), message)
+
+
+def message_with(parcel: Parcel, message: Message) -> Message:
+    """A reply that carries a parcel, bit for bit."""
+    content = RecordDict({"report": MetricRecord(dict(parcel.scalars))})
+    if parcel.arrays:
+        packed = pack(parcel.arrays)
+        content["update"] = ArrayRecord({"packed": Array("uint8", (len(packed),), PACKED, packed)})
     return Message(content, reply_to=message)
 
 
-def _parcel(content: RecordDict) -> Parcel:
-    """What came, as a parcel; an empty one, whose plan is refused, where it is not what a coordinator sends.
-
-    An exception must not escape from here: Flower would send its text to the server.
-    """
-    plan, weights = content.get("plan"), content.get("weights")
-    if not isinstance(plan, ConfigRecord) or not isinstance(weights, ArrayRecord):
-        return Parcel({}, {})
+def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
+    """Hand a plan to the worker, or ask how far it is; an exception must not escape: Flower would send its text."""
+    if asked is None:
+        return release_outcome(Outcome.PLAN_REFUSED, 1, 0, folder / "audit.jsonl")
+    exchange, seconds, document, weights = asked
     try:
-        return Parcel(unpack(weights["packed"].numpy()), {}, str(plan["document"]))
-    except (KeyError, TypeError, ValueError):
-        return Parcel({}, {})
+        box = Mailbox(folder)
+        if document:
+            box.ask(exchange, document, weights)
+        elif box.asked() != exchange:
+            return release_outcome(Outcome.UNKNOWN, 1, exchange, folder / "audit.jsonl")
+        parcel = box.wait(exchange, seconds)
+        if parcel is None:
+            settings = load_settings(folder)
+            return release_progress(*box.progress(exchange), exchange, settings.policy, folder / "audit.jsonl")
+    except Exception:
+        return release_outcome(Outcome.FAILED, 1, exchange, folder / "audit.jsonl")
+    return parcel
+
+
+def asked_of(content: RecordDict) -> tuple[int, float, str, bytes] | None:
+    """Exchange, seconds to wait, plan and weights; None where it is not what a coordinator sends."""
+    plan, weights = content.get("plan"), content.get("weights")
+    if not isinstance(plan, ConfigRecord) or (weights is not None and not isinstance(weights, ArrayRecord)):
+        return None
+    exchange, seconds, document = (plan.get(name) for name in ("exchange", "wait", "document"))
+    if type(exchange) is not int or not 0 <= exchange < 2**63 or not isinstance(document, str):
+        return None
+    if not isinstance(seconds, float) or not 0 <= seconds <= LONGEST_WAIT or bool(document) != (weights is not None):
+        return None
+    packed = weights.get("packed") if weights is not None else None
+    if packed is not None and packed.stype != PACKED:
+        return None
+    return exchange, seconds, document, packed.data if packed is not None else b""

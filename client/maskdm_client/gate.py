@@ -3,53 +3,77 @@
 It fails closed: what is not listed, not finite, too large or of another shape stays, and the site's log says why.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from maskdm.errors import GateRefused
-from maskdm.protocol import Outcome, Parcel, Report, encode_bfloat16
+from maskdm.parcel import Outcome, Parcel, Report
 from maskdm.runfolder import append_line
 from maskdm_client.settings import SitePolicy
 
+if TYPE_CHECKING:  # PyTorch takes seconds to import, and most messages are a few numbers
+    from torch import Tensor
+
+    from maskdm.protocol import RoundPlan
+
 
 def release_update(
-    update: Mapping[str, Tensor], report: Report, received: Mapping[str, Tensor], policy: SitePolicy, audit: Path
+    update: Mapping[str, Tensor],
+    report: Report,
+    plan: RoundPlan,
+    received: Mapping[str, Tensor],
+    policy: SitePolicy,
+    audit: Path,
 ) -> Parcel:
-    """Check an update and its numbers, and pack them for the way out.
+    """Check an update and its numbers, and encode them for the way out.
 
     Args:
-        update: the difference of each weight, fp32.
-        received: the weights that came down in this round: the only names and shapes that may go up.
+        update: what the plan asks for, fp32.
+        received: the weights that came down in this round, the measure of what is long.
 
     Raises:
-        GateRefused: something may not leave; nothing was packed.
+        GateRefused: something may not leave; nothing was encoded.
     """
+    from maskdm.wire import encode, size
+
     numbers = report.model_dump(mode="json")
-    problem = _problem(update, numbers, received, policy)
-    arrays = {} if problem else {name: encode_bfloat16(tensor) for name, tensor in update.items()}
-    parcel = Parcel(arrays, {} if problem else numbers)
-    record(audit, "out", report.round, parcel, problem or "released")
-    if problem:
-        raise GateRefused(f"the gate stopped the update of round {report.round}: {problem}")
-    return parcel
+    problem = _problem_of_numbers(numbers, policy) or _problem(update, plan, received, policy)
+    if not problem and policy.max_upload and size(plan.shapes(), plan.encoding, plan.topk_share) > policy.max_upload:
+        problem = f"it is larger than the {policy.max_upload:,} bytes that the policy lets out in a round"
+    arrays = {} if problem else encode(update, plan.encoding, plan.topk_share)
+    return _let_out(Parcel(arrays, numbers), report.round, problem, audit)
 
 
 def release_numbers(report: Report, policy: SitePolicy, audit: Path) -> Parcel:
     """Let out the fixed numbers alone."""
-    return release_update({}, report, {}, policy, audit)
+    numbers = report.model_dump(mode="json")
+    return _let_out(Parcel({}, numbers), report.round, _problem_of_numbers(numbers, policy), audit)
 
 
-def release_outcome(outcome: Outcome, round_number: int, audit: Path) -> Parcel:
+def release_progress(round_number: int, images: int, exchange: int, policy: SitePolicy, audit: Path) -> Parcel:
+    """Let out a sign of life; of its numbers those that the policy lists."""
+    numbers = {"round": round_number, "exchange": exchange, "images_seen": images}
+    listed = {name: number for name, number in numbers.items() if name in policy.scalars}
+    return _let_out(Parcel({}, {"outcome": int(Outcome.WORKING), **listed}), round_number, None, audit)
+
+
+def release_outcome(outcome: Outcome, round_number: int, exchange: int, audit: Path) -> Parcel:
     """Let out a code that says how the work ended; the reason stays here."""
-    parcel = Parcel({}, {"outcome": int(outcome), "round": round_number})
-    record(audit, "out", round_number, parcel, "released")
-    return parcel
+    numbers = {"outcome": int(outcome), "round": round_number, "exchange": exchange}
+    return _let_out(Parcel({}, numbers), round_number, None, audit)
+
+
+def release_again(parcel: Parcel, exchange: int, audit: Path) -> Parcel:
+    """Let out once more what passed before, as the answer of another exchange."""
+    again = replace(parcel, scalars={**parcel.scalars, "exchange": exchange})
+    return _let_out(again, int(parcel.scalars["round"]), None, audit)
 
 
 def record(audit: Path, direction: str, round_number: int, parcel: Parcel, verdict: str) -> None:
@@ -73,25 +97,34 @@ def record(audit: Path, direction: str, round_number: int, parcel: Parcel, verdi
     )
 
 
-def _problem(
-    update: Mapping[str, Tensor], numbers: Mapping[str, int | float], received: Mapping[str, Tensor], policy: SitePolicy
-) -> str | None:
+def _let_out(parcel: Parcel, round_number: int, problem: str | None, audit: Path) -> Parcel:
+    record(audit, "out", round_number, Parcel({}, {}) if problem else parcel, problem or "released")
+    if problem:
+        raise GateRefused(f"the gate stopped the update of round {round_number}: {problem}")
+    return parcel
+
+
+def _problem_of_numbers(numbers: Mapping[str, int | float], policy: SitePolicy) -> str | None:
     unlisted = sorted(numbers.keys() - set(policy.scalars))
-    if unlisted:
-        return f"{unlisted[0]} is not in the policy's list of numbers"
-    if update.keys() != received.keys():
-        return "the names of the update are not those of the model"
+    return f"{unlisted[0]} is not in the policy's list of numbers" if unlisted else None
+
+
+def _problem(
+    update: Mapping[str, Tensor], plan: RoundPlan, received: Mapping[str, Tensor], policy: SitePolicy
+) -> str | None:
+    from maskdm.trainable import changed_weights, squared_norm
+
+    shapes = plan.shapes()
+    if update.keys() != shapes.keys():
+        return "the names of the update are not those that were asked for"
     for name, tensor in update.items():
-        if tensor.shape != received[name].shape:
-            return f"{name} has another shape than the model's"
-        if not torch.isfinite(tensor).all():
+        if tuple(tensor.shape) != shapes[name]:
+            return f"{name} has another shape than was asked for"
+        if not tensor.isfinite().all():
             return f"{name} is not finite"
-    if update:
-        norm, reference = _norm(update), _norm(received)
-        if norm > policy.max_relative_norm * reference:
-            return f"its norm {norm:.3g} exceeds {policy.max_relative_norm:g} of the model's {reference:.3g}"
+    changed = changed_weights(plan.model.model, plan.train)
+    norm = math.sqrt(sum(squared_norm(update.__getitem__, name, plan.train) for name in changed))
+    reference = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in received.values()))
+    if norm > policy.max_relative_norm * reference:
+        return f"its norm {norm:.3g} exceeds {policy.max_relative_norm:g} of the model's {reference:.3g}"
     return None
-
-
-def _norm(tensors: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from maskdm.config import Frozen, Precision
-from maskdm.protocol import REPORT_NAMES
+from maskdm.parcel import REPORT_NAMES
 
 
 class SitePolicy(Frozen):
@@ -16,6 +16,7 @@ class SitePolicy(Frozen):
     scalars: tuple[str, ...] = REPORT_NAMES
     # An update longer than the model itself is no fine-tuning; it is stopped here rather than at the server.
     max_relative_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_upload: Annotated[int, Field(ge=1)] | None = None  # bytes of an update; None: whatever the plan asks for
 
 
 class SiteSettings(Frozen):

@@ -1,15 +1,16 @@
 """Checkpoints: safetensors whose metadata is JSON. Strict names, shapes and dtypes; nothing is ever unpickled."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import file_digest
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import safetensors
 import torch
 from pydantic import Field, ValidationError
-from safetensors.torch import save
 from torch import Tensor
 
 from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, TrainingConfig
@@ -19,6 +20,7 @@ from maskdm.errors import CheckpointError
 from maskdm.model import Network, network, resize_positions
 from maskdm.processes import is_first
 from maskdm.runfolder import atomic_write
+from maskdm.tensorfile import chunks
 from maskdm.training import TrainingState, optimizer_tensors, put_weights, restore_optimizer
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -51,9 +53,13 @@ def sha256_of(path: Path) -> str:
 
 def save_checkpoint(path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
     """Write weights (fp32) and metadata, whole or not at all; called by all processes, written by the first."""
-    cpu = {name: whole(tensor.detach()).float().cpu().contiguous() for name, tensor in weights.items()}
+    _write(path, {name: whole(tensor.detach()) for name, tensor in weights.items()}, metadata.model_dump_json())
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], document: str) -> None:
     if is_first():
-        atomic_write(path, save(cpu, {METADATA_KEY: metadata.model_dump_json()}))
+        layout = {name: ("float32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+        atomic_write(path, chunks(layout, lambda name: tensors[name].float().cpu().numpy(), {METADATA_KEY: document}))
 
 
 def load_checkpoint(path: Path, option: str = "--model") -> tuple[dict[str, Tensor], CheckpointMetadata]:
@@ -62,21 +68,36 @@ def load_checkpoint(path: Path, option: str = "--model") -> tuple[dict[str, Tens
     Raises:
         CheckpointError: missing, truncated, foreign, from a newer version, or not fitting its own description.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{option} {path} does not exist or is no file: give a .safetensors written by MaskDM")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = _parse_metadata(file.metadata() or {}, path, option)
-            _check_shapes(
-                {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, metadata, path, option
-            )
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{option} {path} is not a whole safetensors file ({error}): copy it again") from error
+    metadata = describe_checkpoint(path, option)
+    with _opened(path, option) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
     for name, tensor in weights.items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise CheckpointError(f"{option} {path}: weight {name} is not finite fp32: the file is damaged")
     return weights, metadata
+
+
+def describe_checkpoint(path: Path, option: str = "--model") -> CheckpointMetadata:
+    """What a checkpoint says about itself, once names and shapes agree with it; the weights are not read.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, but for values.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{option} {path} does not exist or is no file: give a .safetensors written by MaskDM")
+    with _opened(path, option) as file:
+        metadata = _parse_metadata(file.metadata() or {}, path, option)
+        _check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, metadata, path, option)
+    return metadata
+
+
+@contextmanager
+def _opened(path: Path, option: str) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{option} {path} is not a whole safetensors file ({error}): copy it again") from error
 
 
 def model_from(weights: dict[str, Tensor], config: ModelConfig, device: torch.device | str = "cpu") -> Network:
@@ -121,9 +142,7 @@ def save_state(path: Path, state: TrainingState, config: TrainingConfig) -> None
     tensors |= {f"optimizer.{name}": p for name, p in optimizer_tensors(state).items()}
     counts = {"images_seen": state.images_seen, "steps": state.steps, "skipped": state.skipped}
     document = json.dumps({"schema_version": SCHEMA_VERSION, "seed": config.seed, **counts})
-    cpu = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
-    if is_first():
-        atomic_write(path, save(cpu, {METADATA_KEY: document}))
+    _write(path, {name: whole(tensor) for name, tensor in tensors.items()}, document)
 
 
 def load_state(path: Path, state: TrainingState) -> None:

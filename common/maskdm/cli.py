@@ -77,6 +77,33 @@ def pair(option: str, text: str) -> tuple[float, float]:
     return first, second
 
 
+def count(option: str, text: str) -> int:
+    """'200K' → 200000.
+
+    Raises:
+        UsageError: not such a number.
+    """
+    return _number(option, text, {"K": 10**3, "M": 10**6}, "50000, 200K or 1.5M")
+
+
+def size(option: str, text: str) -> int:
+    """'50MB' → 50000000 bytes.
+
+    Raises:
+        UsageError: not such a number.
+    """
+    return _number(option, text, {"KB": 10**3, "MB": 10**6, "GB": 10**9}, "500KB, 50MB or 1.5GB")
+
+
+def _number(option: str, text: str, units: dict[str, int], examples: str) -> int:
+    digits = text.strip().upper()
+    unit = next((unit for unit in units if digits.endswith(unit)), "")
+    try:
+        return round(float(digits.removesuffix(unit)) * units.get(unit, 1))
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{option} {text}: give a number such as {examples}") from error
+
+
 def _fail(where: str, message: str, code: int) -> int:
     print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code

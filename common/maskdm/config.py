@@ -110,6 +110,7 @@ class TrainingConfig(Frozen):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999  # of ramp
     ema_length: Annotated[float, Field(gt=0, lt=0.28)] = 0.05  # of power: standard deviation over the run's length
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    proximal: Annotated[float, Field(ge=0)] = 0.0  # μ of FedProx: pull towards the weights at the start
     horizontal_flip: Annotated[float, Field(ge=0, le=1)] = 0.0
     class_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of steps that see no class, for guidance
     accumulate: Annotated[int, Field(ge=1)] = 1  # parts of a batch, one after another

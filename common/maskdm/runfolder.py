@@ -1,9 +1,10 @@
 """Folders that runs leave: atomic files, append-only JSON lines, and one owner at a time."""
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,19 @@ from typing import Any
 from maskdm.errors import UsageError
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write under a temporary name, flush to the disk, rename: readers see the old file or the whole new one."""
-    data = content.encode() if isinstance(content, str) else content
+def atomic_write(path: Path, content: bytes | str | Iterable[bytes | memoryview]) -> None:
+    """Write under a temporary name, flush to the disk, rename: readers see the old file or the whole new one.
+
+    Args:
+        content: all of it, or its pieces, of which only one is in memory at a time.
+    """
+    if isinstance(content, str):
+        content = content.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -32,10 +38,17 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON object as one line; NaN is refused because it is not JSON."""
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-    with path.open("a") as file:
-        file.write(line)
+    """Append one JSON object as one line, whole or not at all; NaN is refused because it is not JSON.
+
+    Raises:
+        OSError: e.g. a full disk; what was written of the line is taken back.
+    """
+    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        if file.write(line) != len(line):
+            os.ftruncate(file.fileno(), before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from maskdm.masking import draw_visible
 from maskdm.model import Network, device_of
 from maskdm.precision import arithmetic, pick_precision
 from maskdm.seeding import generator
+from maskdm.trainable import PartialNetwork
 
 # Steps in a row with a non-finite gradient after which a run gives up: single ones happen, this many do not pass.
 MAX_SKIPPED_IN_A_ROW = 20
@@ -36,21 +37,24 @@ REPORT_SECONDS = 0.5
 class TrainingState:
     """Everything a run needs to go on: raw weights, their moving average, optimiser moments, counts."""
 
-    model: Network
+    model: Network | PartialNetwork
     optimizer: torch.optim.AdamW
     average: dict[str, Tensor]
     skips: Tensor  # (2,) int64 on the device: steps skipped in all, and in a row until now
     images_seen: int = 0
     steps: int = 0  # of the present stage, skipped ones among them
+    anchor: list[Tensor] | None = None  # of the proximal term; not saved: who goes on starts from the same model again
 
     @classmethod
-    def fresh(cls, model: Network, config: TrainingConfig) -> "TrainingState":
-        """Start from the model's weights; its EMA starts there too."""
+    def fresh(cls, model: Network | PartialNetwork, config: TrainingConfig) -> "TrainingState":
+        """Start from the model's weights; its EMA and the anchor of the proximal term are there too."""
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
-        return cls(model, optimizer, average, torch.zeros(2, dtype=torch.long, device=device_of(model)))
+        skips = torch.zeros(2, dtype=torch.long, device=device_of(model))
+        anchor = [p.detach().clone() for p in model.parameters()] if config.proximal else None
+        return cls(model, optimizer, average, skips, anchor=anchor)
 
     @property
     def skipped(self) -> int:
@@ -254,6 +258,7 @@ def training_step(
 
 def apply_gradients(state: TrainingState, config: TrainingConfig, lr: float) -> None:
     """Clip, step and average; after a non-finite gradient no weight changes. Does not wait for the device."""
+    add_proximal_gradients(state, config.proximal)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
     bad = ~torch.isfinite(norm)
@@ -273,6 +278,15 @@ def apply_gradients(state: TrainingState, config: TrainingConfig, lr: float) -> 
     torch._foreach_lerp_(list(state.average.values()), [p.detach() for p in state.model.parameters()], weight)
 
 
+def add_proximal_gradients(state: TrainingState, strength: float) -> None:
+    """Those of μ/2 ‖w − anchor‖² (FedProx, Li et al. 2020, arXiv 1812.06127, eq. 2); nothing without an anchor."""
+    if not strength or state.anchor is None:
+        return
+    held = [(p, p.grad, at) for p, at in zip(state.model.parameters(), state.anchor, strict=True) if p.grad is not None]
+    moved = torch._foreach_sub([p.detach() for p, _, _ in held], [at for _, _, at in held])
+    torch._foreach_add_([gradient for _, gradient, _ in held], moved, alpha=strength)
+
+
 def gradients_stay_here(denoiser: Denoiser, wanted: bool) -> AbstractContextManager[None]:
     """Keep DistributedDataParallel from averaging gradients that more will be added to."""
     if wanted and isinstance(denoiser, nn.parallel.DistributedDataParallel):
@@ -280,7 +294,7 @@ def gradients_stay_here(denoiser: Denoiser, wanted: bool) -> AbstractContextMana
     return nullcontext()
 
 
-def put_weights(model: Network, weights: Mapping[str, Tensor]) -> None:
+def put_weights(model: Network | PartialNetwork, weights: Mapping[str, Tensor]) -> None:
     """Copy weights, full or sharded like the network's, into it."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

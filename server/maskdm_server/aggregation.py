@@ -1,24 +1,37 @@
-"""Checks and averages updates as they arrive, with one running sum and one update in memory at a time."""
+"""Checks updates as they arrive and adds them up, one in memory at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from maskdm.checkpoint import first_problem
-from maskdm.protocol import Arrays, Outcome, Parcel, Report, RoundPlan, decode_bfloat16
+from maskdm.parcel import Outcome, Parcel, Report
+from maskdm.protocol import RoundPlan
+from maskdm.runfolder import atomic_write
+from maskdm.tensorfile import Arrays, chunks, layout_of, unpack
+from maskdm.trainable import changed_weights, delta, squared_norm
+from maskdm.wire import check, decode
+from maskdm_server.robust import Rule, robust_delta
+
+GROWTH = 2  # a site's slice may have grown so many times since the site first said how large it is
 
 
 class UpdateRejected(Exception):
     """A reply that must not touch the model; the message says why."""
 
 
-def check_reply(parcel: Parcel, plan: RoundPlan, shapes: Mapping[str, tuple[int, ...]]) -> Report:
-    """The numbers of a reply, after everything about it was checked.
+def check_reply(parcel: Parcel, plan: RoundPlan, declared: int | None = None) -> Report:
+    """The numbers of a reply, after everything about it was checked but the values of its update.
+
+    Args:
+        declared: images that the site said to have when it first answered.
 
     Raises:
-        UpdateRejected: a failure code, or numbers, names, shapes, types or values that do not fit the plan.
+        UpdateRejected: a failure code, or numbers, names, shapes or types that do not fit the plan.
     """
     code = parcel.scalars.get("outcome")
     if code != Outcome.DONE and code in list(Outcome):
@@ -29,14 +42,53 @@ def check_reply(parcel: Parcel, plan: RoundPlan, shapes: Mapping[str, tuple[int,
         raise UpdateRejected(f"its numbers do not fit: {first_problem(error)}") from error
     if report.round != plan.round:
         raise UpdateRejected(f"it answers round {report.round}, not {plan.round}")
-    expected = shapes if plan.action == "train" else {}
-    if {name: array.shape for name, array in parcel.arrays.items()} != expected:
-        raise UpdateRejected("names or shapes of its update are not those of the model")
-    if any(str(array.dtype) != "uint16" for array in parcel.arrays.values()):
-        raise UpdateRejected("its update is not bfloat16 carried as uint16")
-    if plan.action == "train" and report.images_seen > 2 * plan.local_images + plan.batch_size:
-        raise UpdateRejected(f"it claims {report.images_seen} images, far more than the plan's {plan.local_images}")
+    if report.images_seen > plan.largest_images() or (plan.action == "train" and not report.images_seen):
+        raise UpdateRejected(f"it claims to have seen {report.images_seen} images, the plan says {plan.local_images}")
+    if declared is not None and report.examples > GROWTH * declared:
+        raise UpdateRejected(f"it claims {report.examples} images of its own, and said {declared} before")
+    try:
+        check(parcel.arrays, plan.shapes(), plan.encoding, plan.topk_share)
+    except ValueError as error:
+        raise UpdateRejected(f"its update is not what was asked for: {error}") from error
     return report
+
+
+class Update:
+    """An update that passed `check_reply`, decoded one weight at a time."""
+
+    def __init__(self, arrays: Arrays, plan: RoundPlan) -> None:
+        self._arrays, self._plan, self._shapes = arrays, plan, plan.shapes()
+        self.names = changed_weights(plan.model.model, plan.train)
+
+    def delta(self, name: str) -> Tensor:
+        """The difference of one weight, fp32, in memory of its own."""
+        return delta(self._decoded, name, self._plan.train)
+
+    def norm(self) -> float:
+        """Length of the whole difference.
+
+        Raises:
+            UpdateRejected: a value is not finite.
+        """
+        total = 0.0
+        for name in self.names:
+            squared = squared_norm(self._decoded, name, self._plan.train)
+            if not np.isfinite(squared):
+                raise UpdateRejected(f"{name} is not finite")
+            total += squared
+        return float(np.sqrt(total))
+
+    def save(self, path: Path) -> None:
+        """Write the update as it came, to be opened again by `held`."""
+        atomic_write(path, chunks(layout_of(self._arrays), self._arrays.__getitem__))
+
+    @classmethod
+    def held(cls, path: Path, plan: RoundPlan) -> "Update":
+        """An update that was saved; its arrays stay on the disk."""
+        return cls(unpack(np.memmap(path, np.uint8, "r")), plan)
+
+    def _decoded(self, name: str) -> Tensor:
+        return decode(self._arrays, name, self._shapes[name], self._plan.encoding)
 
 
 class StreamingMean:
@@ -47,28 +99,40 @@ class StreamingMean:
         self._weight = 0.0
         self.count = 0
 
-    def add(self, arrays: Arrays, weight: float) -> None:
-        """Add one checked update.
-
-        Raises:
-            UpdateRejected: a value is not finite; the sum is unchanged.
-        """
+    def add(self, update: Update, weight: float) -> None:
+        """Add one update whose values are finite."""
         assert weight > 0
-        update = {name: decode_bfloat16(array) for name, array in arrays.items()}  # type: ignore[arg-type]
-        for name, tensor in update.items():
-            if not torch.isfinite(tensor).all():
-                raise UpdateRejected(f"{name} is not finite")
-        for name, tensor in update.items():
-            self._sum[name].add_(tensor, alpha=weight)
+        for name in update.names:
+            self._sum[name].add_(update.delta(name), alpha=weight)
         self._weight += weight
         self.count += 1
 
-    def mean(self) -> dict[str, Tensor]:
-        """The weighted mean; at least one update must have been added."""
+    def result(self) -> Iterator[tuple[str, Tensor]]:
+        """The mean, weight by weight; what was given is not kept."""
         assert self.count > 0
-        return {name: total / self._weight for name, total in self._sum.items()}
+        for name in list(self._sum):
+            yield name, self._sum.pop(name).div_(self._weight)
 
 
-def federated_average(weights: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm 1) on differences: w ← w + Δ̄."""
-    return {name: weights[name] + update[name] for name in weights}
+class HeldUpdates:
+    """Updates of a round on the disk, for rules that must see all of them."""
+
+    def __init__(self, rule: Rule, byzantine: int, plan: RoundPlan, folder: Path) -> None:
+        self._rule, self._byzantine, self._plan, self._folder = rule, byzantine, plan, folder
+        self.count = 0
+
+    def add(self, update: Update, weight: float) -> None:
+        """Hold one update whose values are finite; these rules weigh all alike."""
+        update.save(self._folder / f"held-{self.count}.safetensors")
+        self.count += 1
+
+    def result(self) -> Iterator[tuple[str, Tensor]]:
+        """The aggregated difference, weight by weight."""
+        paths = [self._folder / f"held-{number}.safetensors" for number in range(self.count)]
+        held = [Update.held(path, self._plan) for path in paths]
+        yield from robust_delta(
+            self._rule, len(held), held[0].names, lambda number, name: held[number].delta(name), self._byzantine
+        )
+
+
+Aggregate = StreamingMean | HeldUpdates

@@ -1,17 +1,56 @@
-"""The Flower ServerApp: carries parcels over Flower's Grid. The rounds themselves are in `maskdm_server.rounds`."""
+"""The Flower ServerApp: carries parcels over Flower's Grid. The rounds themselves are in `maskdm_server.rounds`.
+
+Over the network Flower's own push holds every message twice, its pull every reply of a round three times, and both wait
+for the slowest link. `StreamingLink` goes through the same calls of Flower's Runtime API object by object.
+"""
 
 import json
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.constant import HEAD_BODY_DIVIDER
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_body,
+    get_object_children_ids_from_object_content,
+    get_object_tree,
+    get_object_type_from_object_content,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflatable_class_registry,
+    push_objects,
+)
 
+from maskdm.checkpoint import describe_checkpoint
 from maskdm.errors import MaskDMError
-from maskdm.protocol import Parcel, pack, unpack
+from maskdm.parcel import Parcel
 from maskdm.runfolder import append_line
-from maskdm_server.rounds import FederationConfig, Reply, run_federation
+from maskdm.tensorfile import unpack
+from maskdm_server.door import Traffic
+from maskdm_server.federation import FederationConfig, largest_update
+from maskdm_server.link import Question, Reply
+from maskdm_server.rounds import run_federation
+from maskdm_server.signs import alive
+
+PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document
+AT_ONCE = 2  # objects whose bytes are in memory while they are sent
+LOST = "the site was lost or its work failed"
 
 app = ServerApp()
 
@@ -21,39 +60,170 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation whose folder the run configuration names."""
     folder = Path(str(context.run_config["federation"]))
     config = FederationConfig.model_validate(json.loads((folder / "config.json").read_text())["federation"])
+    largest = largest_update(config, describe_checkpoint(folder / "prior.safetensors").model)
+    link = StreamingLink(grid, folder, largest) if hasattr(grid, "_runtime_client") else GridLink(grid)
     try:
-        run_federation(GridLink(grid), folder, config)
-    except Exception as error:
-        reason = str(error) if isinstance(error, MaskDMError) else f"unexpected {type(error).__name__}: {error}"
-        append_line(folder / "events.jsonl", {"time": time.time(), "event": "failed", "reason": reason})
+        with alive(folder):
+            run_federation(link, folder, config)
+    except MaskDMError as error:
+        append_line(folder / "events.jsonl", {"time": time.time(), "event": "failed", "reason": str(error)})
+        raise
+    except Exception as error:  # whoever watches starts it again
+        with (folder / "logs" / "rounds.log").open("a") as log:
+            traceback.print_exc(file=log)
+        reason = f"unexpected {type(error).__name__}: {error}"
+        append_line(folder / "events.jsonl", {"time": time.time(), "event": "crashed", "reason": reason})
         raise
 
 
 class GridLink:
-    """Parcels over Flower's Grid; one exchange at a time."""
+    """Parcels over any Grid of Flower's, e.g. that of its simulation."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Any) -> None:
         self._grid = grid
-        self._waiting: set[str] = set()
+        self._sites: dict[str, tuple[int, float]] = {}  # message → who was asked, until when an answer counts
 
     def sites(self) -> list[int]:
         return sorted(self._grid.get_node_ids())
 
-    def send(self, sites: list[int], parcel: Parcel, seconds: float) -> None:
-        content = RecordDict(
-            {
-                "plan": ConfigRecord({"document": parcel.document}),
-                "weights": ArrayRecord({"packed": Array(pack(parcel.arrays))}),
-            }
-        )
-        # A plan that outlives its round would be worked on in vain, so it expires with it.
-        messages = [Message(content, site, MessageType.TRAIN, ttl=seconds + 5) for site in sites]
-        self._waiting = set(self._grid.push_messages(messages))
+    def carried(self) -> Mapping[int, int]:
+        return {}
 
-    def receive(self) -> Iterable[Reply]:
-        for message in self._grid.pull_messages(self._waiting) if self._waiting else ():
-            self._waiting.discard(message.metadata.reply_to_message_id)
-            yield Reply(message.metadata.src_node_id, None if message.has_error() else _parcel(message.content))
+    def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
+        plan = {"exchange": question.exchange, "wait": question.wait, "document": question.document}
+        content = RecordDict({"plan": ConfigRecord(plan)})
+        if question.weights is None:
+            self._send(content, sites, seconds)
+            return
+        document = np.memmap(question.weights, np.uint8, "r")
+        weights = Array("uint8", (int(document.size),), PACKED, b"")
+        weights.data = document.data  # read from the file as it goes
+        record = ArrayRecord()
+        record["packed"] = weights  # the constructor would copy it
+        content["weights"] = record
+        self._send(content, sites, seconds)
+
+    def receive(self) -> Iterator[Reply]:
+        self._forget_expired()
+        for message in self._grid.pull_messages(list(self._sites)) if self._sites else ():
+            site, _ = self._sites.pop(message.metadata.reply_to_message_id)
+            yield Reply(site, None, LOST, lost=True) if message.has_error() else _reply(site, message.content)
+
+    def _send(self, content: RecordDict, sites: Sequence[int], seconds: float) -> None:
+        messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
+        self._expect(sites, list(self._grid.push_messages(messages)), seconds)
+
+    def _expect(self, sites: Sequence[int], messages: Sequence[str], seconds: float) -> None:
+        for site, message in zip(sites, messages, strict=True):
+            self._sites[message] = site, time.time() + seconds
+
+    def _forget_expired(self) -> None:
+        now = time.time()
+        self._sites = {message: (site, until) for message, (site, until) in self._sites.items() if until > now}
+
+
+class StreamingLink(GridLink):
+    """The same over a SuperLink, with one reply in memory at a time, and without waiting for uploads."""
+
+    def __init__(self, grid: Any, folder: Path, largest: int) -> None:
+        super().__init__(grid)
+        self._largest = largest
+        self._traffic = Traffic(folder)
+        self._arriving: list[tuple[int, Any, Any]] = []
+
+    def carried(self) -> Mapping[int, int]:
+        return self._traffic.carried()
+
+    def receive(self) -> Iterator[Reply]:
+        self._forget_expired()
+        for site in self._traffic.refused():
+            yield Reply(site, None, "it tried to send more than an update can be")
+        if self._sites:
+            found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(self._sites)))
+            for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                if head.metadata.reply_to_message_id in self._sites:
+                    site, _ = self._sites.pop(head.metadata.reply_to_message_id)
+                    self._arriving.append((site, head, tree))
+        arriving, self._arriving = self._arriving, []
+        for site, head, tree in arriving:
+            if head.HasField("error"):
+                yield Reply(site, None, LOST, lost=True)
+                continue
+            try:
+                yield self._pulled(site, head.metadata.message_id, tree)
+            except ObjectUnavailableError:  # it is still being sent; its progress is seen in what is carried
+                self._arriving.append((site, head, tree))
+
+    def _send(self, content: RecordDict, sites: Sequence[int], seconds: float) -> None:
+        run, client = self._grid.run.run_id, self._grid._runtime_client
+        messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = message.object_id
+        answer = client.PushMessages(
+            PushAppMessagesRequest(
+                messages_list=[message_to_proto(remove_content_from_message(message)) for message in messages],
+                message_object_trees=[get_object_tree(message) for message in messages],
+            )
+        )
+        self._expect(sites, list(answer.message_ids), seconds)
+        objects = {name: found for message in messages for name, found in get_all_nested_objects(message).items()}
+        push = make_push_object_fn_protobuf(client.PushObject, self._grid.node, run, answer.session_id)
+        for start in range(0, len(answer.objects_to_push), AT_ONCE):
+            push_objects({name: objects[name] for name in answer.objects_to_push[start : start + AT_ONCE]}, push)
+
+    def _pulled(self, site: int, message_id: str, tree: Any) -> Reply:
+        """A reply that has arrived.
+
+        Raises:
+            ObjectUnavailableError: it has not, as a whole.
+        """
+        run, client = self._grid.run.run_id, self._grid._runtime_client
+        pull = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run)
+        try:
+            pull(message_id)  # sent last, so the rest is there
+            content = _inflate(tree, pull, self._largest).content
+        except ObjectUnavailableError:
+            raise
+        except ObjectPullError:
+            return Reply(site, None, "its reply did not arrive whole", lost=True)
+        except Exception:  # a stranger's bytes may break anything in Flower's parsers
+            return Reply(site, None, "its reply cannot be read")
+        client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
+        )
+        return _reply(site, content)
+
+
+def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int) -> Any:
+    """An object of Flower's with its children; the chunks of an array are put together as they come.
+
+    Raises:
+        ValueError: not one array in a record, or one of more than `largest` bytes.
+    """
+    content = pull(tree.object_id)
+    kind = inflatable_class_registry[get_object_type_from_object_content(content)]
+    if kind is not ArrayRecord:
+        return kind.inflate(content, {child.object_id: _inflate(child, pull, largest) for child in tree.children})
+    (child,) = tree.children
+    head = pull(child.object_id)
+    about = json.loads(get_object_body(head, Array))
+    names, data = get_object_children_ids_from_object_content(head), bytearray()
+    for place in about["arraychunk_ids"]:
+        chunk = pull(names[place])
+        body = memoryview(chunk)[chunk.index(HEAD_BODY_DIVIDER) + 1 :]
+        if len(data) + len(body) > largest:  # of which one chunk named often would do
+            raise ValueError(f"more than {largest} bytes")
+        data += body
+    empty = Array(str(about["dtype"]), tuple(about["shape"]), str(about["stype"]), b"")
+    record = ArrayRecord.inflate(content, {child.object_id: empty})
+    for array in record.values():
+        array.data = data
+    return record
+
+
+def _reply(site: int, content: RecordDict) -> Reply:
+    parcel = _parcel(content)
+    return Reply(site, parcel, "" if parcel else "its reply is none of ours")
 
 
 def _parcel(content: RecordDict) -> Parcel | None:
@@ -66,9 +236,9 @@ def _parcel(content: RecordDict) -> Parcel | None:
         return None
     if update is None:
         return Parcel({}, numbers)
-    if not isinstance(update, ArrayRecord) or set(update) != {"packed"}:
+    if not isinstance(update, ArrayRecord) or set(update) != {"packed"} or update["packed"].stype != PACKED:
         return None
     try:
-        return Parcel(unpack(update["packed"].numpy()), numbers)
-    except (TypeError, ValueError):
+        return Parcel(unpack(update["packed"].data), numbers)
+    except ValueError:
         return None

@@ -58,7 +58,7 @@ def stages_from(
         for key in own.keys() - set(STAGE_OPTIONS):
             raise UsageError(f"stage {number}: unknown key {key!r}; a stage has {', '.join(STAGE_OPTIONS)}")
         merged = {**values, **{key: value for key, value in own.items() if key not in explicit}}
-        merged["images"] = count_images(str(merged["images"]))
+        merged["images"] = cli.count("--images", str(merged["images"]))
         try:
             mask = {field: merged.pop(option) for option, field in MASK_OPTIONS.items()}
             options = {"kind": "--mask", "ratio": "--mask-ratio"}
@@ -68,21 +68,6 @@ def stages_from(
         except UsageError as error:
             raise UsageError(f"stage {number}: {error}" if tables else str(error)) from error
     return tuple(stages)
-
-
-def count_images(text: str) -> int:
-    """'200K' → 200000.
-
-    Raises:
-        UsageError: not such a number.
-    """
-    units = {"K": 1_000, "M": 1_000_000}
-    unit = units.get(text.strip()[-1:].upper(), 1)
-    try:
-        number = float(text.strip().rstrip("KkMm")) * unit
-        return round(number)
-    except (ValueError, OverflowError) as error:
-        raise UsageError(f"--images {text}: give a number such as 50000, 200K or 1.5M") from error
 
 
 def _folder() -> Any:

@@ -16,9 +16,9 @@ from maskdm.processes import free_port
 from maskdm.reporting import say
 from maskdm.runfolder import read_lines
 from maskdm_server.faces import SITES, Domain, draw_faces
+from maskdm_server.federation import FederationConfig
 from maskdm_server.page import Panel, write_page
 from maskdm_server.pretrain import Run, pretrain
-from maskdm_server.rounds import FederationConfig
 from maskdm_server.serve import federation_config, serve
 from maskdm_server.simulate import start_clients
 

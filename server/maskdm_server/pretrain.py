@@ -61,7 +61,10 @@ class Run:
         for number, stage in enumerate(self.stages, start=1):
             ratio, visible = effective_ratio(stage.mask, self.model.grid), visible_count(stage.mask, self.model.grid)
             mask = stage.mask.model_dump(mode="json") | {"effective_ratio": ratio, "visible": visible}
-            stages[str(number)] = {"mask": mask, "training": stage.training.model_dump(mode="json")}
+            stages[str(number)] = {
+                "mask": mask,
+                "training": stage.training.model_dump(mode="json", exclude={"proximal"}),
+            }
         return {
             "model": self.model.model_dump(mode="json"),
             "diffusion": self.diffusion.model_dump(mode="json"),

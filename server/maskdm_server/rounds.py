@@ -1,81 +1,50 @@
-"""The federation's round loop over any transport: plan → updates → mean → new model → journal.
+"""The federation's round loop over any transport: plan → updates → next model → journal.
 
-Knows nothing of Flower: `Link` is all it needs, so tests run it in one process.
+Knows nothing of Flower: a `Link` is all it needs.
 """
 
-import math
+import contextlib
+import errno
+import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from maskdm.checkpoint import (
-    CheckpointMetadata,
-    expected_shapes,
-    load_checkpoint,
-    save_checkpoint,
-    sha256_of,
-)
-from maskdm.config import Frozen, MaskConfig
+from maskdm.checkpoint import CheckpointMetadata, describe_checkpoint, expected_shapes
+from maskdm.config import MaskConfig
 from maskdm.errors import FederationError
-from maskdm.protocol import Parcel, Report, RoundPlan, to_arrays
-from maskdm.runfolder import append_line, keep_lines, read_lines, write_json
-from maskdm_server.aggregation import StreamingMean, UpdateRejected, check_reply, federated_average
+from maskdm.parcel import Parcel, Report
+from maskdm.protocol import RoundPlan
+from maskdm.runfolder import append_line, read_lines, write_json
+from maskdm.trainable import changed_weights
+from maskdm_server.aggregation import Aggregate, HeldUpdates, StreamingMean
+from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange
+from maskdm_server.federation import FederationConfig, update_size
+from maskdm_server.intake import Intake
+from maskdm_server.journal import Journal, Known
+from maskdm_server.link import Link
+from maskdm_server.optimizers import Moments, step
+from maskdm_server.standings import Standing, choose
 
-# Each question costs the SuperLink several ms of CPU; a round lasts many seconds.
-POLL_SECONDS = 0.5
 # Under-quorum rounds are tried again this often before the run gives up.
 ATTEMPTS = 3
 # How long sites get to take the final model.
 FAREWELL_SECONDS = 120.0
+# A full disk is no reason to lose a round: somebody may make room.
+DISK_SECONDS = 600.0
 
-
-class FederationConfig(Frozen):
-    """What `serve` was asked to do; FED/config.json holds it, so that the same command continues it."""
-
-    prior_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    federation: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 10
-    min_clients: Annotated[int, Field(ge=1)] = 2
-    min_replies: Annotated[int, Field(ge=1)] = 1
-    local_images: Annotated[int, Field(ge=1)] = 2048
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    lr: Annotated[float, Field(gt=0, le=1)] = 5e-5
-    seed: Annotated[int, Field(ge=0)] = 0
-    join_deadline: Annotated[float, Field(gt=0)] = 3600.0
-    round_deadline: Annotated[float, Field(gt=0)] = 3600.0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back from a site; `parcel` is None where the site or the transport failed."""
-
-    site: int
-    parcel: Parcel | None
-
-
-class Link(Protocol):
-    """A way to reach sites."""
-
-    def sites(self) -> list[int]:
-        """Sites that are there now."""
-
-    def send(self, sites: list[int], parcel: Parcel, seconds: float) -> None:
-        """Start a new exchange: the same parcel to each site; older replies are no longer waited for."""
-
-    def receive(self) -> Iterable[Reply]:
-        """Replies of the current exchange that arrived since the last call; does not wait."""
-
-
-Say = Callable[[dict[str, Any]], None]
+Pause = Callable[[float], None]
 
 
 def run_federation(
-    link: Link, folder: Path, config: FederationConfig, pause: Callable[[float], None] = time.sleep
+    link: Link,
+    folder: Path,
+    config: FederationConfig,
+    pause: Pause = time.sleep,
+    clock: Clock = time.monotonic,
 ) -> None:
     """Run all rounds that are still to do, then hand the final model to the sites.
 
@@ -85,193 +54,269 @@ def run_federation(
     Raises:
         FederationError: too few sites joined, or too few answered, in time. The last good model stays.
     """
-    events = folder / "events.jsonl"
-
-    def say(event: dict[str, Any]) -> None:
-        append_line(events, {"time": time.time(), **event})
-
-    weights, metadata = load_state(folder)
-    lines = [line for line in read_lines(folder / "rounds.jsonl") if line["round"] <= metadata.rounds]
-    keep_lines(folder / "rounds.jsonl", lines)
-    shapes = expected_shapes(metadata.model)
-    down = sum(4 * math.prod(shape) for shape in shapes.values())
-    say({"event": "start", "round": metadata.rounds, "bytes_down": down, "bytes_up": down // 2})
-    for number in range(metadata.rounds + 1, config.rounds + 1):
-        plan = _plan(config, "train", number, metadata)
-        update, line = _round_with_retries(link, plan, config, weights, shapes, say, pause)
-        weights = federated_average(weights, update)
-        metadata = finetuned(metadata, number, metadata.images_seen + line["images_seen"])
-        save_round(folder, weights, metadata)
-        append_line(folder / "rounds.jsonl", line)
-        say({"event": "round", "rounds": config.rounds, **line})
-    _farewell(link, config, metadata, weights, folder, say, pause)
+    rounds = Rounds(link, folder, config, pause, clock)
+    rounds.announce()
+    while rounds.journal.number < config.rounds and not rounds.has_stopped():
+        rounds.next_round()
+    rounds.finish()
 
 
-def load_state(folder: Path) -> tuple[dict[str, Tensor], CheckpointMetadata]:
-    """Weights and metadata after the last whole round, or the prior's."""
-    done = sorted((folder / "rounds").glob("*.safetensors"))
-    if done:
-        return load_checkpoint(done[-1], "--out")
-    weights, metadata = load_checkpoint(folder / "prior.safetensors", "--prior")
-    prior = sha256_of(folder / "prior.safetensors")
-    return weights, metadata.model_copy(update={"prior_sha256": prior, "rounds": 0})
+class Rounds:
+    """A federation under way: its journal, its clients, and its clocks."""
+
+    def __init__(self, link: Link, folder: Path, config: FederationConfig, pause: Pause, clock: Clock) -> None:
+        self.journal = Journal(folder, config.keep_every)
+        self._link, self._folder, self._config, self._pause, self._clock = link, folder, config, pause, clock
+        self._moments: Moments = self.journal.moments()
+        self._began = False
+
+    def say(self, event: dict[str, Any]) -> None:
+        """Tell the process that started this one; a full disk must not end the federation for want of a line."""
+        with contextlib.suppress(OSError):
+            append_line(self._folder / "events.jsonl", {"time": time.time(), **event})
+
+    def announce(self) -> None:
+        """Say where the federation stands and what a round will carry."""
+        config = self._config
+        up, down = update_size(config, self.journal.metadata.model), self.journal.model_path().stat().st_size
+        self.say({"event": "start", "round": self.journal.number, "bytes_down": down, "bytes_up": up})
+
+    def has_stopped(self) -> bool:
+        """Whether the held-out loss has not improved for `patience` rounds."""
+        return bool(self._config.patience) and self.journal.number - self._best_round() > self._config.patience
+
+    def next_round(self) -> None:
+        """Do one round and journal it; under quorum it is tried again.
+
+        Raises:
+            FederationError: too few clients came, or too few usable updates in all attempts.
+        """
+        number, needed = self.journal.number + 1, self._config.min_replies
+        standings, rejected, seconds = dict(self.journal.known.standings), 0, 0.0
+        for attempt in range(1, ATTEMPTS + 1):
+            self._wait_for_sites(needed if self._began else self._config.min_clients)
+            self._began = True
+            plan = self._plan("train", number)
+            with self._scratch() as scratch:
+                aggregate = self._aggregate(plan, scratch)
+                intake = Intake(plan, aggregate, self.journal.known.measured, self._config.max_norm_ratio, scratch)
+                exchange = self._exchange(plan, self._config.round_deadline)
+                self._gather(exchange, intake, standings, number)
+                rejected, seconds = rejected + len(exchange.failed), seconds + exchange.seconds()
+                if aggregate.count >= needed:
+                    line = self._line(plan, exchange, intake, rejected, seconds, attempt)
+                    self._commit(aggregate, line, standings, intake)
+                    return
+            counts = {"attempt": attempt, "accepted": aggregate.count, "needed": needed}
+            self.say({"event": "retry", "round": number, **counts})
+        raise FederationError(
+            f"round {number}: fewer than {needed} usable updates came in {ATTEMPTS} attempts: see events.jsonl for the "
+            f"reasons; the last good model was kept"
+        )
+
+    def _gather(self, exchange: Exchange, intake: Intake, standings: dict[int, Standing], number: int) -> None:
+        """Ask the clients of a round and take in what they send; `standings` change in place."""
+        config = self._config
+
+        def who() -> list[int]:
+            return choose(
+                self._link.sites(),
+                standings,
+                number,
+                needed=config.min_replies,
+                at_most=config.clients_per_round,
+                seed=config.seed,
+            )
+
+        def take(site: int, parcel: Parcel) -> None:
+            intake.offer(site, parcel, standings.get(site, Standing()).declared)
+
+        exchange.run(who, take)
+        for site, reason in intake.close().items():
+            exchange.reject(site, str(reason))
+        for site in exchange.failed.keys() | exchange.silent:
+            standings[site] = standings.get(site, Standing()).failed(number)
+            if standings[site].rests_until > number + 1:
+                self.say({"event": "rests", "round": number, "site": str(site), "until": standings[site].rests_until})
+        for site, (report, _) in intake.reports.items():
+            standings[site] = standings.get(site, Standing()).answered(report.examples)
+
+    def finish(self) -> None:
+        """Choose the final model, give it to every site, learn its held-out loss, and let the sites go."""
+        journal, lines = self.journal, read_lines(self._folder / "rounds.jsonl")
+        chosen = journal.number
+        if self._config.patience and journal.number:
+            last = self._measure("measure", journal.model_path())
+            best = journal.known.best_loss
+            if best is not None and (last is None or best <= last):
+                chosen = journal.known.best_round
+                journal.adopt(chosen)
+        final = self._folder / "model.safetensors" if chosen else journal.model_path(0)
+        if not chosen:
+            journal.adopt(0)
+        exchange, loss = self._hand_out("finish", final)
+        result = {
+            "rounds": journal.number,
+            "model_of_round": chosen,
+            "stopped_by_patience": self._config.patience if self.has_stopped() else 0,
+            "clients": len(exchange.accepted),
+            "loss_prior": lines[0]["loss_before"] if lines else None,
+            "loss_final": loss,
+            "bytes_down": sum(line["bytes_down"] for line in lines) + exchange.bytes_down,
+            "bytes_up": sum(line["bytes_up"] for line in lines) + exchange.bytes_up,
+        }
+        write_json(self._folder / "result.json", result)
+        self.say({"event": "finished", **result})
+
+    def _measure(self, action: Literal["measure", "finish"], weights: Path) -> float | None:
+        return self._hand_out(action, weights)[1]
+
+    def _hand_out(self, action: Literal["measure", "finish"], weights: Path) -> tuple[Exchange, float | None]:
+        plan = self._plan(action, max(1, self.journal.number))
+        if self.journal.number:
+            plan = plan.model_copy(update={"model": describe_checkpoint(weights, "--out")})
+        with self._scratch() as scratch:
+            intake = Intake(plan, StreamingMean({}), [], self._config.max_norm_ratio, scratch)
+            exchange = self._exchange(plan, min(FAREWELL_SECONDS, self._config.round_deadline), weights)
+
+            def take(site: int, parcel: Parcel) -> None:
+                intake.offer(site, parcel, None)
+
+            exchange.run(self._link.sites, take)
+        return exchange, _mean([(report.loss_before, weight) for report, weight in intake.reports.values()])
+
+    def _commit(
+        self, aggregate: Aggregate, line: dict[str, Any], standings: dict[int, Standing], intake: Intake
+    ) -> None:
+        before = self.journal.known
+        best_round, best_loss = before.best_round, before.best_loss
+        # What sites measured before they trained is the loss of the model that the round began with.
+        if line["loss_before"] is not None and (best_loss is None or line["loss_before"] < best_loss):
+            best_round, best_loss = self.journal.number, line["loss_before"]
+        known = Known(line=line, standings=standings, measured=intake.known, best_round=best_round, best_loss=best_loss)
+        changed = next_weights(self.journal.weights(), aggregate.result(), self._moments, self._config)
+        metadata = finetuned(self.journal.metadata, self.journal.number + 1, line["images_seen"])
+        deadline = self._clock() + DISK_SECONDS
+        while True:
+            try:
+                self.journal.commit(metadata, changed, self._moments, known, self._config.server_ema)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or self._clock() > deadline:
+                    raise FederationError(
+                        f"round {self.journal.number + 1} could not be journalled ({error.strerror}): make room in "
+                        f"{self._folder} and run the same command again; the last good model was kept"
+                    ) from error
+                self.say({"event": "disk full", "round": self.journal.number + 1, "seconds": DISK_SECONDS})
+                self._pause(min(5.0, DISK_SECONDS))
+        self.say({"event": "round", "rounds": self._config.rounds, **line})
+
+    def _line(
+        self, plan: RoundPlan, exchange: Exchange, intake: Intake, rejected: int, seconds: float, attempt: int
+    ) -> dict[str, Any]:
+        reports: list[tuple[Report, float]] = list(intake.reports.values())
+        return {
+            "round": plan.round,
+            "clients": len(reports),
+            "examples": sum(report.examples for report, _ in reports),
+            "images_seen": sum(report.images_seen for report, _ in reports),
+            "loss_before": _mean([(report.loss_before, weight) for report, weight in reports]),
+            "loss_after": _mean([(report.loss_after, weight) for report, weight in reports]),
+            "bytes_down": exchange.bytes_down,
+            "bytes_up": exchange.bytes_up,
+            "seconds": round(seconds, 3),
+            "rejected": rejected,
+            "silent": len(exchange.silent),
+            "late": exchange.late,
+            "attempts": attempt,
+        }
+
+    def _aggregate(self, plan: RoundPlan, scratch: Path) -> Aggregate:
+        config = self._config
+        if config.aggregation == "mean":
+            shapes = expected_shapes(plan.model.model)
+            return StreamingMean({name: shapes[name] for name in changed_weights(plan.model.model, plan.train)})
+        return HeldUpdates(config.aggregation, config.byzantine, plan, scratch)
+
+    def _exchange(self, plan: RoundPlan, deadline: float, weights: Path | None = None) -> Exchange:
+        return Exchange(
+            self._link,
+            plan,
+            weights or self.journal.model_path(),
+            deadline=deadline,
+            limit=self._config.round_limit,
+            say=self.say,
+            clock=self._clock,
+            pause=self._pause,
+        )
+
+    def _plan(self, action: Literal["train", "measure", "finish"], number: int) -> RoundPlan:
+        config = self._config
+        shared = RoundPlan.model_fields.keys() & FederationConfig.model_fields.keys()
+        return RoundPlan.model_validate(
+            {
+                **{name: getattr(config, name) for name in shared},
+                "exchange": time.time_ns(),
+                "action": action,
+                "round": number,
+                "model": self.journal.metadata,
+            }
+        )
+
+    def _wait_for_sites(self, needed: int) -> None:
+        """Each client that joins starts the deadline anew."""
+        since, told = self._clock(), -1
+        while (there := len(self._link.sites())) < needed:
+            if there != told:
+                since = since if there < told else self._clock()
+                told = there
+                self.say({"event": "waiting", "clients": there, "needed": needed})
+            if self._clock() - since > self._config.join_deadline:
+                raise FederationError(
+                    f"only {there} of {needed} clients joined in {self._config.join_deadline:.0f} s (--join-deadline)"
+                )
+            self._pause(POLL_SECONDS)
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Any:
+        """Room on the disk for updates that wait or are held, empty before and gone after."""
+        scratch = self._folder / ".updates"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _best_round(self) -> int:
+        return self.journal.known.best_round
 
 
-def save_round(folder: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
-    """Journal a round, keep the one before it, and publish the model: each file whole or not at all."""
-    save_checkpoint(folder / "rounds" / f"{metadata.rounds:05d}.safetensors", weights, metadata)
-    save_checkpoint(folder / "model.safetensors", weights, metadata)
-    for old in sorted((folder / "rounds").glob("*.safetensors"))[:-2]:
-        old.unlink()
+def next_weights(
+    weights: Callable[[str], Tensor],
+    deltas: Iterable[tuple[str, Tensor]],
+    moments: Moments,
+    config: FederationConfig,
+) -> dict[str, Tensor]:
+    """Those weights that an aggregated difference changes, after the server's step; `moments` change in place."""
+    changed = {}
+    for name, difference in deltas:
+        changed[name] = weights(name)
+        step({name: changed[name]}, [(name, difference)], moments, config.server_step())
+    return changed
 
 
-def finetuned(metadata: CheckpointMetadata, rounds: int, images_seen: int) -> CheckpointMetadata:
+def finetuned(metadata: CheckpointMetadata, rounds: int, images: int) -> CheckpointMetadata:
     """Metadata after a round: whole images were seen, and more of them."""
     changes = {
         "mask": MaskConfig(kind="none", ratio=0),
         "effective_mask_ratio": 0.0,
         "rounds": rounds,
-        "images_seen": images_seen,
+        "images_seen": metadata.images_seen + images,
     }
     return metadata.model_copy(update=changes)
 
 
-def _plan(
-    config: FederationConfig, action: Literal["train", "finish"], number: int, metadata: CheckpointMetadata
-) -> RoundPlan:
-    return RoundPlan(
-        federation=config.federation,
-        action=action,
-        round=number,
-        rounds=config.rounds,
-        local_images=config.local_images,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        seed=config.seed,
-        model=metadata,
-    )
-
-
-def _round_with_retries(
-    link: Link,
-    plan: RoundPlan,
-    config: FederationConfig,
-    weights: dict[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    say: Say,
-    pause: Callable[[float], None],
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    for attempt in range(1, ATTEMPTS + 1):
-        needed = config.min_clients if plan.round == 1 else config.min_replies
-        sites = _wait_for_sites(link, needed, config.join_deadline, say, pause)
-        mean = StreamingMean(shapes)
-        line = _one_round(link, plan, sites, config.round_deadline, weights, shapes, mean, say, pause)
-        if mean.count >= config.min_replies:
-            return mean.mean(), line
-        say(
-            {
-                "event": "retry",
-                "round": plan.round,
-                "attempt": attempt,
-                "accepted": mean.count,
-                "needed": config.min_replies,
-            }
-        )
-    raise FederationError(
-        f"round {plan.round}: fewer than {config.min_replies} usable updates came in {ATTEMPTS} attempts of "
-        f"{config.round_deadline:.0f} s: see events.jsonl for the reasons; the last good model was kept"
-    )
-
-
-def _one_round(
-    link: Link,
-    plan: RoundPlan,
-    sites: list[int],
-    deadline: float,
-    weights: dict[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    mean: StreamingMean,
-    say: Say,
-    pause: Callable[[float], None],
-) -> dict[str, Any]:
-    """Send the plan, add each good update to `mean` as it arrives, and return the round's line."""
-    started = time.monotonic()
-    parcel = Parcel(to_arrays(weights), {}, plan.model_dump_json())
-    reports: list[Report] = []
-    bytes_up = rejected = answered = 0
-    link.send(sites, parcel, deadline)
-    say({"event": "sent", "round": plan.round, "rounds": plan.rounds, "clients": len(sites), "action": plan.action})
-    while answered < len(sites) and time.monotonic() - started < deadline:
-        for reply in link.receive():
-            answered += 1
-            try:
-                if reply.parcel is None:
-                    raise UpdateRejected("the site was lost or its work failed")
-                bytes_up += reply.parcel.size()
-                report = check_reply(reply.parcel, plan, shapes)
-                if plan.action == "train":
-                    mean.add(reply.parcel.arrays, weight=report.examples)
-                reports.append(report)
-            except UpdateRejected as reason:
-                rejected += 1
-                say({"event": "rejected", "round": plan.round, "site": str(reply.site), "reason": str(reason)})
-        pause(POLL_SECONDS)
-    examples = sum(report.examples for report in reports)
-    return {
-        "round": plan.round,
-        "clients": len(reports),
-        "examples": examples,
-        "images_seen": sum(report.images_seen for report in reports),
-        "loss_before": _mean([(r.loss_before, r.examples) for r in reports]),
-        "loss_after": _mean([(r.loss_after, r.examples) for r in reports]),
-        "bytes_down": parcel.size() * len(sites),
-        "bytes_up": bytes_up,
-        "seconds": round(time.monotonic() - started, 3),
-        "rejected": rejected,
-        "silent": len(sites) - answered,
-    }
-
-
-def _farewell(
-    link: Link,
-    config: FederationConfig,
-    metadata: CheckpointMetadata,
-    weights: dict[str, Tensor],
-    folder: Path,
-    say: Say,
-    pause: Callable[[float], None],
-) -> None:
-    """Give every site the final model, learn its held-out loss, and let the sites go."""
-    plan = _plan(config, "finish", max(1, metadata.rounds), metadata)
-    shapes = expected_shapes(metadata.model)
-    deadline = min(FAREWELL_SECONDS, config.round_deadline)
-    line = _one_round(link, plan, link.sites(), deadline, weights, shapes, StreamingMean(shapes), say, pause)
-    lines = read_lines(folder / "rounds.jsonl")
-    result = {
-        "rounds": metadata.rounds,
-        "clients": line["clients"],
-        "loss_prior": lines[0]["loss_before"] if lines else None,
-        "loss_final": line["loss_before"] if line["clients"] else None,
-        "bytes_down": sum(entry["bytes_down"] for entry in lines) + line["bytes_down"],
-        "bytes_up": sum(entry["bytes_up"] for entry in lines) + line["bytes_up"],
-    }
-    write_json(folder / "result.json", result)
-    say({"event": "finished", **result})
-
-
-def _wait_for_sites(link: Link, needed: int, deadline: float, say: Say, pause: Callable[[float], None]) -> list[int]:
-    started = time.monotonic()
-    told = -1
-    while len(sites := link.sites()) < needed:
-        if len(sites) != told:
-            told = len(sites)
-            say({"event": "waiting", "clients": told, "needed": needed})
-        if time.monotonic() - started > deadline:
-            raise FederationError(f"only {len(sites)} of {needed} clients joined in {deadline:.0f} s (--join-deadline)")
-        pause(POLL_SECONDS)
-    return sites
-
-
-def _mean(pairs: list[tuple[float, int]]) -> float | None:
+def _mean(pairs: list[tuple[float, float]]) -> float | None:
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else None

@@ -1,5 +1,6 @@
 """Serves a prior to a federation: one folder, one SuperLink, all rounds, resumable by the same command."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,15 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from maskdm.checkpoint import load_checkpoint, sha256_of
+from maskdm.checkpoint import describe_checkpoint, load_checkpoint, sha256_of
 from maskdm.errors import FederationError, UsageError
 from maskdm.interruption import Interruption
 from maskdm.processes import Child
 from maskdm.reporting import say
-from maskdm.runfolder import LineReader, atomic_write, claim, read_lines
+from maskdm.runfolder import LineReader, atomic_write, claim
 from maskdm.seeding import derive_seed
+from maskdm_server.federation import MAY_CHANGE, FederationConfig, largest_update, update_size
 from maskdm_server.pictures import draw_samples
-from maskdm_server.rounds import FederationConfig
 from maskdm_server.superlink import SuperLink
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -54,30 +55,17 @@ def serve(
     Raises:
         FederationError: it could not be finished; the last good model stays in `out`.
     """
-    identity = {"federation": config.model_dump(mode="json"), "simulation": dict(simulation or {})}
-    claim(out, "federation", identity, may_change=_MAY_CHANGE)
-    _, metadata = load_checkpoint(prior, "--prior")
-    if not (out / "prior.safetensors").exists():
-        atomic_write(out / "prior.safetensors", prior.read_bytes())
-    if (out / "result.json").exists() and len(read_lines(out / "rounds.jsonl")) >= config.rounds:
-        say(f"all {config.rounds} rounds are done: {out / 'model.safetensors'}")
+    if begin(prior, out, config, simulation or {}, sample_count):
         return out / "model.safetensors"
-    for stale in ("result.json", "samples/after.png"):
-        (out / stale).unlink(missing_ok=True)
-    shape = metadata.model
-    say(
-        f"prior: {shape.image_size}x{shape.image_size} pixels, {shape.channels} channels, "
-        f"{metadata.images_seen:,} images seen"
-    )
-    draw_samples(out / "prior.safetensors", out / "samples" / "before.png", config.seed, sample_count)
     if tls is None:
         say(
             f"WARNING: the connection is not encrypted and sites are not authenticated; {host} must be a closed network"
         )
+    largest = largest_update(config, describe_checkpoint(prior, "--prior").model)
     with Interruption() as interruption, ExitStack() as children:
         events = LineReader(out / "events.jsonl")
-        link = children.enter_context(SuperLink(out, host, port, tls))
-        run = link.submit(interruption.check)
+        link = children.enter_context(SuperLink(out, host, port, tls, largest, say))
+        link.submit(interruption.check)
         say(f"listening on {host}:{port}; clients join with: maskdm-client --data ./local --server HOST:{port}")
         sites = [children.enter_context(site) for site in start_sites()]
 
@@ -87,20 +75,55 @@ def serve(
                 if site.exit_code():
                     raise FederationError(f"a client ended: {site.last_lines(3)} (details: {site.log})")
 
-        link.wait(run, tell, check, events)
+        link.follow(tell, check, events)
         link.close()  # which is what the sites wait for
         _let_leave(sites)
-    if not (out / "model.safetensors").exists():
-        raise FederationError("the federation ended without a model")
+    return conclude(out, config, sample_count)
+
+
+def begin(
+    prior: Path, out: Path, config: FederationConfig, simulation: Mapping[str, Any], sample_count: int = 16
+) -> bool:
+    """Make FED ready, or see that it goes on with this very federation; returns True where nothing is left to do."""
+    identity = {"federation": config.model_dump(mode="json"), "simulation": dict(simulation)}
+    claim(out, "federation", identity, may_change=MAY_CHANGE)
+    _, metadata = load_checkpoint(prior, "--prior")
+    needed = update_size(config, metadata.model)
+    if config.max_upload and needed > config.max_upload:
+        raise UsageError(
+            f"--max-upload {config.max_upload:,} bytes: an update of this model has {needed:,}: choose --encoding int8 "
+            f"or topk, or --train norm-bias or adapters"
+        )
+    if not (out / "prior.safetensors").exists():
+        atomic_write(out / "prior.safetensors", prior.read_bytes())
+    if _is_done(out, config):
+        say(f"all rounds are done: {out / 'model.safetensors'}")
+        return True
+    for stale in ("result.json", "samples/after.png"):
+        (out / stale).unlink(missing_ok=True)
+    shape = metadata.model
+    say(
+        f"prior: {shape.image_size}x{shape.image_size} pixels, {shape.channels} channels, "
+        f"{metadata.images_seen:,} images seen"
+    )
+    draw_samples(out / "prior.safetensors", out / "samples" / "before.png", config.seed, sample_count)
+    return False
+
+
+def conclude(out: Path, config: FederationConfig, sample_count: int = 16) -> Path:
+    """Leave samples of the final model, and no file of Flower's."""
     draw_samples(out / "model.safetensors", out / "samples" / "after.png", config.seed, sample_count)
     shutil.rmtree(out / ".flwr", ignore_errors=True)
     return out / "model.safetensors"
 
 
-# Continuing with more rounds, or more patience, is the same federation.
-_MAY_CHANGE = tuple(
-    f"federation.{name}" for name in ("rounds", "min_clients", "min_replies", "join_deadline", "round_deadline")
-)
+def _is_done(out: Path, config: FederationConfig) -> bool:
+    try:
+        result = json.loads((out / "result.json").read_text())
+    except (OSError, ValueError):
+        return False
+    stopped = result.get("stopped_by_patience")
+    return bool(result["rounds"] >= config.rounds or (stopped and stopped == config.patience))
 
 
 def tell(event: dict[str, Any]) -> None:
@@ -123,6 +146,18 @@ def tell(event: dict[str, Any]) -> None:
             f"round {event['round']}/{event['rounds']}: held-out loss {before:.4f} → {after:.4f} at {event['clients']} "
             f"clients, {event['images_seen']:,} images, {event['seconds']:.0f} s, {megabytes:.1f} MB up"
         )
+    elif kind == "working":
+        say(f"round {event['round']}: site {event['site']} is at {event['images']:,} images, all at {event['all']:,}")
+    elif kind == "silent":
+        say(f"round {event['round']}: site {event['site']} is not waited for any more: {event['reason']}")
+    elif kind == "late":
+        say(f"round {event['round']}: a reply of site {event['site']} to an earlier question was dropped")
+    elif kind == "rests":
+        say(f"site {event['site']} failed again and again; it is left alone until round {event['until']}")
+    elif kind == "disk full":
+        say(f"round {event['round']}: the disk is full; make room within {event['seconds'] / 60:.0f} minutes")
+    elif kind == "crashed":
+        say(f"the process that runs the rounds failed: {event['reason']}")
     elif kind == "retry":
         say(f"round {event['round']}: {event['accepted']} usable updates, {event['needed']} needed; trying again")
     elif kind == "finished" and event["loss_final"] is not None:

@@ -149,6 +149,72 @@ def test_gradients_are_clipped_to_the_given_norm(tiny: ModelConfig) -> None:
     assert float(torch.cat([m.flatten() for m in moments]).norm()) == pytest.approx(0.5, rel=1e-4)
 
 
+def stepped_away(tiny: ModelConfig, config: TrainingConfig) -> tuple[TrainingState, dict[str, Tensor]]:
+    """A state whose weights have left their start by known distances, with gradients of one."""
+    state, distances = fresh(tiny, config), {}
+    randomness = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            before = parameter.clone()
+            parameter.add_(torch.randn(parameter.shape, generator=randomness))
+            distances[name] = parameter - before
+            parameter.grad = torch.ones_like(parameter)
+    return state, distances
+
+
+def test_the_proximal_term_adds_its_share_of_the_distance_to_each_gradient(tiny: ModelConfig) -> None:
+    config = TrainingConfig(betas=(0.0, 0.0), clip_norm=1e6, proximal=0.5)
+    state, distances = stepped_away(tiny, config)
+    apply_gradients(state, config, 1e-3)
+    for name, parameter in state.model.named_parameters():
+        assert torch.equal(state.optimizer.state[parameter]["exp_avg"], 1 + 0.5 * distances[name]), name
+
+
+def test_gradients_are_clipped_together_with_the_proximal_term(tiny: ModelConfig) -> None:
+    config = TrainingConfig(betas=(0.0, 0.0), clip_norm=0.5, proximal=100.0)
+    state, _ = stepped_away(tiny, config)
+    apply_gradients(state, config, 1e-3)
+    moments = [state.optimizer.state[p]["exp_avg"] for p in state.model.parameters()]
+    assert float(torch.cat([m.flatten() for m in moments]).norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_the_stronger_the_proximal_term_the_nearer_weights_stay_to_their_start(tiny: ModelConfig) -> None:
+    moved = []
+    for proximal in (0.0, 1.0, 100.0):
+        config = TrainingConfig(
+            images=400, batch_size=4, lr=1e-3, weight_decay=0, clip_norm=1e6, proximal=proximal, precision="fp32"
+        )
+        state = fresh(tiny, config)
+        start = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+        train(state, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK)
+        distances = [p.detach() - start[name] for name, p in state.model.named_parameters()]
+        moved.append(sum(float(distance.square().sum()) for distance in distances))
+    assert moved[0] > 4 * moved[1] > 16 * moved[2]
+
+
+def test_without_a_proximal_term_no_anchor_is_kept_and_gradients_stay_as_they_are(tiny: ModelConfig) -> None:
+    config = TrainingConfig(betas=(0.0, 0.0), clip_norm=1e6)
+    assert config.proximal == 0
+    state, _ = stepped_away(tiny, config)
+    assert state.anchor is None
+    apply_gradients(state, config, 1e-3)
+    for parameter in state.model.parameters():
+        assert torch.equal(state.optimizer.state[parameter]["exp_avg"], torch.ones_like(parameter))
+
+
+def test_a_run_with_a_proximal_term_goes_on_from_the_model_it_started_from(tiny: ModelConfig, tmp_path: Path) -> None:
+    config = TrainingConfig(images=32, batch_size=4, lr=1e-3, proximal=1.0, precision="fp32")
+    whole = fresh(tiny, config)
+    train(whole, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK)
+    first = fresh(tiny, config)
+    train(first, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK, stop=lambda: first.images_seen >= 16)
+    save_state(tmp_path / "state.safetensors", first, config)
+    second = fresh(tiny, config)
+    load_state(tmp_path / "state.safetensors", second)
+    train(second, batches(pictures(), 4, second.images_seen, 0), config, DIFFUSION, MASK)
+    assert_same(everything(second), everything(whole))
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(tiny: ModelConfig, poison: float) -> None:
     config = TrainingConfig(images=4, batch_size=4, precision="fp32")
@@ -184,7 +250,7 @@ def test_training_gives_up_after_twenty_bad_steps_in_a_row_and_keeps_its_weights
     config = TrainingConfig(images=1000, batch_size=4, precision="fp32")
     state = fresh(tiny, config)
     with torch.no_grad():
-        state.model.head.bias.fill_(float("inf"))
+        state.model.get_parameter("head.bias").fill_(float("inf"))
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     with pytest.raises(TrainingDiverged, match="20 steps in a row"):
         train(state, batches(pictures(), 4, 0, 0), config, DIFFUSION, MASK, report_seconds=0)

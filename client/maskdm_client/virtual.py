@@ -1,0 +1,15 @@
+"""A site without processes of its own, for simulations: the same work, called as a function."""
+
+from pathlib import Path
+
+from maskdm.parcel import Parcel
+from maskdm_client.local_data import SLICE, choose_slice
+from maskdm_client.settings import load_settings
+from maskdm_client.site import answer as answer_plan
+
+
+def answer(document: str, weights: bytes, folder: Path) -> Parcel:
+    """Do what a plan asks at the site of a folder, whose settings are there; its slice is chosen at the first time."""
+    if not (folder / SLICE).exists():
+        choose_slice(load_settings(folder), folder)
+    return answer_plan(document, weights, folder)

@@ -1,0 +1,62 @@
+"""What travels between coordinator and site, free of any transport and of PyTorch, which takes seconds to import.
+
+Down goes a document with the weights (fp32). Up comes an encoded update and the numbers of `Report`, or an `Outcome`
+alone. No names, no paths, no text come from a site.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from maskdm.config import Frozen
+from maskdm.tensorfile import Arrays
+
+Scalars = Mapping[str, int | float]
+
+
+class Outcome(IntEnum):
+    """How a site's work ended. The code is all that leaves; the words stay in the site's own log."""
+
+    DONE = 0
+    DATA_UNUSABLE = 1
+    WRONG_CHANNELS = 2
+    DIVERGED = 3
+    GATE_REFUSED = 4
+    PLAN_REFUSED = 5
+    FAILED = 6
+    WORKING = 7  # not the end: a sign of life
+    UNKNOWN = 8  # the site was asked about work that it does not know: send it again
+    TOO_LARGE = 9  # the update would exceed what the site's link may carry
+
+
+class Report(Frozen):
+    """The fixed list of numbers that a site returns beside its update."""
+
+    outcome: Outcome = Outcome.DONE
+    round: Annotated[int, Field(ge=1)]
+    exchange: Annotated[int, Field(ge=0, lt=2**63)]
+    examples: Annotated[int, Field(ge=1, le=2**40)]
+    images_seen: Annotated[int, Field(ge=0, le=2**40)]
+    loss_before: Annotated[float, Field(ge=0)]
+    loss_after: Annotated[float, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
+    skipped_steps: Annotated[int, Field(ge=0)]
+
+
+REPORT_NAMES = tuple(Report.model_fields)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """One message: arrays, numbers, and (only downwards) a document."""
+
+    arrays: Arrays
+    scalars: Scalars
+    document: str = ""
+
+    def size(self) -> int:
+        """Payload in bytes."""
+        return sum(array.nbytes for array in self.arrays.values()) + 8 * len(self.scalars) + len(self.document)

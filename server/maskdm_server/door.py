@@ -1,0 +1,151 @@
+"""The SuperLink behind a door: what a node may send is bounded before it is stored, and what each carries is counted.
+
+Flower's SuperLink takes requests and replies of any size from whoever reaches it. Here a reply of more parts than an
+update can have is refused before one of them is sent, and a part larger than Flower's own chunks by its length.
+
+    python -m maskdm_server.door FOLDER LARGEST_UPDATE [options of flower-superlink]
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from maskdm.runfolder import LineReader, append_line
+
+CHUNK = 5 * 2**20  # Flower's own for arrays
+LARGEST_REQUEST = 2 * CHUNK
+OTHER_OBJECTS = 16  # of a message, besides the chunks of its one array
+WRITE_SECONDS = 1.0
+FLEET = "/v1/fleet/"
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class TooLarge(Exception):
+    """A request that no node of ours would send."""
+
+
+class Door:
+    """ASGI middleware in front of the SuperLink's fleet interface."""
+
+    def __init__(self, app: Any, folder: Path, largest_update: int) -> None:
+        self._app, self._traffic = app, folder / "traffic.json"
+        self._refused = folder / "refused.jsonl"
+        self._most_objects = -(-largest_update // CHUNK) + OTHER_OBJECTS
+        self._carried: dict[int, int] = {}
+        self._written = 0.0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on, once all of it is there and nothing is wrong with it."""
+        path = str(scope.get("path", ""))
+        if scope["type"] != "http" or not path.startswith(FLEET):
+            await self._app(scope, receive, send)
+            return
+        body = bytearray()
+        try:
+            while True:
+                message = await receive()
+                body += message.get("body", b"")
+                if message["type"] != "http.request" or len(body) > LARGEST_REQUEST:
+                    raise TooLarge
+                if not message.get("more_body"):
+                    break
+            self._look_at(path.removeprefix(FLEET), bytes(body))
+        except TooLarge:
+            await send({"type": "http.response.start", "status": 413, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        async def again() -> Message:
+            nonlocal whole
+            message, whole = whole, None
+            return message or await receive()
+
+        await self._app(scope, again, send)
+
+    def _look_at(self, name: str, body: bytes) -> None:
+        from flwr.proto.fleet_pb2 import PushMessagesRequest
+        from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
+        from google.protobuf.message import DecodeError
+
+        try:
+            if name == "push-messages":
+                request = PushMessagesRequest.FromString(body)
+                if sum(_count(tree, self._most_objects) for tree in request.message_object_trees) > self._most_objects:
+                    append_line(self._refused, {"time": time.time(), "site": request.node.node_id})
+                    raise TooLarge
+            elif name == "push-object":
+                self._count(PushObjectRequest.FromString(body).node.node_id, len(body))
+            elif name == "pull-object":
+                self._count(PullObjectRequest.FromString(body).node.node_id, CHUNK)
+        except DecodeError:  # the SuperLink says so itself
+            return
+
+    def _count(self, node: int, size: int) -> None:
+        self._carried[node] = self._carried.get(node, 0) + size
+        if time.monotonic() - self._written > WRITE_SECONDS:
+            self._written = time.monotonic()
+            temporary = self._traffic.with_suffix(".tmp")
+            with suppress(OSError):  # a full disk: whoever watches sees no progress for a while
+                temporary.write_text(json.dumps(self._carried))
+                temporary.replace(self._traffic)
+
+
+class Traffic:
+    """What the door wrote down, read by the process that runs the rounds."""
+
+    def __init__(self, federation: Path) -> None:
+        folder = federation / ".flwr"
+        self._path, self._refused = folder / "traffic.json", LineReader(folder / "refused.jsonl")
+
+    def carried(self) -> Mapping[int, int]:
+        """Bytes carried for each node."""
+        try:
+            return {int(node): int(size) for node, size in json.loads(self._path.read_text()).items()}
+        except (OSError, ValueError):
+            return {}
+
+    def refused(self) -> list[int]:
+        """Nodes whose replies were refused since the last call."""
+        return [int(line["site"]) for line in self._refused.new()]
+
+
+def _count(tree: Any, most: int) -> int:
+    """Objects of a tree, or more than `most` where there are."""
+    count, waiting = 0, [tree]
+    while waiting and count <= most:
+        node = waiting.pop()
+        count += 1
+        waiting.extend(node.children)
+    return count
+
+
+def main(arguments: list[str]) -> None:
+    """Run Flower's SuperLink with the door in front of it."""
+    import flwr.superlink.main as superlink
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+
+    folder, largest_update = Path(arguments[0]), int(arguments[1])
+    create = superlink.create_app
+
+    def create_with_door(*given: Any) -> Any:
+        app = create(*given)
+        app.add_middleware(Door, folder=folder, largest_update=largest_update)
+        return app
+
+    superlink.create_app = create_with_door
+    sys.argv = ["flower-superlink", *arguments[2:]]
+    flower_superlink()
+
+
+if __name__ == "__main__":
+    with suppress(asyncio.CancelledError):
+        main(sys.argv[1:])

@@ -1,0 +1,189 @@
+"""One question to several sites, and what becomes of it: who answered, who failed, who was lost."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskdm.parcel import Outcome, Parcel
+from maskdm.protocol import RoundPlan
+from maskdm_server.aggregation import UpdateRejected
+from maskdm_server.link import Link, Question, Reply
+
+# Each question costs the SuperLink several ms of CPU; a round lasts many seconds.
+POLL_SECONDS = 0.5
+# A site that is at work says so this often.
+HEARTBEAT_SECONDS = 30.0
+# A site that went away gets this long to come back before it is not waited for any more. It may still answer.
+LOST_SECONDS = 30.0
+# A site that comes back, or forgot what it was asked, is asked anew this often in one exchange.
+MOST_QUESTIONS = 5
+
+Say = Callable[[dict[str, Any]], None]
+Clock = Callable[[], float]
+
+
+@dataclass
+class Asked:
+    """Where a site stands in an exchange."""
+
+    heard: float  # when it last made progress
+    questions: int = 1
+    images: int = 0
+    carried: int = 0
+    gone_since: float | None = None
+    over: bool = False  # answered, failed, or given up
+
+
+class Exchange:
+    """Sends a plan, listens until every site has answered or made no progress for too long."""
+
+    def __init__(
+        self,
+        link: Link,
+        plan: RoundPlan,
+        weights: Path,
+        *,
+        deadline: float,
+        limit: float,
+        say: Say,
+        clock: Clock = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._link, self._plan, self._weights = link, plan, weights
+        self._deadline, self._limit, self._say, self._clock, self._pause = deadline, limit, say, clock, pause
+        self._wait = min(HEARTBEAT_SECONDS, deadline / 3)
+        self._document = plan.model_dump_json()
+        self._asked: dict[int, Asked] = {}
+        self._started = clock()
+        self.failed: dict[int, str] = {}
+        self.accepted: set[int] = set()
+        self.silent: set[int] = set()
+        self.late = self.bytes_up = self.bytes_down = 0
+
+    def run(self, choose: Callable[[], Sequence[int]], take: Callable[[int, Parcel], None]) -> None:
+        """Ask whoever `choose` names, also those who come later, until nobody is waited for.
+
+        Args:
+            take: keeps a whole reply, or raises UpdateRejected.
+        """
+        self._invite(choose())
+        while True:
+            for reply in self._link.receive():
+                self._hear(reply, take)
+            self._give_up()
+            if self._clock() - self._started >= self._limit or all(asked.over for asked in self._asked.values()):
+                break
+            self._pause(POLL_SECONDS)
+            self._invite(choose())
+        for site, asked in self._asked.items():
+            if not asked.over:
+                self._silence(site, asked, f"the round reached its limit of {self._limit:.0f} s")
+
+    def seconds(self) -> float:
+        """Since the exchange began."""
+        return self._clock() - self._started
+
+    def _invite(self, sites: Sequence[int]) -> None:
+        new = [site for site in sites if site not in self._asked]
+        if new:
+            self._ask(new)
+            self._say(
+                {
+                    "event": "sent",
+                    "round": self._plan.round,
+                    "rounds": self._plan.rounds,
+                    "exchange": self._plan.exchange,
+                    "clients": len(self._asked),
+                    "action": self._plan.action,
+                }
+            )
+
+    def _ask(self, sites: Sequence[int]) -> None:
+        self._link.ask(
+            sites, Question(self._plan.exchange, self._wait, self._document, self._weights), self._patience()
+        )
+        self.bytes_down += len(sites) * (self._weights.stat().st_size + len(self._document))
+        for site in sites:
+            asked = self._asked.setdefault(site, Asked(self._clock(), questions=0))
+            asked.questions += 1
+            asked.heard, asked.over = self._clock(), False
+
+    def _patience(self) -> float:
+        """How long a message may be under way: a site that is silent for longer is not waited for."""
+        return self._deadline + 2 * self._wait
+
+    def _hear(self, reply: Reply, take: Callable[[int, Parcel], None]) -> None:
+        site, asked, parcel = reply.site, self._asked.get(reply.site), reply.parcel
+        ours = self._plan.exchange
+        if parcel is not None:
+            self.bytes_up += parcel.size()
+        if asked is None or (parcel is not None and parcel.scalars.get("exchange", ours) != ours):
+            self.late += 1
+            self._say({"event": "late", "round": self._plan.round, "site": str(site)})
+        elif site in self.accepted:
+            return
+        elif parcel is None:
+            if reply.lost and asked.questions < MOST_QUESTIONS:
+                asked.gone_since = asked.gone_since or self._clock()
+            else:
+                self._fail(site, asked, reply.problem)
+        elif parcel.scalars.get("outcome") == Outcome.WORKING:
+            self._encourage(site, asked, parcel)
+        elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
+            self._ask([site])
+        else:
+            try:
+                take(site, parcel)
+            except UpdateRejected as reason:
+                self._fail(site, asked, str(reason))
+            else:
+                asked.over = True
+                self.accepted.add(site)
+                self.silent.discard(site)
+
+    def _encourage(self, site: int, asked: Asked, parcel: Parcel) -> None:
+        images = parcel.scalars.get("images_seen", 0)
+        if isinstance(images, int) and asked.images < images <= self._plan.largest_images():
+            asked.images, asked.heard, asked.gone_since = images, self._clock(), None
+            total = sum(other.images for other in self._asked.values())
+            self._say(
+                {"event": "working", "round": self._plan.round, "site": str(site), "images": images, "all": total}
+            )
+        self._link.ask([site], Question(self._plan.exchange, self._wait), self._patience())
+
+    def _give_up(self) -> None:
+        """Stop waiting for those who made no progress for too long, and for those who went away."""
+        there, now = set(self._link.sites()), self._clock()
+        carried = self._link.carried()
+        for site, asked in self._asked.items():
+            if asked.over:
+                continue
+            if carried.get(site, 0) > asked.carried:
+                asked.carried, asked.heard = carried[site], now
+            if site in there and asked.gone_since is not None:  # it is back: what it was asked may be lost
+                asked.gone_since = None
+                if asked.questions < MOST_QUESTIONS:
+                    self._ask([site])
+            elif site not in there:
+                asked.gone_since = asked.gone_since or now
+                if now - asked.gone_since > LOST_SECONDS:
+                    self._silence(site, asked, "the connection to it was lost")
+            if not asked.over and now - asked.heard > self._deadline:
+                self._silence(site, asked, f"no progress for {self._deadline:.0f} s")
+
+    def _silence(self, site: int, asked: Asked, reason: str) -> None:
+        asked.over = True
+        self.silent.add(site)
+        self._say({"event": "silent", "round": self._plan.round, "site": str(site), "reason": reason})
+
+    def reject(self, site: int, reason: str) -> None:
+        """Take back what was taken in."""
+        self.accepted.discard(site)
+        self._fail(site, self._asked[site], reason)
+
+    def _fail(self, site: int, asked: Asked, reason: str) -> None:
+        asked.over = True
+        self.failed[site] = reason
+        self._say({"event": "rejected", "round": self._plan.round, "site": str(site), "reason": reason})

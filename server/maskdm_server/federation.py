@@ -1,0 +1,88 @@
+"""What a federation was asked to be; FED/config.json holds it, so that the same command continues it."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from maskdm.config import Frozen, ModelConfig
+from maskdm.trainable import Trainable, update_shapes
+from maskdm.wire import Encoding, size
+from maskdm_server.optimizers import ServerOptimizer, ServerStep
+from maskdm_server.robust import Rule, needed
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class FederationConfig(Frozen):
+    """All of it. What a site is asked to do, how its answer is judged, and how the answers become the next model."""
+
+    prior_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    federation: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 10
+    min_clients: Annotated[int, Field(ge=1)] = 2  # to begin
+    min_replies: Annotated[int, Field(ge=1)] = 1  # to close a round
+    clients_per_round: Annotated[int, Field(ge=1)] | None = None  # None: all that are there
+    join_deadline: Seconds = 3600.0  # since the last client joined
+    round_deadline: Seconds = 3600.0  # since a client's last progress
+    round_limit: Seconds = 7 * 86400.0  # of a round in all
+    patience: Annotated[int, Field(ge=0)] = 0  # rounds without a better held-out loss; 0: all rounds
+    keep_every: Annotated[int, Field(ge=0)] = 10
+
+    local_images: Annotated[int, Field(ge=1, le=100_000_000)] = 2048
+    local_minutes: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    lr: Annotated[float, Field(gt=0, le=1)] = 5e-5
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    train: Trainable = "all"
+    adapter_rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    encoding: Encoding = "bf16"
+    topk_share: Annotated[float, Field(gt=0, le=1)] = 0.01
+    max_upload: Annotated[int, Field(ge=1)] | None = None
+
+    aggregation: Rule = "mean"
+    byzantine: Annotated[int, Field(ge=0)] = 1  # hostile updates in a round that the robust rules withstand
+    max_norm_ratio: Annotated[float, Field(gt=1)] = 10.0
+    server_optimizer: ServerOptimizer = "fedavg"
+    server_lr: Annotated[float, Field(gt=0)] = 1.0
+    server_betas: tuple[float, float] = (0.9, 0.99)
+    server_epsilon: Annotated[float, Field(gt=0)] = 1e-3
+    server_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _can_work(self) -> Self:
+        least = needed(self.aggregation, self.byzantine)
+        if self.min_replies < least:
+            raise ValueError(
+                f"--aggregation {self.aggregation}, --byzantine {self.byzantine}: needs --min-replies {least} or more"
+            )
+        if self.clients_per_round is not None and self.clients_per_round < self.min_replies:
+            raise ValueError(f"--clients-per-round {self.clients_per_round} is less than --min-replies")
+        return self
+
+    def server_step(self) -> ServerStep:
+        """How the aggregated difference becomes the next model."""
+        return ServerStep(
+            optimizer=self.server_optimizer, lr=self.server_lr, betas=self.server_betas, epsilon=self.server_epsilon
+        )
+
+
+def update_size(config: FederationConfig, model: ModelConfig) -> int:
+    """Bytes of an update of a client."""
+    return size(update_shapes(model, config.train, config.adapter_rank), config.encoding, config.topk_share)
+
+
+def largest_update(config: FederationConfig, model: ModelConfig) -> int:
+    """Bytes that an update may have with everything around it."""
+    return update_size(config, model) + 1_000_000
+
+
+# Continuing with more rounds, other patience or other clocks is the same federation.
+MAY_CHANGE = tuple(
+    f"federation.{name}"
+    for name in (
+        *("rounds", "min_clients", "min_replies", "clients_per_round", "join_deadline", "round_deadline"),
+        *("round_limit", "patience", "keep_every", "max_upload"),
+    )
+)

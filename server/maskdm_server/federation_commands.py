@@ -1,0 +1,123 @@
+"""`maskdm-server serve` and `simulate`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from maskdm import cli
+from maskdm.checkpoint import load_checkpoint
+from maskdm.data.cache import load_corpus
+from maskdm.data.corpus import Corpus
+from maskdm.data.options import Upscale
+from maskdm.data.packing import check_apart
+from maskdm.data.sources import open_source
+from maskdm.errors import UsageError
+from maskdm.processes import Child, free_port
+from maskdm.reporting import say
+from maskdm.runfolder import owned
+from maskdm_server.federation import FederationConfig
+from maskdm_server.inline import simulate_inline, write_settings
+from maskdm_server.options import Out, Prior, federation_options, pixel_policy, with_options
+from maskdm_server.serve import check_address, federation_config, serve
+from maskdm_server.simulate import Rows, split_by_label, split_iid, start_clients, write_shares
+
+
+@with_options(federation_options)
+def serve_command(
+    prior: Prior,
+    out: Out,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    tls: Annotated[Path | None, typer.Option(help="Folder with ca.crt, server.crt, server.key.")] = None,
+    insecure: Annotated[bool, typer.Option(help="Listen without TLS where others can reach it.")] = False,
+    federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
+) -> None:
+    """Hand a prior to institutions, gather their updates round by round, and keep the federated model."""
+    check_address(host, tls, insecure)
+    load_checkpoint(prior, "--prior")
+    config = cli.configure(FederationConfig, federation_config(prior, federation))
+    with owned(out):
+        model = serve(prior, out, config, host=host, port=port, tls=tls)
+    say(f"model: {model}; samples before and after: {out / 'samples'}")
+
+
+@with_options(federation_options, rounds=5)
+def simulate(
+    context: typer.Context,
+    prior: Prior,
+    data: Annotated[list[Path], typer.Option(help="Images to share out, or one --data for each client.")],
+    out: Out,
+    clients: Annotated[int, typer.Option(min=1, help="Institutions.")] = 3,
+    engine: Annotated[
+        Literal["processes", "inline", "ray"],
+        typer.Option(help="Real server and clients; all in this process, one after another; or Flower's simulation."),
+    ] = "processes",
+    split: Annotated[Literal["iid", "label"], typer.Option(help="Equal shares, or Dirichlet label skew.")] = "iid",
+    alpha: Annotated[float, typer.Option(min=1e-3, help="Dirichlet concentration of --split label.")] = 0.5,
+    fraction: Annotated[float, typer.Option(help="Share of its images that each client uses.")] = 0.1,
+    upscale: Upscale = False,
+    federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
+) -> None:
+    """Run a whole federation on this machine: a real Flower server and real clients on loopback."""
+    _, metadata = load_checkpoint(prior, "--prior")
+    if len(data) not in (1, clients):
+        raise UsageError(f"--data is given {len(data)} times for --clients {clients}: give it once, or once a client")
+    everyone = min(clients, federation["clients_per_round"] or clients)
+    wanted: dict[str, float] = {"min_clients": clients, "min_replies": everyone}
+    if engine != "processes":  # clients wait for their turn, and nobody is lost
+        wanted["round_deadline"] = federation["round_limit"]
+    given = cli.given(context)
+    values = federation | {name: value for name, value in wanted.items() if name not in given}
+    config = cli.configure(FederationConfig, federation_config(prior, values))
+    for path in data:
+        check_apart(path, out)
+    simulation = {"clients": clients, "split": split, "alpha": alpha, "fraction": fraction, "upscale": upscale}
+    with owned(out):
+        shares = None
+        if len(data) == 1:
+            shape = metadata.model
+            corpus = load_corpus(open_source(data[0]), pixel_policy(shape.image_size, shape.channels, upscale))
+            say(f"data: {corpus.summary()}")
+            shares = _shares(corpus, clients, split, alpha, config.seed)
+
+        def paths() -> list[Path]:
+            return data if shares is None else write_shares(corpus, shares, out / "sites")
+
+        if engine == "processes":
+            server = f"127.0.0.1:{(port := free_port())}"
+            options = ["--fraction", str(fraction), "--seed", str(config.seed), *(["--upscale"] if upscale else [])]
+
+            def start_sites() -> list[Child]:
+                return start_clients(paths(), out / "sites", server, options)
+
+            model = serve(
+                prior,
+                out,
+                config,
+                host="127.0.0.1",
+                port=port,
+                tls=None,
+                start_sites=start_sites,
+                simulation=simulation,
+            )
+        else:
+            settings = {"fraction": fraction, "seed": config.seed, "upscale": upscale}
+
+            def prepare_sites() -> list[Path]:
+                return write_settings(paths(), out / "sites", settings)
+
+            model = simulate_inline(prior, out, config, prepare_sites, simulation, ray=engine == "ray")
+    say(f"model: {model}; samples before and after: {out / 'samples'}")
+
+
+def _shares(corpus: Corpus, clients: int, split: str, alpha: float, seed: int) -> list[Rows]:
+    rows = corpus.training_rows
+    if split == "iid":
+        if len(rows) < 2 * clients:
+            raise UsageError(f"--data holds {len(rows)} images, too few for --clients {clients}")
+        return split_iid(len(rows), clients, seed)
+    labels = [corpus.label(row) for row in rows]
+    if len(set(labels)) < 2:
+        raise UsageError("--split label needs labels: sub-folders, or an .npz with an array 'labels'")
+    return split_by_label(labels, clients, alpha, seed)

@@ -1,0 +1,44 @@
+"""What the rounds need of a transport, so that they run over Flower, in one process, or in a test."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from maskdm.parcel import Parcel
+
+
+@dataclass(frozen=True)
+class Question:
+    """A plan with its weights; or, without a document, how far the work on it is."""
+
+    exchange: int
+    wait: float  # seconds after which a site that is still at work says so
+    document: str = ""
+    weights: Path | None = None  # of a safetensors file, which goes down as it is
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from a site. `parcel` is None where `problem` says what went wrong on the way."""
+
+    site: int
+    parcel: Parcel | None
+    problem: str = ""
+    lost: bool = False  # the site may come back
+
+
+class Link(Protocol):
+    """A way to reach sites."""
+
+    def sites(self) -> Sequence[int]:
+        """Sites that are there now."""
+
+    def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
+        """Send a question to each site; it is void after so many seconds."""
+
+    def receive(self) -> Iterator[Reply]:
+        """Replies that arrived since the last call, one in memory at a time; does not wait."""
+
+    def carried(self) -> Mapping[int, int]:
+        """Bytes carried from and to each site until now: a slow upload is progress too."""
