@@ -375,11 +375,9 @@ def measure(name: str, act: Callable[[Lab], None], lab: Lab) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", help="one row")
+    parser.add_argument("--only", action="append", choices=ROWS, help="one row; may be given again")
     parser.add_argument("--keep", type=Path, help="folder in which everything is left")
     arguments = parser.parse_args()
-    if arguments.only and arguments.only not in ROWS:
-        parser.error(f"--only {arguments.only}: choose from {', '.join(ROWS)}")
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(exist_ok=True)
     prior, data = prepare(folder)
@@ -389,7 +387,7 @@ def main() -> None:
             lab = Lab(folder / f"undisturbed-{seed}", prior, data, seed)
             rows.append(measure(f"none, seed {seed}", undisturbed, lab))
     for number, (name, act) in enumerate(ROWS.items()):
-        if arguments.only in (None, name):
+        if not arguments.only or name in arguments.only:
             rows.append(measure(name, act, Lab(folder / f"fault-{number}", prior, data)))
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     for row in rows:

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from maskdm.parcel import Outcome, Parcel
+from maskdm.runfolder import append_line
 from maskdm.tensorfile import pack
 from maskdm_client.gate import release_outcome, release_progress
 from maskdm_client.mailbox import Mailbox
@@ -51,7 +52,9 @@ def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
         if parcel is None:
             settings = load_settings(folder)
             return release_progress(*box.progress(exchange), exchange, settings.policy, folder / "audit.jsonl")
-    except Exception:
+    except Exception as error:
+        reason = f"unexpected {type(error).__name__}: {error}"
+        append_line(folder / "events.jsonl", {"event": "failed", "round": 1, "outcome": "FAILED", "reason": reason})
         return release_outcome(Outcome.FAILED, 1, exchange, folder / "audit.jsonl")
     return parcel
 

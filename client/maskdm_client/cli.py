@@ -42,6 +42,9 @@ def join(
     group_csv: GroupCsv = None,
     upscale: Upscale = False,
     window: Window = None,
+    max_upload: Annotated[
+        str | None, typer.Option(help="Largest update that may leave in a round, e.g. 50MB; default: any.")
+    ] = None,
     wait: Annotated[float, typer.Option(help="Seconds to keep trying while the coordinator is not there.")] = 600,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic of matrix products.")] = "auto",
@@ -70,13 +73,14 @@ def join(
         "device": device,
         "precision": precision,
         "threads": threads,
+        "policy": {"max_upload": max_upload and cli.size("--max-upload", max_upload)},
     }
     settings = cli.configure(SiteSettings, values)
     open_source(data)
     check_apart(data, out)
     pick_device(device)
     with owned(out), Interruption() as interruption:
-        may_change = ("site.device", "site.precision", "site.threads")
+        may_change = ("site.device", "site.precision", "site.threads", "site.policy.max_upload")
         claim(out, "client", {"site": settings.model_dump(mode="json")}, may_change=may_change)
         chosen, found = choose_slice(settings, out, interruption.check)
         say(

@@ -146,9 +146,9 @@ def delta(update: Callable[[str], Tensor], name: str, train: Trainable) -> Tenso
 
 
 def squared_norm(update: Callable[[str], Tensor], name: str, train: Trainable) -> float:
-    """‖delta‖² of one weight, summed in double; not finite where the difference is not.
+    """‖delta‖² of one weight, summed in fp32; not finite where the difference is not, or is absurdly large.
 
     Of the very product that will be added: trace((UᵀU)(D Dᵀ)) is cheaper, but factors can be chosen that make it 0, or
     finite, where the product in fp32 is huge, or not finite.
     """
-    return float(torch.linalg.vector_norm(delta(update, name, train), dtype=torch.float64).square())
+    return float(torch.linalg.vector_norm(delta(update, name, train))) ** 2

@@ -11,6 +11,7 @@ keep and add to the next update (error feedback: Karimireddy et al. 2019, arXiv 
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Literal
 
@@ -128,8 +129,10 @@ def encode_bfloat16(tensor: Tensor) -> NDArray[np.uint16]:
 
 
 def decode_bfloat16(bits: NDArray[np.uint16]) -> Tensor:
-    """uint16 bits of bfloat16 → fp32."""
-    return torch.from_numpy(bits.copy()).view(torch.bfloat16).float()
+    """uint16 bits of bfloat16 → fp32, in memory of its own."""
+    with warnings.catch_warnings():  # of memory that may not be written to: it is only read
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(bits).view(torch.bfloat16).float()
 
 
 def _encode_int8(values: Tensor) -> tuple[NDArray[np.generic], NDArray[np.generic]]:

@@ -84,9 +84,9 @@ def simulate_inline(
         if ray:
             from maskdm_server.flower_simulation import simulate_ray
 
-            simulate_ray(out, len(folders), check)
+            simulate_ray(out, len(folders), interruption.check)
         else:
             answer: Answer = import_module(CLIENT).answer
             run_federation(InlineLink(folders, answer, check), out, config, pause=lambda seconds: check())
-        check()
+            check()
     return conclude(out, config)

@@ -86,7 +86,7 @@ class Journal:
         known: Known,
         ema: float,
     ) -> None:
-        """Make the next round count, whole or not at all, and publish its model.
+        """Make the next round count, whole or not at all; `settle` is to follow.
 
         Args:
             changed: new weights; the others stay as they are.
@@ -120,6 +120,13 @@ class Journal:
         about = metadata.model_copy(update={"weights": "raw" if ema else metadata.weights})
         atomic_write(self.model_path(number), chunks(layout, weight, {METADATA_KEY: about.model_dump_json()}))
         self.number, self.metadata, self.known = number, metadata, known
+
+    def settle(self) -> None:
+        """Bring model.safetensors and rounds.jsonl to where the journal is, and remove what is too old.
+
+        Raises:
+            OSError: e.g. a full disk; it may be tried again.
+        """
         self._publish()
         self._mend_lines()
         self._prune()

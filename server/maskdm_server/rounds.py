@@ -196,20 +196,25 @@ class Rounds:
         known = Known(line=line, standings=standings, measured=intake.known, best_round=best_round, best_loss=best_loss)
         changed = next_weights(self.journal.weights(), aggregate.result(), self._moments, self._config)
         metadata = finetuned(self.journal.metadata, self.journal.number + 1, line["images_seen"])
+        ema = self._config.server_ema
+        self._write(lambda: self.journal.commit(metadata, changed, self._moments, known, ema))
+        self._write(self.journal.settle)
+        self.say({"event": "round", "rounds": self._config.rounds, **line})
+
+    def _write(self, act: Callable[[], None]) -> None:
+        """Write to the journal; a full disk is waited for."""
         deadline = self._clock() + DISK_SECONDS
         while True:
             try:
-                self.journal.commit(metadata, changed, self._moments, known, self._config.server_ema)
-                break
+                return act()
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or self._clock() > deadline:
                     raise FederationError(
-                        f"round {self.journal.number + 1} could not be journalled ({error.strerror}): make room in "
-                        f"{self._folder} and run the same command again; the last good model was kept"
+                        f"the round could not be journalled ({error.strerror}): make room in {self._folder} and run "
+                        f"the same command again; the last good model was kept"
                     ) from error
                 self.say({"event": "disk full", "round": self.journal.number + 1, "seconds": DISK_SECONDS})
                 self._pause(min(5.0, DISK_SECONDS))
-        self.say({"event": "round", "rounds": self._config.rounds, **line})
 
     def _line(
         self, plan: RoundPlan, exchange: Exchange, intake: Intake, rejected: int, seconds: float, attempt: int

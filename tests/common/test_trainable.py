@@ -296,6 +296,8 @@ def test_factors_chosen_to_cancel_do_not_hide_what_their_product_adds() -> None:
         "w.down": torch.tensor([[2.0**15], [1], [2.0**15], [1]]),
     }
     added = delta(update.__getitem__, "w", "adapters")
-    assert squared_norm(update.__getitem__, "w", "adapters") == float(added.double().square().sum())
+    assert squared_norm(update.__getitem__, "w", "adapters") == pytest.approx(
+        float(added.double().square().sum()), rel=1e-4
+    )
     overflowing = {"w.up": torch.full((1, 1), 1e25), "w.down": torch.full((1, 1), 1e25)}
     assert not math.isfinite(squared_norm(overflowing.__getitem__, "w", "adapters"))

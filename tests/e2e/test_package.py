@@ -38,14 +38,18 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path: Path, public_corpus: 
     assert where.startswith(str(tmp_path / "fresh"))
 
 
-def test_the_bundle_holds_one_file_that_names_installed_code_and_no_dependency() -> None:
+@pytest.mark.parametrize(
+    ("name", "client"),
+    [("flower-app", "maskdm_client.app:app"), ("flower-simulation", "maskdm_client.simulated:app")],
+)
+def test_a_bundle_holds_one_file_that_names_installed_code_and_no_dependency(name: str, client: str) -> None:
     import tomllib
 
-    assert [path.name for path in bundle().iterdir()] == ["pyproject.toml"]
-    document = tomllib.loads((bundle() / "pyproject.toml").read_text())
+    assert [path.name for path in bundle(name).iterdir()] == ["pyproject.toml"]
+    document = tomllib.loads((bundle(name) / "pyproject.toml").read_text())
     assert document["project"]["dependencies"] == []
     components = document["tool"]["flwr"]["app"]["components"]
-    assert components == {"serverapp": "maskdm_server.app:app", "clientapp": "maskdm_client.app:app"}
+    assert components == {"serverapp": "maskdm_server.app:app", "clientapp": client}
 
 
 def test_the_library_imports_neither_flower_nor_the_other_packages() -> None:
