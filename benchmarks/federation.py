@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskdm.checkpoint import CheckpointMetadata, expected_shapes, save_checkpoint
+from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.model import build_model
 from maskdm.parcel import Parcel
@@ -35,8 +35,9 @@ from maskdm.processes import Child, free_port, port_is_taken, script
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import read_lines, write_json
 from maskdm.tensorfile import pack, unpack
+from maskdm.trainable import expected_shapes
 from maskdm.wire import encode, size
-from maskdm_server.aggregation import StreamingMean
+from maskdm_server.aggregation import StreamingMean, Update
 from maskdm_server.faces import draw_faces
 from maskdm_server.intake import Intake, Measured
 from maskdm_server.superlink import environment
@@ -88,13 +89,12 @@ def packed_update(plan: RoundPlan, seed: int) -> bytes:
 
 def ours(plan: RoundPlan, updates: list[bytes], clients: int) -> None:
     """What the coordinator does with bytes as they come: parse, check, judge, add; and the mean at the end."""
-    shapes = expected_shapes(plan.model.model)
     known = [Measured(norm=0.7, images=64)] * 3
     numbers = {
         **{"outcome": 0, "round": 1, "exchange": 1, "examples": 10, "images_seen": 64, "loss_before": 1.0},
         **{"loss_after": 1.0, "seconds": 1.0, "skipped_steps": 0},
     }
-    mean = StreamingMean(shapes)
+    mean = StreamingMean()
     intake = Intake(plan, mean, known, 10.0, Path())
     for number in range(clients):
         intake.offer(number, Parcel(unpack(updates[number % len(updates)]), numbers), None)
@@ -103,34 +103,45 @@ def ours(plan: RoundPlan, updates: list[bytes], clients: int) -> None:
         pass
 
 
-def aggregation() -> list[dict[str, Any]]:
+def only_the_mean(plan: RoundPlan, updates: list[bytes]) -> None:
+    """The same without the checks, of which Flower's aggregation has none."""
+    mean = StreamingMean()
+    for update in updates:
+        mean.add(Update(unpack(update), plan), 64.0)
+    for _ in mean.result():
+        pass
+
+
+def flower_records() -> list[Any]:
+    """Ten replies as Flower's strategies hold them."""
     from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+
+    rng = np.random.default_rng(0)
+    shapes = expected_shapes(ModelConfig.preset("S", image_size=64, channels=3)).items()
+    records = []
+    for _ in range(10):
+        arrays = {n: Array(rng.standard_normal(s, dtype=np.float32) * np.float32(1e-4)) for n, s in shapes}
+        numbers = MetricRecord({"num-examples": 64})
+        records.append(RecordDict({"arrays": ArrayRecord(arrays), "metrics": numbers}))
+    return records
+
+
+def aggregation() -> list[dict[str, Any]]:
     from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
     plan = s_plan("bf16")
     updates = [packed_update(plan, seed) for seed in range(10)]
-    rng = np.random.default_rng(0)
-    shapes = expected_shapes(plan.model.model)
-    records = [
-        RecordDict(
-            {
-                "arrays": ArrayRecord(
-                    {n: Array(rng.standard_normal(s, dtype=np.float32) * np.float32(1e-4)) for n, s in shapes.items()}
-                ),
-                "metrics": MetricRecord({"num-examples": 64}),
-            }
-        )
-        for _ in range(10)
-    ]
-    times: dict[str, list[float]] = {"ours, bf16": [], "ours, fp32": [], "ours, int8": [], "flower, fp32": []}
+    records = flower_records()
     variants: dict[str, Callable[[], Any]] = {
         "flower, fp32": lambda: aggregate_arrayrecords(records, "num-examples"),
         "ours, bf16": lambda: ours(plan, updates, 10),
+        "ours, bf16, without checks": lambda: only_the_mean(plan, updates),
     }
     for encoding in ("fp32", "int8"):
         other = s_plan(encoding)
         those = [packed_update(other, seed) for seed in range(10)]
         variants[f"ours, {encoding}"] = lambda o=other, t=those: ours(o, t, 10)  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(REPEATS):
         for name, act in variants.items():
             started = time.perf_counter()
@@ -147,8 +158,9 @@ def aggregation() -> list[dict[str, Any]]:
         before = forget_peak()
         ours(plan, updates, clients)
         rows.append({"what": "memory of aggregating", "clients": clients, "extra_mib": round(peak_rss() - before)})
+    records.clear()
     before = forget_peak()
-    aggregate_arrayrecords(records, "num-examples")
+    aggregate_arrayrecords(flower_records(), "num-examples")
     rows.append({"what": "memory of aggregating", "clients": "10, flower", "extra_mib": round(peak_rss() - before)})
     return rows
 
@@ -236,7 +248,7 @@ def flower_round(folder: Path, parameters: int) -> dict[str, Any]:
         nodes = [
             Child([*node, "--port", str(free_port())], log=home / f"node-{n}.log", environment=around) for n in range(2)
         ]
-        run = [script("flwr"), "run", str(FLOWER / "bundle"), "peer"]
+        run = [script("flwr"), "run", str(FLOWER), "peer"]
         subprocess.run(run, env={**os.environ, **around}, check=True, stdout=subprocess.DEVNULL)
         while not result.exists() and superlink.exit_code() is None:
             time.sleep(0.2)

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from maskdm.checkpoint import expected_shapes, first_problem, model_from, save_checkpoint
+from maskdm.checkpoint import first_problem, model_from, save_checkpoint
 from maskdm.data.pixels import IsColour
 from maskdm.data.preflight import compare
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
@@ -22,6 +22,7 @@ from maskdm.precision import pick_device
 from maskdm.protocol import RoundPlan, work_key
 from maskdm.runfolder import append_line
 from maskdm.tensorfile import unpack
+from maskdm.trainable import expected_shapes
 from maskdm.wire import size
 from maskdm_client.fine_tuning import Saved, Superseded, fine_tune, held_out_loss
 from maskdm_client.gate import record, release_numbers, release_outcome, release_update

@@ -120,7 +120,7 @@ class Worker:
         self._process.close()
 
     def _start(self) -> Child:
-        command = [sys.executable, "-m", "maskdm_client.worker", str(self._folder)]
+        command = [sys.executable, "-m", "maskdm_client.worker", str(self._folder.resolve())]
         return Child(command, log=self._folder / "logs" / "worker.log")
 
 
@@ -151,7 +151,7 @@ def _start(folder: Path, host: str, port: int, certificate: Path | None) -> Chil
     environment = {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_HOME": str(home),
+        "FLWR_HOME": str(home.resolve()),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         **script_environment(),
     }

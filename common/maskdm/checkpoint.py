@@ -21,6 +21,7 @@ from maskdm.model import Network, network, resize_positions
 from maskdm.processes import is_first
 from maskdm.runfolder import atomic_write
 from maskdm.tensorfile import chunks
+from maskdm.trainable import expected_shapes
 from maskdm.training import TrainingState, optimizer_tensors, put_weights, restore_optimizer
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -127,12 +128,6 @@ def load_weights(model: Network, path: Path, option: str) -> None:
                 f"{old.channels} channels and {old.classes} classes, which does not fit: {name} differs"
             )
     model.load_state_dict(weights)
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights, without allocating them."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in network(config).named_parameters()}
 
 
 def save_state(path: Path, state: TrainingState, config: TrainingConfig) -> None:

@@ -8,6 +8,7 @@ section 4.1, scale 1). What goes up is called after the weight that it changes.
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -44,9 +45,19 @@ def changed_weights(config: ModelConfig, train: Trainable) -> tuple[str, ...]:
     return tuple(_changed(config, train))
 
 
-def _changed(config: ModelConfig, train: Trainable) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all weights, without allocating them."""
+    return dict(_shapes_of(config))
+
+
+@lru_cache(maxsize=8)  # asked for every update, and a network takes tens of milliseconds to make
+def _shapes_of(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in network(config).named_parameters()}
+        return tuple((name, tuple(p.shape)) for name, p in network(config).named_parameters())
+
+
+def _changed(config: ModelConfig, train: Trainable) -> dict[str, tuple[int, ...]]:
+    shapes = expected_shapes(config)
     if train == "norm-bias":
         return {name: shape for name, shape in shapes.items() if len(shape) == 1}
     if train == "adapters":
@@ -151,4 +162,4 @@ def squared_norm(update: Callable[[str], Tensor], name: str, train: Trainable) -
     Of the very product that will be added: trace((UᵀU)(D Dᵀ)) is cheaper, but factors can be chosen that make it 0, or
     finite, where the product in fp32 is huge, or not finite.
     """
-    return float(torch.linalg.vector_norm(delta(update, name, train))) ** 2
+    return float(torch.linalg.vector_norm(delta(update, name, train), dtype=torch.float32)) ** 2

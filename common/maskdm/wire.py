@@ -130,9 +130,14 @@ def encode_bfloat16(tensor: Tensor) -> NDArray[np.uint16]:
 
 def decode_bfloat16(bits: NDArray[np.uint16]) -> Tensor:
     """uint16 bits of bfloat16 → fp32, in memory of its own."""
-    with warnings.catch_warnings():  # of memory that may not be written to: it is only read
+    return as_bfloat16(bits).float()
+
+
+def as_bfloat16(bits: NDArray[np.uint16]) -> Tensor:
+    """uint16 bits of bfloat16 as such a tensor, which shares their memory and is only to be read."""
+    with warnings.catch_warnings():  # of memory that may not be written to
         warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(bits).view(torch.bfloat16).float()
+        return torch.from_numpy(bits).view(torch.bfloat16)
 
 
 def _encode_int8(values: Tensor) -> tuple[NDArray[np.generic], NDArray[np.generic]]:

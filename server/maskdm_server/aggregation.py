@@ -1,10 +1,9 @@
 """Checks updates as they arrive and adds them up, one in memory at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
 from maskdm.tensorfile import Arrays, chunks, layout_of, unpack
 from maskdm.trainable import changed_weights, delta, squared_norm
-from maskdm.wire import check, decode
+from maskdm.wire import as_bfloat16, check, decode
 from maskdm_server.robust import Rule, robust_delta
 
 GROWTH = 2  # a site's slice may have grown so many times since the site first said how large it is
@@ -61,7 +60,7 @@ class Update:
         self.names = changed_weights(plan.model.model, plan.train)
 
     def delta(self, name: str) -> Tensor:
-        """The difference of one weight, fp32, in memory of its own."""
+        """The difference of one weight, only to be read; fp32, or bfloat16 as it came, which spares a copy."""
         return delta(self._decoded, name, self._plan.train)
 
     def norm(self) -> float:
@@ -88,14 +87,16 @@ class Update:
         return cls(unpack(np.memmap(path, np.uint8, "r")), plan)
 
     def _decoded(self, name: str) -> Tensor:
+        if self._plan.encoding == "bf16" and self._plan.train != "adapters":
+            return as_bfloat16(self._arrays[name])  # type: ignore[arg-type]
         return decode(self._arrays, name, self._shapes[name], self._plan.encoding)
 
 
 class StreamingMean:
     """Weighted mean of updates in fp32: Σ wᵢ·Δᵢ / Σ wᵢ, constant memory in the number of updates."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._sum = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    def __init__(self) -> None:
+        self._sum: dict[str, Tensor] = {}
         self._weight = 0.0
         self.count = 0
 
@@ -103,7 +104,11 @@ class StreamingMean:
         """Add one update whose values are finite."""
         assert weight > 0
         for name in update.names:
-            self._sum[name].add_(update.delta(name), alpha=weight)
+            difference = update.delta(name)
+            if self.count:
+                self._sum[name].add_(difference, alpha=weight)
+            else:
+                self._sum[name] = difference.float() * weight
         self._weight += weight
         self.count += 1
 

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from maskdm.checkpoint import METADATA_KEY, CheckpointMetadata, describe_checkpoint, expected_shapes, sha256_of
+from maskdm.checkpoint import METADATA_KEY, CheckpointMetadata, describe_checkpoint, sha256_of
 from maskdm.config import Frozen
 from maskdm.errors import CheckpointError
 from maskdm.runfolder import append_line, atomic_write, keep_lines, read_lines
 from maskdm.tensorfile import Arrays, chunks, metadata_of, unpack
+from maskdm.trainable import expected_shapes
 from maskdm_server.intake import Measured
 from maskdm_server.optimizers import Moments
 from maskdm_server.standings import Standing

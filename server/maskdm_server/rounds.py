@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from maskdm.checkpoint import CheckpointMetadata, describe_checkpoint, expected_shapes
+from maskdm.checkpoint import CheckpointMetadata, describe_checkpoint
 from maskdm.config import MaskConfig
 from maskdm.errors import FederationError
 from maskdm.parcel import Parcel, Report
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import append_line, read_lines, write_json
-from maskdm.trainable import changed_weights
 from maskdm_server.aggregation import Aggregate, HeldUpdates, StreamingMean
 from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange
 from maskdm_server.federation import FederationConfig, update_size
@@ -176,7 +175,7 @@ class Rounds:
         if self.journal.number:
             plan = plan.model_copy(update={"model": describe_checkpoint(weights, "--out")})
         with self._scratch() as scratch:
-            intake = Intake(plan, StreamingMean({}), [], self._config.max_norm_ratio, scratch)
+            intake = Intake(plan, StreamingMean(), [], self._config.max_norm_ratio, scratch)
             exchange = self._exchange(plan, min(FAREWELL_SECONDS, self._config.round_deadline), weights)
 
             def take(site: int, parcel: Parcel) -> None:
@@ -239,8 +238,7 @@ class Rounds:
     def _aggregate(self, plan: RoundPlan, scratch: Path) -> Aggregate:
         config = self._config
         if config.aggregation == "mean":
-            shapes = expected_shapes(plan.model.model)
-            return StreamingMean({name: shapes[name] for name in changed_weights(plan.model.model, plan.train)})
+            return StreamingMean()
         return HeldUpdates(config.aggregation, config.byzantine, plan, scratch)
 
     def _exchange(self, plan: RoundPlan, deadline: float, weights: Path | None = None) -> Exchange:

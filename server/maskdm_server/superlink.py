@@ -74,7 +74,7 @@ class SuperLink:
         self._processes = {name: self._start(name) for name in self._commands}
 
     def _commands_for(self, host: str, port: int, largest_update: int) -> dict[str, list[str]]:
-        link = [sys.executable, "-m", "maskdm_server.door", str(self._home), str(largest_update)]
+        link = [sys.executable, "-m", "maskdm_server.door", str(self._home.resolve()), str(largest_update)]
         link += ["--host", host, "--port", str(port), "--isolation", "process"]
         link += ["--database", str(self._home.resolve() / "superlink.db")]
         link += ["--disable-runtime-dependency-installation"]

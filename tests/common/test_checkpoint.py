@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskdm.checkpoint import (
+    METADATA_KEY,
     CheckpointMetadata,
+    describe_checkpoint,
     load_checkpoint,
     load_state,
     load_weights,
@@ -22,6 +25,7 @@ from maskdm.checkpoint import (
 from maskdm.config import ModelConfig, TrainingConfig
 from maskdm.errors import CheckpointError
 from maskdm.model import build_model
+from maskdm.trainable import expected_shapes
 from maskdm.training import TrainingState
 
 
@@ -46,6 +50,74 @@ def test_weights_and_metadata_survive_a_round_trip(
     assert description == metadata
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_the_safetensors_package_reads_a_checkpoint(
+    tmp_path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata
+) -> None:
+    save_checkpoint(tmp_path / "a.safetensors", weights, metadata)
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert CheckpointMetadata.model_validate_json(file.metadata()[METADATA_KEY]) == metadata
+
+
+def test_views_and_weights_that_share_memory_are_saved_as_what_they_show(
+    tmp_path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata
+) -> None:
+    shared = torch.randn(max(tensor.numel() for tensor in weights.values()))
+    views = {
+        name: shared[: t.numel()].view(t.shape[::-1]).permute(*range(t.dim())[::-1]) for name, t in weights.items()
+    }
+    assert not all(tensor.is_contiguous() for tensor in views.values())
+    save_checkpoint(tmp_path / "a.safetensors", views, metadata)
+    found, _ = load_checkpoint(tmp_path / "a.safetensors")
+    assert all(torch.equal(found[name], views[name]) for name in weights)
+
+
+def test_a_checkpoint_that_cannot_be_saved_leaves_the_old_one(
+    tmp_path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, weights, metadata)
+    before = path.read_bytes()
+    broken = weights | {list(weights)[-1]: torch.zeros_like(list(weights.values())[-1], device="meta")}
+    with pytest.raises(NotImplementedError, match="meta"):
+        save_checkpoint(path, broken, metadata)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_checkpoint_describes_itself_before_its_weights_are_read(
+    tmp_path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, weights, metadata)
+    assert describe_checkpoint(path) == metadata
+    weights["norm.bias"][0] = float("nan")
+    save_checkpoint(path, weights, metadata)
+    assert describe_checkpoint(path) == metadata, "values are not looked at"
+
+
+def test_a_description_is_refused_as_the_checkpoint_would_be(
+    tmp_path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata
+) -> None:
+    (tmp_path / "folder").mkdir()
+    whole = write(tmp_path / "whole", weights, metadata)
+    (tmp_path / "torn").write_bytes(whole.read_bytes()[:-4])
+    save_file(weights, tmp_path / "foreign", None)
+    write(tmp_path / "newer", weights, metadata, schema_version=2)
+    write(tmp_path / "damaged", weights, metadata, images_seen=-1)
+    write(tmp_path / "missing", {n: t for n, t in weights.items() if n != "norm.weight"}, metadata)
+    write(tmp_path / "additional", weights | {"a.buffer": torch.zeros(1)}, metadata)
+    write(tmp_path / "bent", weights | {"head.bias": torch.zeros(5)}, metadata)
+    for path in [*sorted(set(tmp_path.iterdir()) - {whole}), tmp_path / "nowhere"]:
+        with pytest.raises(CheckpointError, match=f"^--prior {path}") as expected:
+            load_checkpoint(path, "--prior")
+        with pytest.raises(CheckpointError) as found:
+            describe_checkpoint(path, "--prior")
+        assert str(found.value) == str(expected.value)
 
 
 def test_a_model_from_a_checkpoint_computes_what_the_saved_model_computed(
@@ -207,6 +279,32 @@ def test_nothing_is_ever_unpickled(tmp_path: Path, tiny: ModelConfig) -> None:
         with pytest.raises(CheckpointError):
             load_state(tmp_path / name, TrainingState.fresh(build_model(tiny), TrainingConfig()))
     assert not sprung.exists()
+
+
+def test_a_state_holds_every_number_as_fp32_and_the_safetensors_package_reads_it(
+    tmp_path: Path, tiny: ModelConfig
+) -> None:
+    config, model = TrainingConfig(seed=7), build_model(tiny, seed=1)
+    state = TrainingState.fresh(model, config)
+    model(torch.randn(2, 16, 4), None, torch.tensor([1.0, 40.0])).square().mean().backward()
+    state.optimizer.step()
+    state.images_seen, state.steps = 12, 3
+    save_state(tmp_path / "state.safetensors", state, config)
+    found = load_file(tmp_path / "state.safetensors")
+    kinds = ("raw", "ema", "optimizer.step", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    shapes = {f"{kind}.{name}": shape for kind in kinds for name, shape in expected_shapes(tiny).items()}
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        name: () if name.startswith("optimizer.step.") else shape for name, shape in shapes.items()
+    }
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[f"raw.{name}"], parameter)
+        assert torch.equal(found[f"ema.{name}"], state.average[name])
+        assert torch.equal(found[f"optimizer.exp_avg.{name}"], state.optimizer.state[parameter]["exp_avg"])
+        assert float(found[f"optimizer.step.{name}"]) == 1
+    with safe_open(tmp_path / "state.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()[METADATA_KEY])
+    assert about == {"schema_version": 1, "seed": 7, "images_seen": 12, "steps": 3, "skipped": 0}
 
 
 def test_the_state_of_another_model_cannot_be_resumed(tmp_path: Path, tiny: ModelConfig) -> None:

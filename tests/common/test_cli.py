@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from maskdm import cli
 from maskdm.config import MaskConfig, ModelConfig
@@ -206,3 +209,53 @@ def test_a_value_that_does_not_fit_names_its_option() -> None:
 def test_values_that_do_not_fit_together_are_explained() -> None:
     with pytest.raises(UsageError, match=r"^patch size 5 does not divide image size 64$"):
         cli.configure(ModelConfig, {"patch_size": 5})
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("50000", 50_000), ("200K", 200_000), ("200k", 200_000), ("1.5M", 1_500_000), (" 3 M ", 3_000_000), ("2e3", 2000)],
+)
+def test_counts_are_read_with_their_unit(text: str, number: int) -> None:
+    assert cli.count("--images", text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1234", 1234), ("500KB", 500_000), ("50MB", 50_000_000), ("50 mb", 50_000_000), ("1.1GB", 1_100_000_000)],
+)
+def test_sizes_are_read_with_their_unit(text: str, number: int) -> None:
+    assert cli.size("--max-upload", text) == number
+
+
+@given(st.integers(0, 10**9), st.sampled_from([("", 1), ("K", 10**3), ("M", 10**6)]))
+def test_whole_numbers_are_read_exactly(number: int, unit: tuple[str, int]) -> None:
+    assert cli.count("--images", f"{number}{unit[0]}") == number * unit[1]
+    assert cli.size("--max-upload", f"{number}{unit[0]}{'B' if unit[0] else ''}") == number * unit[1]
+
+
+@given(st.integers(0, 10**6))
+def test_thousandths_of_a_unit_are_read_exactly(thousandths: int) -> None:
+    text = f"{thousandths // 1000}.{thousandths % 1000:03d}"
+    assert cli.count("--images", f"{text}K") == thousandths
+    assert cli.size("--max-upload", f"{text}GB") == thousandths * 10**6
+
+
+@pytest.mark.parametrize(
+    "text", ["", "K", "many", "1,5K", "5K5", "KK", "5KM", "0x10", "nan", "inf", "-infM", "1e999", "2G"]
+)
+def test_what_is_no_count_is_refused_under_the_name_of_its_option(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^--images .*: give a number such as 50000, 200K or 1\.5M$"):
+        cli.count("--images", text)
+
+
+@pytest.mark.parametrize("text", ["", "MB", "5M", "5B", "5MiB", "5TB", "50 M B", "nanKB", "1e999"])
+def test_what_is_no_size_is_refused_under_the_name_of_its_option(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^--max-upload .*: give a number such as 500KB, 50MB or 1\.5GB$"):
+        cli.size("--max-upload", text)
+
+
+@given(st.one_of(st.text(max_size=8), st.from_regex(r"\A[-+]?[0-9._eE]{0,8}[kKmMgGbB ]{0,3}\Z")))
+def test_whatever_is_typed_is_a_number_or_a_mistake_of_the_user(text: str) -> None:
+    for read in (cli.count, cli.size):
+        with suppress(UsageError):
+            assert type(read("--images", text)) is int

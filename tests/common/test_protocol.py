@@ -1,140 +1,46 @@
-"""Messages between coordinator and site: exact numbers, fixed lists."""
+"""What a coordinator may ask, and when it asks for the same work again."""
 
-from typing import Any
+import json
+from itertools import product
+from typing import Any, Literal, get_args
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays_of
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from maskdm.checkpoint import CheckpointMetadata
-from maskdm.protocol import (
-    REPORT_NAMES,
-    Outcome,
-    Parcel,
-    Report,
-    RoundPlan,
-    decode_bfloat16,
-    encode_bfloat16,
-    from_arrays,
-    pack,
-    to_arrays,
-    unpack,
-)
+from maskdm.config import MaskConfig, Stage, TrainingConfig
+from maskdm.protocol import PROTOCOL_VERSION, RoundPlan, work_key
+from maskdm.trainable import Trainable, expected_shapes, update_shapes
 
-REPORT: dict[str, Any] = {
-    "round": 1,
-    "examples": 10,
-    "images_seen": 64,
-    "loss_before": 1.0,
-    "loss_after": 0.5,
-    "seconds": 2.0,
-    "skipped_steps": 0,
+WEIGHTS = bytes(range(100))
+
+# Another value for everything that belongs to the work.
+CHANGES: dict[str, Any] = {
+    "federation": "f" * 16,
+    "action": "measure",
+    "round": 2,
+    "rounds": 3,
+    "local_images": 65,
+    "local_minutes": 1.5,
+    "batch_size": 9,
+    "lr": 1.0000001e-3,
+    "proximal": 1e-9,
+    "train": "adapters",
+    "adapter_rank": 4,
+    "encoding": "int8",
+    "topk_share": 0.011,
+    "seed": 1,
 }
 
-normal = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-30)
 
-
-@given(arrays_of.arrays(np.float32, arrays_of.array_shapes(max_dims=3, max_side=4), elements=normal))
-def test_updates_lose_at_most_one_part_in_256_on_their_way(values: NDArray[np.float32]) -> None:
-    bits = encode_bfloat16(torch.from_numpy(values))
-    assert bits.dtype == np.uint16
-    assert bits.shape == values.shape
-    found = decode_bfloat16(bits).numpy()
-    assert found.dtype == np.float32
-    assert (np.abs(found - values) <= np.abs(values) * 2.0**-8).all()
-
-
-@given(arrays_of.arrays(np.uint16, 8))
-def test_what_bfloat16_can_hold_survives_exactly(bits: NDArray[np.uint16]) -> None:
-    values = decode_bfloat16(bits)
-    again = decode_bfloat16(encode_bfloat16(values))
-    assert torch.equal(again[~values.isnan()], values[~values.isnan()])
-    assert torch.equal(again.isnan(), values.isnan())
-
-
-def test_non_finite_values_stay_visible() -> None:
-    values = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    assert decode_bfloat16(encode_bfloat16(values)).isfinite().tolist() == [False, False, False]
-
-
-def test_weights_travel_down_without_any_loss() -> None:
-    weights = {"a": torch.randn(3, 2), "b": torch.randn(())}
-    found = from_arrays(to_arrays(weights))
-    assert all(torch.equal(found[name], weights[name]) for name in weights)
-    found["a"].add_(1)
-    assert not torch.equal(found["a"], weights["a"])  # a copy
-
-
-some_arrays = st.one_of(
-    arrays_of.arrays(np.float32, arrays_of.array_shapes(min_dims=0, max_dims=3, max_side=4)),
-    arrays_of.arrays(np.uint16, arrays_of.array_shapes(min_dims=0, max_dims=3, max_side=4)),
-)
-
-
-@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"), some_arrays))
-def test_packed_arrays_come_back_bit_for_bit(arrays: dict[str, NDArray[np.generic]]) -> None:
-    found = unpack(pack(arrays))
-    assert found.keys() == arrays.keys()
-    for name, array in arrays.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
-        assert found[name].tobytes() == array.tobytes()
-
-
-def test_a_view_is_packed_in_its_own_order() -> None:
-    view = np.arange(6, dtype=np.float32).reshape(2, 3).T
-    assert np.array_equal(unpack(pack({"a": view}))["a"], view)
-
-
-@given(st.binary(max_size=64), st.integers(0, 200))
-def test_bytes_that_are_no_whole_document_are_refused(garbage: bytes, cut: int) -> None:
-    whole = pack({"a": np.arange(8, dtype=np.float32)})
-    for packed in (np.frombuffer(garbage, np.uint8), whole[: min(cut, len(whole) - 1)]):
-        if packed.tobytes() != pack({}).tobytes():
-            with pytest.raises(ValueError, match="safetensors"):
-                unpack(packed)
-    for wrong in (whole.view(np.int8), whole[None]):
-        with pytest.raises(ValueError, match="must be bytes"):
-            unpack(wrong)
-
-
-def test_a_report_holds_a_fixed_list_of_numbers() -> None:
-    report = Report.model_validate(REPORT)
-    assert report.outcome is Outcome.DONE
-    assert set(REPORT_NAMES) == {*REPORT, "outcome"}
-    assert all(isinstance(value, (int, float)) for value in report.model_dump(mode="json").values())
-    assert Report.model_validate(report.model_dump(mode="json")) == report
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"hospital": 1},
-        {"loss_after": float("nan")},
-        {"loss_before": float("inf")},
-        {"examples": 0},
-        {"examples": 2**41},
-        {"images_seen": -1},
-        {"round": 0},
-        {"outcome": 9},
-    ],
-)
-def test_a_report_with_anything_else_is_refused(change: dict[str, float]) -> None:
-    with pytest.raises(ValidationError):
-        Report.model_validate(REPORT | change)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"command": "rm"}, {"protocol": 2}, {"action": "upload"}, {"federation": "short"}, {"rounds": 0}, {"lr": 2}],
-)
-def test_a_plan_with_anything_else_is_refused(metadata: CheckpointMetadata, change: dict[str, Any]) -> None:
-    plan = {
+@pytest.fixture(scope="session")
+def asked(metadata: CheckpointMetadata) -> dict[str, Any]:
+    """A plan as it is before anybody checked it."""
+    return {
         "federation": "0123456789abcdef",
+        "exchange": 1,
         "action": "train",
         "round": 1,
         "rounds": 2,
@@ -142,14 +48,187 @@ def test_a_plan_with_anything_else_is_refused(metadata: CheckpointMetadata, chan
         "batch_size": 8,
         "lr": 1e-3,
         "seed": 0,
-        "model": metadata.model_dump(),
+        "model": metadata.model_dump(mode="json"),
     }
-    good = RoundPlan.model_validate(plan)
-    assert RoundPlan.model_validate_json(good.model_dump_json()) == good
+
+
+@pytest.fixture(scope="session")
+def plan(asked: dict[str, Any]) -> RoundPlan:
+    """The plan that was asked for."""
+    return RoundPlan.model_validate(asked)
+
+
+def test_a_plan_survives_its_way(plan: RoundPlan, asked: dict[str, Any]) -> None:
+    assert plan.protocol == PROTOCOL_VERSION == 2
+    assert RoundPlan.model_validate_json(plan.model_dump_json()) == plan
+    assert RoundPlan.model_validate_json(json.dumps(asked)) == plan
+
+
+@given(
+    st.floats(0, 1, exclude_min=True),
+    st.floats(0, allow_infinity=False),
+    st.floats(0, 1e5, exclude_min=True) | st.none(),
+)
+@example(5e-324, 1.7976931348623157e308, 1e5)
+def test_fractions_survive_their_way_exactly(
+    plan: RoundPlan, lr: float, proximal: float, local_minutes: float | None
+) -> None:
+    changed = plan.model_copy(update={"lr": lr, "proximal": proximal, "local_minutes": local_minutes})
+    found = RoundPlan.model_validate_json(changed.model_dump_json())
+    assert found == changed
+    assert work_key(found, WEIGHTS) == work_key(changed, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("protocol", [2], [1, 3, "2", True]),
+        ("federation", ["0" * 16], ["short", "0" * 17, "0" * 16 + "\n", "F" * 16, "../../../../etc/a", None, 1]),
+        ("exchange", [0, 2**63 - 1], [-1, 2**63, 0.5]),
+        ("action", ["train", "measure", "finish"], ["upload", "Train", "", None]),
+        ("round", [1, 2**40], [0, -1, 1.5]),
+        ("rounds", [1, 100_000], [0, 100_001]),
+        ("local_images", [1, 100_000_000], [0, 100_000_001]),
+        ("local_minutes", [None, 0.001, 100_000], [0, -1, 100_001, float("nan"), float("inf")]),
+        ("batch_size", [1, 65_536], [0, 65_537]),
+        ("lr", [1e-9, 1], [0, -1e-3, 1.1, float("nan"), float("inf"), None]),
+        ("proximal", [0, 1e9], [-1e-9, float("nan"), float("inf")]),
+        ("train", list(get_args(Trainable)), ["some", "", None]),
+        ("adapter_rank", [1, 4096], [0, 4097]),
+        ("encoding", ["bf16", "fp32", "int8", "topk"], ["fp16", "", None]),
+        ("topk_share", [1e-6, 1], [0, -0.1, 1.1, float("nan")]),
+        ("seed", [0, 2**63], [-1, 0.5]),
+        ("model", [], [None, {}, {"model": {}}, "a"]),
+    ],
+)
+def test_a_plan_has_bounds(asked: dict[str, Any], name: str, good: list[object], bad: list[object]) -> None:
+    assert name in RoundPlan.model_fields
+    for value in good:
+        assert getattr(RoundPlan.model_validate(asked | {name: value}), name) == value
+    for value in bad:
+        with pytest.raises(ValidationError, match=name):
+            RoundPlan.model_validate(asked | {name: value})
+
+
+def test_a_plan_needs_whatever_has_no_usual_value(asked: dict[str, Any]) -> None:
+    for name in asked:
+        with pytest.raises(ValidationError, match=f"{name}\n  Field required"):
+            RoundPlan.model_validate({key: value for key, value in asked.items() if key != name})
+
+
+@pytest.mark.parametrize("where", [(), ("model",), ("model", "model"), ("model", "diffusion"), ("model", "mask")])
+def test_a_plan_with_an_unknown_key_is_refused_wherever_it_stands(
+    asked: dict[str, Any], where: tuple[str, ...]
+) -> None:
+    wrong = json.loads(json.dumps(asked))
+    inside = wrong
+    for name in where:
+        inside = inside[name]
+    inside["command"] = "rm"
+    with pytest.raises(ValidationError, match=r"command\n  Extra inputs"):
+        RoundPlan.model_validate(wrong)
+
+
+def test_a_plan_of_a_model_that_cannot_be_is_refused(asked: dict[str, Any]) -> None:
+    wrong = json.loads(json.dumps(asked))
+    wrong["model"]["model"]["dim"] = 2**40
+    with pytest.raises(ValidationError, match=r"model\.model\.dim"):
+        RoundPlan.model_validate(wrong)
+
+
+@pytest.mark.parametrize("document", ["", "{", "[]", "null", "7", '"plan"', "[" * 10**5, '{"a":' * 10**5, "NaN", "\0"])
+def test_what_is_no_plan_at_all_is_refused(document: str) -> None:
     with pytest.raises(ValidationError):
-        RoundPlan.model_validate(plan | change)
+        RoundPlan.model_validate_json(document)
 
 
-def test_the_size_of_a_parcel_is_its_payload() -> None:
-    parcel = Parcel({"a": np.zeros((3, 2), np.uint16)}, {"x": 1, "y": 2.0}, "four")
-    assert parcel.size() == 12 + 16 + 4
+def test_a_plan_cannot_be_changed(plan: RoundPlan) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        plan.lr = 1
+
+
+@pytest.mark.parametrize("train", get_args(Trainable))
+@pytest.mark.parametrize("rank", [1, 5])
+def test_an_update_has_the_shapes_of_what_is_trained(plan: RoundPlan, train: Trainable, rank: int) -> None:
+    shapes = plan.model_copy(update={"train": train, "adapter_rank": rank}).shapes()
+    weights = expected_shapes(plan.model.model)
+    assert shapes == update_shapes(plan.model.model, train, rank)
+    match train:
+        case "all":
+            assert shapes == weights
+        case "norm-bias":
+            assert shapes == {name: shape for name, shape in weights.items() if len(shape) == 1}
+        case "adapters":
+            assert {shape.index(rank) if rank in shape else -1 for shape in shapes.values()} == {0, 1}
+            assert {name.rpartition(".")[0] for name in shapes} < weights.keys()
+
+
+@pytest.mark.parametrize(("action", "train"), list(product(["measure", "finish"], get_args(Trainable))))
+def test_who_only_measures_sends_no_update(
+    plan: RoundPlan, action: Literal["measure", "finish"], train: Trainable
+) -> None:
+    assert plan.model_copy(update={"action": action, "train": train}).shapes() == {}
+
+
+@given(st.integers(1, 100_000_000), st.integers(1, 65_536))
+@example(64, 8)
+@example(1, 65_536)
+def test_a_site_sees_whole_batches_and_none_that_begins_after_enough(
+    plan: RoundPlan, local_images: int, batch_size: int
+) -> None:
+    largest = plan.model_copy(update={"local_images": local_images, "batch_size": batch_size}).largest_images()
+    assert largest % batch_size == 0
+    assert local_images <= largest < local_images + batch_size
+    training = TrainingConfig(images=local_images, batch_size=batch_size)
+    assert largest == Stage(mask=MaskConfig(), training=training).images(), "as training counts them"
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_work_that_is_asked_for_again_has_the_same_key(plan: RoundPlan, exchange: int) -> None:
+    again = RoundPlan.model_validate_json(plan.model_copy(update={"exchange": exchange}).model_dump_json())
+    assert work_key(again, WEIGHTS) == work_key(plan, memoryview(bytearray(WEIGHTS)))
+
+
+def test_any_other_work_has_another_key(plan: RoundPlan) -> None:
+    assert CHANGES.keys() | {"model", "exchange", "protocol"} == RoundPlan.model_fields.keys()
+    about = plan.model.model_dump() | {"images_seen": 641}
+    others = [RoundPlan.model_validate(plan.model_dump() | {name: value}) for name, value in CHANGES.items()]
+    others += [
+        RoundPlan.model_validate(plan.model_dump() | {"model": about | change})
+        for change in (
+            {},
+            {"seed": 4},
+            {"weights": "raw"},
+            {"class_names": ("a",)},
+            {"class_names": ("a", "b")},
+            {"model": about["model"] | {"dim": 18}},
+            {"mask": about["mask"] | {"ratio": 0.25}},
+            {"diffusion": about["diffusion"] | {"timesteps": 51}},
+        )
+    ]
+    keys = {work_key(other, WEIGHTS) for other in (plan, *others)}
+    assert len(keys) == 1 + len(others)
+    weights = {work_key(plan, bytes(w)) for w in (WEIGHTS, WEIGHTS[:-1], WEIGHTS + b"\0", WEIGHTS[::-1], b"")}
+    assert len(weights) == 5
+    assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys | weights)
+
+
+plans = st.fixed_dictionaries(
+    {
+        "exchange": st.integers(0, 1),
+        "action": st.sampled_from(["train", "measure"]),
+        "round": st.integers(1, 2),
+        "seed": st.sampled_from([0, 1, 10]),
+        "adapter_rank": st.sampled_from([1, 10]),
+        "lr": st.sampled_from([0.1, 0.1 + 2**-56]),
+    }
+)
+
+
+@given(plans, plans, st.binary(max_size=1), st.binary(max_size=1))
+def test_keys_are_equal_exactly_where_plan_and_weights_are(
+    plan: RoundPlan, one: dict[str, Any], other: dict[str, Any], weights: bytes, more: bytes
+) -> None:
+    keys = [work_key(plan.model_copy(update=change), held) for change, held in ((one, weights), (other, more))]
+    same = one | {"exchange": 0} == other | {"exchange": 0} and weights == more
+    assert (keys[0] == keys[1]) == same

@@ -2,12 +2,16 @@
 
 import json
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from maskdm.errors import UsageError
 from maskdm.runfolder import (
@@ -44,6 +48,59 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_pieces_are_written_one_after_another(tmp_path: Path) -> None:
+    array = np.arange(3, dtype=np.float32)
+    pieces: list[bytes | memoryview] = [b"head", memoryview(b""), array.view(np.uint8).data, b"tail"]
+    atomic_write(tmp_path / "a", iter(pieces))
+    assert (tmp_path / "a").read_bytes() == b"head" + array.tobytes() + b"tail"
+    atomic_write(tmp_path / "a", ())
+    assert (tmp_path / "a").read_bytes() == b""
+
+
+def test_only_one_piece_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    seen: list[weakref.ref[NDArray[np.uint8]]] = []
+
+    def piece(number: int) -> memoryview:
+        made = np.full(100_000, number, np.uint8)  # more than the file's own buffer
+        seen.append(weakref.ref(made))
+        return made.data
+
+    def pieces() -> Iterator[memoryview]:
+        for number in range(4):
+            assert all(made() is None for made in seen)
+            yield piece(number)
+
+    atomic_write(tmp_path / "a", pieces())
+    assert (tmp_path / "a").stat().st_size == 400_000
+
+
+def test_readers_see_the_old_file_until_all_pieces_are_written(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", b"old")
+
+    def pieces() -> Iterator[bytes]:
+        yield b"new"
+        assert (tmp_path / "a").read_bytes() == b"old"
+        yield (tmp_path / "a").read_bytes()  # a new file may be made out of the old one
+
+    atomic_write(tmp_path / "a", pieces())
+    assert (tmp_path / "a").read_bytes() == b"newold"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_piece_that_cannot_be_made_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"half of the new" * 10_000
+        raise error
+
+    atomic_write(tmp_path / "a", b"old")
+    with pytest.raises(error):
+        atomic_write(tmp_path / "a", pieces())
+    with pytest.raises(error):
+        atomic_write(tmp_path / "b", pieces())
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_lines_are_appended_and_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     assert read_lines(path) == []
@@ -55,6 +112,30 @@ def test_lines_are_appended_and_a_torn_last_line_is_left_out(tmp_path: Path) -> 
     keep_lines(path, read_lines(path)[:1])
     append_line(path, {"a": 4})
     assert [line["a"] for line in read_lines(path)] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '\r\n \t \\ " \0 \x0b\x0c\x1c\x1d\x1e 日本語 🙂',
+        pytest.param(
+            "\x85 \u2028 \u2029",
+            marks=pytest.mark.xfail(strict=True, reason="read_lines splits where str.splitlines does, not only at \\n"),
+        ),
+    ],
+)
+def test_any_text_comes_back_from_a_line(tmp_path: Path, text: str) -> None:
+    reader = LineReader(tmp_path / "a.jsonl")
+    for record in ({"text": text}, {text: "twice"}):
+        append_line(tmp_path / "a.jsonl", record)
+    expected = [{"text": text}, {text: "twice"}]
+    assert reader.new() == expected
+    assert read_lines(tmp_path / "a.jsonl") == expected
+
+
+def test_lines_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    append_line(tmp_path / "a.jsonl", {"name": "Zürich"})
+    assert (tmp_path / "a.jsonl").read_bytes() == '{"name": "Zürich"}\n'.encode()
 
 
 def test_a_record_that_is_not_json_is_refused_and_not_written(tmp_path: Path) -> None:

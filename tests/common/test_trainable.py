@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from maskdm.checkpoint import expected_shapes, load_state, model_from, save_state
+from maskdm.checkpoint import load_state, model_from, save_state
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, NetworkKind, TrainingConfig
 from maskdm.data.batches import batches
 from maskdm.model import Network, build_model
@@ -22,6 +22,7 @@ from maskdm.trainable import (
     Trainable,
     changed_weights,
     delta,
+    expected_shapes,
     load_values,
     partial_update,
     squared_norm,

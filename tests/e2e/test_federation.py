@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskdm.checkpoint import expected_shapes, load_checkpoint, sha256_of
+from maskdm.checkpoint import load_checkpoint, sha256_of
 from maskdm.parcel import REPORT_NAMES, Outcome
 from maskdm.processes import free_port
 from maskdm.runfolder import read_lines
+from maskdm.trainable import expected_shapes
 
 from .conftest import RecordingProxy, Started, documented, processes_with, wait_until, write_certificates, write_faces
 

@@ -22,6 +22,7 @@ from maskdm_server.rounds import run_federation
 
 # What a site does with a plan and weights; None stands for a transport that lost it.
 Site = Callable[[RoundPlan, dict[str, Tensor]], Parcel | None]
+Answering = Callable[[RoundPlan, dict[str, Tensor]], Parcel]
 
 
 class Time:
@@ -98,7 +99,7 @@ def parcel(plan: RoundPlan, update: Mapping[str, Tensor], **changes: float) -> P
     return Parcel(arrays, numbers(plan, **changes))
 
 
-def learner(step: float, **changes: float) -> Site:
+def learner(step: float, **changes: float) -> Answering:
     """Moves every weight by `step` times the number of the round."""
 
     def act(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
@@ -108,7 +109,7 @@ def learner(step: float, **changes: float) -> Site:
     return act
 
 
-def drawing(seed: int, **changes: float) -> Site:
+def drawing(seed: int, **changes: float) -> Answering:
     """An update that depends on the round and, where they are of its shape, on the weights that came."""
 
     def act(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
@@ -152,17 +153,25 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_lines(folder / "events.jsonl") if event["event"] == kind]
 
 
-@pytest.fixture
-def prior(tiny: ModelConfig) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in build_model(tiny, seed=1).named_parameters()}
+@pytest.fixture(scope="session")
+def small(metadata: CheckpointMetadata) -> CheckpointMetadata:
+    """A masked prior of one block: rounds are tested by the hundred, and do not care what the weights are of."""
+    shape = ModelConfig(image_size=4, channels=1, patch_size=2, dim=8, depth=1, heads=1)
+    return metadata.model_copy(update={"model": shape})
+
+
+@pytest.fixture(scope="session")
+def prior(small: CheckpointMetadata) -> dict[str, Tensor]:
+    """Its weights; nobody may change them."""
+    return {name: p.detach() for name, p in build_model(small.model, seed=1).named_parameters()}
 
 
 @pytest.fixture
-def new_folder(tmp_path: Path, prior: dict[str, Tensor], metadata: CheckpointMetadata) -> Callable[[str], Path]:
+def new_folder(tmp_path: Path, prior: dict[str, Tensor], small: CheckpointMetadata) -> Callable[[str], Path]:
     """Makes a FED with a masked prior."""
 
     def make(name: str) -> Path:
-        save_checkpoint(tmp_path / name / "prior.safetensors", prior, metadata)
+        save_checkpoint(tmp_path / name / "prior.safetensors", prior, small)
         return tmp_path / name
 
     return make
@@ -175,7 +184,7 @@ def folder(new_folder: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def plan(metadata: CheckpointMetadata) -> RoundPlan:
+def plan(small: CheckpointMetadata) -> RoundPlan:
     """The second of three rounds."""
     return RoundPlan(
         federation="0123456789abcdef",
@@ -187,5 +196,5 @@ def plan(metadata: CheckpointMetadata) -> RoundPlan:
         batch_size=8,
         lr=1e-3,
         seed=0,
-        model=metadata,
+        model=small,
     )

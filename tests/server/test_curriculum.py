@@ -18,7 +18,7 @@ from maskdm.errors import Interrupted, UsageError
 from maskdm.runfolder import append_line
 from maskdm_server import pretrain as pretraining
 from maskdm_server.cli import app
-from maskdm_server.curriculum import count_images, read_recipe, recipe_names, stages_from
+from maskdm_server.curriculum import read_recipe, recipe_names, stages_from
 from maskdm_server.pretrain import Run, pretrain
 
 PUBLISHED = {
@@ -136,17 +136,6 @@ def test_a_mistake_in_a_stage_is_named(
 def test_an_unknown_recipe_lists_those_there_are(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(app, "maskdm-server", ["pretrain", "--data", str(corpus), "--out", "x", "--recipe", "cifar"]) == 2
     assert "choose one of celeba-64, celebahq-256" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("text", "number"), [("200", 200), ("200K", 200_000), ("1.5m", 1_500_000), ("1e3", 1000)])
-def test_counts_of_images_have_units(text: str, number: int) -> None:
-    assert count_images(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "K", "many", "nan", "inf", "3G"])
-def test_other_counts_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--images"):
-        count_images(text)
 
 
 def stages(*lengths: int) -> tuple[Stage, ...]:
