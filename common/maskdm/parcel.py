@@ -36,14 +36,14 @@ class Report(Frozen):
     """The fixed list of numbers that a site returns beside its update."""
 
     outcome: Outcome = Outcome.DONE
-    round: Annotated[int, Field(ge=1)]
-    exchange: Annotated[int, Field(ge=0, lt=2**63)]
-    examples: Annotated[int, Field(ge=1, le=2**40)]
-    images_seen: Annotated[int, Field(ge=0, le=2**40)]
-    loss_before: Annotated[float, Field(ge=0)]
-    loss_after: Annotated[float, Field(ge=0)]
-    seconds: Annotated[float, Field(ge=0)]
-    skipped_steps: Annotated[int, Field(ge=0)]
+    round: Annotated[int, Field(ge=1, strict=True)]
+    exchange: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+    examples: Annotated[int, Field(ge=1, le=2**40, strict=True)]
+    images_seen: Annotated[int, Field(ge=0, le=2**40, strict=True)]
+    loss_before: Annotated[float, Field(ge=0, strict=True)]
+    loss_after: Annotated[float, Field(ge=0, strict=True)]
+    seconds: Annotated[float, Field(ge=0, strict=True)]
+    skipped_steps: Annotated[int, Field(ge=0, strict=True)]
 
 
 REPORT_NAMES = tuple(Report.model_fields)
@@ -59,4 +59,4 @@ class Parcel:
 
     def size(self) -> int:
         """Payload in bytes."""
-        return sum(array.nbytes for array in self.arrays.values()) + 8 * len(self.scalars) + len(self.document)
+        return sum(array.nbytes for array in self.arrays.values()) + 8 * len(self.scalars) + len(self.document.encode())

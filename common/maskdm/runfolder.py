@@ -56,7 +56,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     whole, _, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines() if line]
+    return [json.loads(line) for line in whole.split("\n") if line]
 
 
 def keep_lines(path: Path, keep: list[dict[str, Any]]) -> None:

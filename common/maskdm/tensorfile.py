@@ -22,6 +22,7 @@ _CODES = {"float32": "F32", "uint32": "U32", "uint16": "U16", "int8": "I8", "uin
 _TYPES = {code: np.dtype(name) for name, code in _CODES.items()}
 _METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # as the format's own reader
+_MOST_SIDES = 64  # as NumPy
 
 
 def layout_of(arrays: Arrays) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -52,9 +53,13 @@ def chunks(
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        found = np.asarray(array(name), order="C")
-        assert (str(found.dtype), found.shape) == layout[name], name
-        yield found.reshape(-1).view(np.uint8).data
+        yield _bytes(array(name), layout[name])  # held by nobody while the next one is asked for
+
+
+def _bytes(array: NDArray[np.generic], kind: tuple[str, tuple[int, ...]]) -> memoryview:
+    found = np.asarray(array, order="C")
+    assert (str(found.dtype), found.shape) == kind
+    return found.reshape(-1).view(np.uint8).data
 
 
 def pack(arrays: Arrays, metadata: Mapping[str, str] | None = None) -> bytes:
@@ -87,8 +92,10 @@ def _read(document: Document) -> tuple[dict[str, NDArray[np.generic]], dict[str,
     if len(data) < 8 or length > min(_MAX_HEADER, len(data) - 8):
         raise ValueError("not a whole safetensors document: its header is cut off")
     try:
-        header = json.loads(data[8 : 8 + length].tobytes())
+        text = data[8 : 8 + length].tobytes().decode()
+        header = json.loads(text, object_pairs_hook=_unique, parse_int=_natural, parse_constant=_natural)
         metadata = header.pop(_METADATA, {})
+        "".join((*header, *metadata, *metadata.values())).encode()  # refuses half of a pair
         if not all(isinstance(part, str) for pair in metadata.items() for part in pair):
             raise TypeError("its metadata is no text")
         entries = sorted((*_place(entry), name) for name, entry in header.items())
@@ -109,11 +116,25 @@ def _read(document: Document) -> tuple[dict[str, NDArray[np.generic]], dict[str,
     return arrays, metadata
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name twice")
+    return found
+
+
+def _natural(digits: str) -> int:
+    if not digits.isdecimal() or len(digits) > 19:
+        raise ValueError("a number that is no size")
+    return int(digits)
+
+
 def _place(entry: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:
     """Where an array begins and ends, its type and its shape."""
     start, end = entry["data_offsets"]
     kind, shape = entry["dtype"], entry["shape"]
-    whole = [start, end, *shape]
-    if kind not in _TYPES or any(type(number) is not int or number < 0 for number in whole) or len(entry) != 3:
-        raise ValueError("an array of unknown type or form")
+    if type(shape) is not list or len(shape) > _MOST_SIDES or any(type(n) is not int for n in (start, end, *shape)):
+        raise ValueError("an array of unknown form")
+    if kind not in _TYPES or len(entry) != 3:
+        raise ValueError("an array of unknown type")
     return start, end, kind, tuple(shape)

@@ -142,6 +142,7 @@ class Exchange:
                 asked.over = True
                 self.accepted.add(site)
                 self.silent.discard(site)
+                self.failed.pop(site, None)
 
     def _encourage(self, site: int, asked: Asked, parcel: Parcel) -> None:
         images = parcel.scalars.get("images_seen", 0)
@@ -160,8 +161,8 @@ class Exchange:
         for site, asked in self._asked.items():
             if asked.over:
                 continue
-            if carried.get(site, 0) > asked.carried:
-                asked.carried, asked.heard = carried[site], now
+            if carried.get(site, 0) != asked.carried:  # a SuperLink that was started again counts from 0
+                asked.carried, asked.heard = carried.get(site, 0), now
             if site in there and asked.gone_since is not None:  # it is back: what it was asked may be lost
                 asked.gone_since = None
                 if asked.questions < MOST_QUESTIONS:
@@ -185,5 +186,6 @@ class Exchange:
 
     def _fail(self, site: int, asked: Asked, reason: str) -> None:
         asked.over = True
+        self.silent.discard(site)
         self.failed[site] = reason
         self._say({"event": "rejected", "round": self._plan.round, "site": str(site), "reason": reason})

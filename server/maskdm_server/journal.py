@@ -21,7 +21,7 @@ from torch import Tensor
 from maskdm.checkpoint import METADATA_KEY, CheckpointMetadata, describe_checkpoint, sha256_of
 from maskdm.config import Frozen
 from maskdm.errors import CheckpointError
-from maskdm.runfolder import append_line, atomic_write, keep_lines, read_lines
+from maskdm.runfolder import atomic_write, keep_lines, read_lines
 from maskdm.tensorfile import Arrays, chunks, metadata_of, unpack
 from maskdm.trainable import expected_shapes
 from maskdm_server.intake import Measured
@@ -56,6 +56,7 @@ class Journal:
         self.number = max(done, default=0)
         self.metadata = describe_checkpoint(self.model_path(), "--out" if done else "--prior")
         self.known = Known()
+        self._forget_unfinished()
         if done:
             self.known = self._known()
             self._publish()
@@ -116,10 +117,9 @@ class Journal:
             new: NDArray[np.generic] = decay * average[prefix + rest] + (1 - decay) * weight(rest)
             return new.astype(np.float32)
 
-        self._forget_unfinished(number)
         atomic_write(self._state_path(number), chunks(state, part, {METADATA_KEY: known.model_dump_json()}))
-        about = metadata.model_copy(update={"weights": "raw" if ema else metadata.weights})
-        atomic_write(self.model_path(number), chunks(layout, weight, {METADATA_KEY: about.model_dump_json()}))
+        metadata = metadata.model_copy(update={"weights": "raw" if ema else metadata.weights})
+        atomic_write(self.model_path(number), chunks(layout, weight, {METADATA_KEY: metadata.model_dump_json()}))
         self.number, self.metadata, self.known = number, metadata, known
 
     def settle(self) -> None:
@@ -149,12 +149,11 @@ class Journal:
     def _mend_lines(self) -> None:
         """A crash between the journal and rounds.jsonl leaves a line too few; a round taken back, one too many."""
         path = self.folder / "rounds.jsonl"
-        lines = read_lines(path)
-        kept = [line for line in lines if line["round"] <= self.number]
-        if kept != lines:
-            keep_lines(path, kept)
+        kept = [line for line in read_lines(path) if line["round"] <= self.number]
         if self.number and (not kept or kept[-1]["round"] < self.number):
-            append_line(path, self.known.line)
+            kept.append(self.known.line)
+        if len(kept) != (path.read_bytes().count(b"\n") if path.exists() else 0) or _is_torn(path):
+            keep_lines(path, kept)
 
     def _known(self) -> Known:
         try:
@@ -174,10 +173,13 @@ class Journal:
     def _numbers(self) -> list[int]:
         return sorted(int(p.stem) for p in self._rounds.glob("*.safetensors") if p.stem.isdecimal())
 
-    def _forget_unfinished(self, number: int) -> None:
-        for path in self._rounds.glob(".*.tmp"):
+    def _forget_unfinished(self) -> None:
+        """What a crash left of a round that does not count, and of a model that was not published."""
+        for path in (*self._rounds.glob(".*.tmp"), *self.folder.glob(".*.safetensors.*.tmp")):
             path.unlink()
-        self._state_path(number).unlink(missing_ok=True)
+        for path in self._rounds.glob("*.state.safetensors"):
+            if not self.model_path(int(path.name.partition(".")[0])).exists():
+                path.unlink()
 
     def _prune(self) -> None:
         keep = {*self._numbers()[-KEPT:], self.known.best_round}
@@ -185,6 +187,10 @@ class Journal:
             if number not in keep and not (self._keep_every and number % self._keep_every == 0):
                 self.model_path(number).unlink()
                 self._state_path(number).unlink(missing_ok=True)
+
+
+def _is_torn(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
 
 def _fp32(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,15 +115,22 @@ class Rounds:
 
     def _gather(self, exchange: Exchange, intake: Intake, standings: dict[int, Standing], number: int) -> None:
         """Ask the clients of a round and take in what they send; `standings` change in place."""
-        config = self._config
+        config, drawn = self._config, set[int]()
 
         def who() -> list[int]:
+            there = self._link.sites()
+            if config.clients_per_round and len(drawn) >= config.clients_per_round:
+                return [site for site in there if site in drawn]  # who joins later waits for the next round
+            drawn.update(draw(there))
+            return [site for site in there if site in drawn]
+
+        def draw(there: Sequence[int]) -> list[int]:
             return choose(
-                self._link.sites(),
+                [site for site in there if site not in drawn],
                 standings,
                 number,
                 needed=config.min_replies,
-                at_most=config.clients_per_round,
+                at_most=config.clients_per_round and config.clients_per_round - len(drawn),
                 seed=config.seed,
             )
 

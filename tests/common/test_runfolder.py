@@ -120,7 +120,6 @@ def test_lines_are_appended_and_a_torn_last_line_is_left_out(tmp_path: Path) -> 
         '\r\n \t \\ " \0 \x0b\x0c\x1c\x1d\x1e 日本語 🙂',
         pytest.param(
             "\x85 \u2028 \u2029",
-            marks=pytest.mark.xfail(strict=True, reason="read_lines splits where str.splitlines does, not only at \\n"),
         ),
     ],
 )

@@ -203,7 +203,6 @@ def test_bytes_of_another_site_or_of_before_are_no_progress(start: Callable[...,
     assert held.reasons("silent").keys() == {"1"}
 
 
-@pytest.mark.xfail(strict=True, reason="Exchange._give_up sees growth beyond the old count only")
 def test_bytes_are_progress_also_after_the_door_began_to_count_anew(
     start: Callable[..., Held], plan: RoundPlan
 ) -> None:
@@ -359,7 +358,6 @@ def test_a_failed_answer_is_not_waited_for_any_more(start: Callable[..., Held], 
     assert exchange.seconds() < 2
 
 
-@pytest.mark.xfail(strict=True, reason="Exchange._hear accepts a site without taking back that it failed")
 def test_a_site_whose_second_answer_is_good_has_not_failed(start: Callable[..., Held], plan: RoundPlan) -> None:
     """Asked twice, because it was away for a moment, it answers twice."""
     held = start({1: lambda question: [(1, code(plan, Outcome.FAILED)), (2, done(plan))], 2: after(5, plan)})
@@ -368,7 +366,6 @@ def test_a_site_whose_second_answer_is_good_has_not_failed(start: Callable[..., 
     assert exchange.failed == {}
 
 
-@pytest.mark.xfail(strict=True, reason="Exchange._fail leaves the site among the silent ones")
 def test_a_site_that_was_given_up_and_then_failed_is_counted_once(start: Callable[..., Held], plan: RoundPlan) -> None:
     held = start({1: lambda question: [(80, code(plan, Outcome.DIVERGED))], 2: Worker(plan, 100, int)})
     exchange = held.run()

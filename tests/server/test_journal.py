@@ -1,6 +1,7 @@
 """The journal on disk: whole after a crash at any moment, small, and enough to go on from."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -179,13 +180,19 @@ def test_where_files_cannot_have_two_names_the_model_is_copied(
     assert not list(folder.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("which", ["000002.safetensors", "000002.state.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+@pytest.mark.parametrize(
+    ("which", "damage"),
+    [
+        ("000002.safetensors", "cut"),
+        ("000002.safetensors", "empty"),
+        ("000002.state.safetensors", "cut"),
+        ("000002.state.safetensors", "empty"),
+        ("000002.state.safetensors", "gone"),
+    ],
+)
 def test_a_damaged_round_is_named_and_the_one_before_is_gone_on_from_once_it_is_removed(
     folder: Path, prior: dict[str, Tensor], which: str, damage: str
 ) -> None:
-    if damage == "gone" and "state" not in which:
-        return  # then the round never was
     journal = Journal(folder)
     do_round(journal, prior)
     do_round(journal, prior)
@@ -221,7 +228,6 @@ def test_a_line_that_a_crash_left_out_is_added_and_one_of_a_round_that_was_taken
     assert path.read_text() == whole
 
 
-@pytest.mark.xfail(strict=True, reason="Journal._mend_lines appends to a torn line, after which nobody can read either")
 def test_a_line_that_a_crash_tore_is_replaced(folder: Path, prior: dict[str, Tensor]) -> None:
     journal = Journal(folder)
     for _ in range(2):
@@ -244,7 +250,6 @@ class Machine:
         self._dies_at, self.writes = dies_at, 0
         for owner, name in ((Path, "replace"), (Path, "unlink"), (os, "link"), (os, "fsync")):
             monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
-        monkeypatch.setattr(under_test, "append_line", self._counted(append_line))
 
     def _counted(self, act: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*given: Any, **options: Any) -> Any:
@@ -305,7 +310,6 @@ def test_a_crash_at_any_write_costs_at_most_the_round_in_progress(
     assert seen == set(range(ROUNDS + 1))
 
 
-@pytest.mark.xfail(strict=True, reason="Journal removes neither a state without its model nor a temporary model")
 def test_a_crash_leaves_no_file_for_ever(
     new_folder: NewFolder, prior: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +332,17 @@ def test_a_crash_leaves_no_file_for_ever(
     assert {dies_at: names for dies_at, names in left.items() if names} == {}
 
 
+def failures_of(act: Callable[[], None]) -> int:
+    """How often it failed before it did not."""
+    for failures in range(10):
+        try:
+            act()
+        except OSError:
+            continue
+        return failures
+    pytest.fail("it never worked")
+
+
 def test_a_write_that_failed_may_be_tried_again(
     new_folder: NewFolder, prior: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,11 +350,11 @@ def test_a_write_that_failed_may_be_tried_again(
     whole, folder = new_folder("whole"), new_folder("fed")
     live(whole, prior, EMA)
     journal = Journal(folder)
-    write, fails = runfolder.atomic_write, [0]
+    write, refused = runfolder.atomic_write, Counter[str]()
 
     def failing(path: Path, content: Any) -> None:
-        fails[0] += 1
-        if fails[0] % 3:
+        refused[path.name] += 1
+        if refused[path.name] % 3:
             raise OSError("no room")
         write(path, content)
 
@@ -347,15 +362,11 @@ def test_a_write_that_failed_may_be_tried_again(
     while journal.number < ROUNDS:
         number = journal.number + 1
         metadata, changed = finetuned(journal.metadata, number, 10), changed_in(number, prior)
-        while journal.number < number:
-            with suppress(OSError):
-                journal.commit(metadata, changed, moments_in(number), known_in(number), EMA)
-        while True:
-            try:
-                journal.settle()
-                break
-            except OSError:
-                continue
+        for act in (
+            lambda: journal.commit(metadata, changed, moments_in(number), known_in(number), EMA),  # noqa: B023
+            journal.settle,
+        ):
+            assert failures_of(act) >= 2
     monkeypatch.undo()
     assert files_of(folder) == files_of(whole)
     assert (folder / "rounds.jsonl").read_text() == (whole / "rounds.jsonl").read_text()
