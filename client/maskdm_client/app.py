@@ -25,7 +25,11 @@ app = ClientApp()
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Answer one message of the coordinator."""
-    return message_with(carry(asked_of(message.content), Path(str(context.node_config["site"]))), message)
+    try:
+        parcel = carry(asked_of(message.content), Path(str(context.node_config["site"])))
+    except OSError:  # what cannot be written down does not leave, nor does the path that could not be written
+        raise RuntimeError("the audit log of this site cannot be written") from None
+    return message_with(parcel, message)
 
 
 def message_with(parcel: Parcel, message: Message) -> Message:

@@ -112,7 +112,7 @@ def _problem_of_numbers(numbers: Mapping[str, int | float], policy: SitePolicy) 
 def _problem(
     update: Mapping[str, Tensor], plan: RoundPlan, received: Mapping[str, Tensor], policy: SitePolicy
 ) -> str | None:
-    from maskdm.trainable import changed_weights, squared_norm
+    from maskdm.trainable import squared_norm
 
     shapes = plan.shapes()
     if update.keys() != shapes.keys():
@@ -122,8 +122,7 @@ def _problem(
             return f"{name} has another shape than was asked for"
         if not tensor.isfinite().all():
             return f"{name} is not finite"
-    changed = changed_weights(plan.model.model, plan.train)
-    norm = math.sqrt(sum(squared_norm(update.__getitem__, name, plan.train) for name in changed))
+    norm = math.sqrt(sum(squared_norm(update.__getitem__, name, plan.train) for name in plan.changed()))
     reference = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in received.values()))
     if norm > policy.max_relative_norm * reference:
         return f"its norm {norm:.3g} exceeds {policy.max_relative_norm:g} of the model's {reference:.3g}"

@@ -64,12 +64,12 @@ class Mailbox:
         head = _head(self._reply)
         return None if head is None else (int(head["exchange"]), str(head["key"]))
 
-    def take_reply(self) -> Parcel:
-        """The reply that lies there."""
+    def take_reply(self) -> tuple[int, Parcel]:
+        """The reply that lies there, and its exchange."""
         found = _read(self._reply)
         assert found is not None
         arrays: Arrays = unpack(found[1]) if len(found[1]) else {}
-        return Parcel(arrays, found[0]["scalars"])
+        return int(found[0]["exchange"]), Parcel(arrays, found[0]["scalars"])
 
     def wait(self, exchange: int, seconds: float) -> Parcel | None:
         """The reply of an exchange, or None where the worker needs longer than that."""
@@ -77,7 +77,9 @@ class Mailbox:
         while True:
             replied = self.replied()
             if replied and replied[0] == exchange:
-                return self.take_reply()
+                answered, parcel = self.take_reply()
+                if answered == exchange:  # no newer one took its place meanwhile
+                    return parcel
             if time.monotonic() >= deadline:
                 return None
             time.sleep(POLL_SECONDS)

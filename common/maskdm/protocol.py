@@ -7,7 +7,7 @@ from pydantic import Field
 
 from maskdm.checkpoint import CheckpointMetadata
 from maskdm.config import Frozen
-from maskdm.trainable import Trainable, update_shapes
+from maskdm.trainable import Trainable, changed_weights, update_shapes
 from maskdm.wire import Encoding
 
 PROTOCOL_VERSION: Literal[2] = 2
@@ -37,6 +37,10 @@ class RoundPlan(Frozen):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the update that is asked for."""
         return update_shapes(self.model.model, self.train, self.adapter_rank) if self.action == "train" else {}
+
+    def changed(self) -> tuple[str, ...]:
+        """Names of the weights that the update changes."""
+        return changed_weights(self.model.model, self.train)
 
     def largest_images(self) -> int:
         """Most images that a site can see in the round: the last batch is a whole one."""

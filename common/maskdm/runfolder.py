@@ -55,8 +55,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a JSON-lines file; a last line torn by a crash is left out."""
     if not path.exists():
         return []
-    whole, _, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.split("\n") if line]
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    return [json.loads(line) for line in whole.split(b"\n") if line]
 
 
 def keep_lines(path: Path, keep: list[dict[str, Any]]) -> None:

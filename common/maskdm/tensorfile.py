@@ -21,7 +21,7 @@ Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name → NumPy's name of t
 _CODES = {"float32": "F32", "uint32": "U32", "uint16": "U16", "int8": "I8", "uint8": "U8"}
 _TYPES = {code: np.dtype(name) for name, code in _CODES.items()}
 _METADATA = "__metadata__"
-_MAX_HEADER = 100_000_000  # as the format's own reader
+_MAX_HEADER = 10_000_000  # a hundred thousand weights; JSON of hostile form takes twenty times its size in memory
 _MOST_SIDES = 64  # as NumPy
 
 

@@ -162,4 +162,7 @@ def squared_norm(update: Callable[[str], Tensor], name: str, train: Trainable) -
     Of the very product that will be added: trace((UᵀU)(D Dᵀ)) is cheaper, but factors can be chosen that make it 0, or
     finite, where the product in fp32 is huge, or not finite.
     """
-    return float(torch.linalg.vector_norm(delta(update, name, train), dtype=torch.float32)) ** 2
+    difference = delta(update, name, train)
+    coarse = difference.dtype == torch.bfloat16
+    norm = float(torch.linalg.vector_norm(difference, dtype=torch.float32 if coarse else None))
+    return norm * norm

@@ -12,7 +12,7 @@ from maskdm.parcel import Outcome, Parcel, Report
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
 from maskdm.tensorfile import Arrays, chunks, layout_of, unpack
-from maskdm.trainable import changed_weights, delta, squared_norm
+from maskdm.trainable import delta, squared_norm
 from maskdm.wire import as_bfloat16, check, decode
 from maskdm_server.robust import Rule, robust_delta
 
@@ -57,7 +57,7 @@ class Update:
 
     def __init__(self, arrays: Arrays, plan: RoundPlan) -> None:
         self._arrays, self._plan, self._shapes = arrays, plan, plan.shapes()
-        self.names = changed_weights(plan.model.model, plan.train)
+        self.names = plan.changed()
 
     def delta(self, name: str) -> Tensor:
         """The difference of one weight, only to be read; fp32, or bfloat16 as it came, which spares a copy."""

@@ -257,9 +257,6 @@ def test_of_a_failure_only_a_code_leaves(make_site: MakeSite, spoil: Callable[[P
     assert read_lines(folder / "audit.jsonl")[-1]["scalars"]["outcome"] == Outcome.FAILED
 
 
-@pytest.mark.xfail(
-    strict=True, reason="app.carry: an audit log that cannot be written raises with its path, which Flower would send"
-)
 @pytest.mark.parametrize("content", [with_weights(), RecordDict({})], ids=["a plan", "no plan"])
 def test_where_the_audit_log_cannot_be_written_no_path_leaves(make_site: MakeSite, content: RecordDict) -> None:
     folder = make_site()
@@ -267,7 +264,7 @@ def test_where_the_audit_log_cannot_be_written_no_path_leaves(make_site: MakeSit
     words = ""
     try:
         words = words_of(answered(content, folder))
-    except OSError as error:
+    except RuntimeError as error:
         words = str(error)  # Flower sends type and text of what is raised
     assert str(folder) not in words
 
@@ -287,7 +284,8 @@ def test_carrying_messages_does_not_need_pytorch_which_takes_seconds_to_import(t
         def outcome(**plan):
             content = RecordDict({{"plan": ConfigRecord({{"wait": 0.0, "document": "", **plan}})}})
             context = Context(1, 2, {{"site": str(folder)}}, RecordDict({{}}), {{}})
-            reply = app(Message(content, dst_node_id=2, message_type="train"), context)
+            about = Metadata(1, "", 1, 2, "", "", time.time(), 3600.0, "train")
+            reply = app(Message(content, metadata=about), context)
             return reply.content["report"]["outcome"]
 
         box = Mailbox(folder)
@@ -309,7 +307,7 @@ def test_in_flowers_simulation_a_virtual_site_does_the_work_when_it_is_asked(
 ) -> None:
     folder = tmp_path / "federation" / "sites" / "site-1" / "client"
     folder.parent.mkdir(parents=True)
-    make_site().rename(folder)
+    make_site(np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)).rename(folder)  # none alike
     (folder / "slice.json").unlink()  # chosen at the first time
     document, packed = ask(local_images=8, exchange=6)
     content = RecordDict({"plan": question(exchange=6, document=document), "weights": weights(packed)})
@@ -321,6 +319,6 @@ def test_in_flowers_simulation_a_virtual_site_does_the_work_when_it_is_asked(
     assert found["report"]["exchange"] == 6
     assert set(found) == {"report", "update"}
     chosen = json.loads((folder / "slice.json").read_text())
-    assert sum(len(side) for side in chosen.values()) == 20
+    assert 0 < sum(len(side) for side in chosen.values()) < 40
     refused = answered(RecordDict({}), folder, federation=str(tmp_path / "federation"))
     assert numbers_alone(refused)["outcome"] == Outcome.PLAN_REFUSED

@@ -13,15 +13,50 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from maskdm.checkpoint import CheckpointMetadata
+from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.errors import GateRefused
-from maskdm.protocol import REPORT_NAMES, Outcome, Parcel, Report, decode_bfloat16
+from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.protocol import RoundPlan
 from maskdm.runfolder import read_lines
+from maskdm.wire import Encoding, check, decode, decode_bfloat16
 from maskdm_client.gate import record, release_numbers, release_outcome, release_update
 from maskdm_client.settings import SitePolicy, SiteSettings, load_settings
 
-REPORT = Report(round=3, examples=10, images_seen=64, loss_before=1.0, loss_after=0.5, seconds=2.0, skipped_steps=0)
+REPORT = Report(
+    round=3, exchange=7, examples=10, images_seen=64, loss_before=1.0, loss_after=0.5, seconds=2.0, skipped_steps=0
+)
 RECEIVED = {"head.weight": torch.full((2, 3), 1.0), "head.bias": torch.full((3,), -1.0)}
 POLICY = SitePolicy()
+
+
+class TwoWeights(RoundPlan):
+    """A plan for a model of two weights."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in RECEIVED.items()}
+
+    def changed(self) -> tuple[str, ...]:
+        return tuple(RECEIVED)
+
+
+def plan(encoding: Encoding = "bf16") -> RoundPlan:
+    model = CheckpointMetadata(
+        model=ModelConfig(image_size=8, channels=1, patch_size=2, dim=16, depth=2, heads=2),
+        diffusion=DiffusionConfig(),
+        mask=MaskConfig(kind="none", ratio=0),
+        effective_mask_ratio=0,
+        images_seen=0,
+        seed=0,
+    )
+    values = {
+        **{"federation": "0" * 16, "exchange": 7, "action": "train", "round": 3, "rounds": 3, "local_images": 64},
+        **{"batch_size": 8, "lr": 1e-3, "seed": 0, "encoding": encoding, "topk_share": 0.5, "model": model},
+    }
+    return TwoWeights.model_validate(values)
+
+
+PLAN = plan()
 
 
 def small_update() -> dict[str, Tensor]:
@@ -29,7 +64,7 @@ def small_update() -> dict[str, Tensor]:
 
 
 def test_an_expected_update_leaves_as_it_is_with_its_numbers(tmp_path: Path) -> None:
-    parcel = release_update(small_update(), REPORT, RECEIVED, POLICY, tmp_path / "audit.jsonl")
+    parcel = release_update(small_update(), REPORT, PLAN, RECEIVED, POLICY, tmp_path / "audit.jsonl")
     assert parcel.arrays.keys() == RECEIVED.keys()
     for array in parcel.arrays.values():
         assert str(array.dtype) == "uint16"
@@ -46,11 +81,11 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("update", "policy", "reason"),
     [
-        (changed(images=torch.zeros(2, 3)), POLICY, "the names of the update are not those of the model"),
-        (changed(**{"head.bias": None}), POLICY, "the names of the update are not those of the model"),
-        ({}, POLICY, "the names of the update are not those of the model"),
-        (changed(**{"head.bias": torch.zeros(4)}), POLICY, "head.bias has another shape than the model's"),
-        (changed(**{"head.bias": torch.zeros(3, 1)}), POLICY, "head.bias has another shape than the model's"),
+        (changed(images=torch.zeros(2, 3)), POLICY, "the names of the update are not those that were asked for"),
+        (changed(**{"head.bias": None}), POLICY, "the names of the update are not those that were asked for"),
+        ({}, POLICY, "the names of the update are not those that were asked for"),
+        (changed(**{"head.bias": torch.zeros(4)}), POLICY, "head.bias has another shape than was asked for"),
+        (changed(**{"head.bias": torch.zeros(3, 1)}), POLICY, "head.bias has another shape than was asked for"),
         (changed(**{"head.bias": torch.tensor([0, float("nan"), 0])}), POLICY, "head.bias is not finite"),
         (changed(**{"head.bias": torch.tensor([0, float("inf"), 0])}), POLICY, "head.bias is not finite"),
         (changed(**{"head.bias": torch.full((3,), 2.0)}), POLICY, "its norm 3.48 exceeds 1 of the model's 3"),
@@ -67,7 +102,7 @@ def test_anything_unexpected_is_stopped_and_the_refusal_is_written_down(
 ) -> None:
     audit = tmp_path / "audit.jsonl"
     with pytest.raises(GateRefused) as refused:
-        release_update(update, REPORT, RECEIVED, policy, audit)
+        release_update(update, REPORT, PLAN, RECEIVED, policy, audit)
     assert str(refused.value) == f"the gate stopped the update of round 3: {reason}"
     (line,) = read_lines(audit)
     assert line["verdict"] == reason
@@ -77,7 +112,7 @@ def test_anything_unexpected_is_stopped_and_the_refusal_is_written_down(
 
 def test_the_audit_line_of_a_release_describes_exactly_what_left(tmp_path: Path) -> None:
     audit = tmp_path / "audit.jsonl"
-    parcel = release_update(small_update(), REPORT, RECEIVED, POLICY, audit)
+    parcel = release_update(small_update(), REPORT, PLAN, RECEIVED, POLICY, audit)
     (line,) = read_lines(audit)
     digest = hashlib.sha256()
     for name in sorted(parcel.arrays):
@@ -99,9 +134,11 @@ def test_numbers_alone_leave_without_arrays_and_obey_the_policy(tmp_path: Path) 
 
 
 def test_a_failure_leaves_as_a_code_alone(tmp_path: Path) -> None:
-    parcel = release_outcome(Outcome.DIVERGED, 4, tmp_path / "audit.jsonl")
-    assert parcel == Parcel({}, {"outcome": 3, "round": 4}, "")
-    assert [line["scalars"] for line in read_lines(tmp_path / "audit.jsonl")] == [{"outcome": 3, "round": 4}]
+    parcel = release_outcome(Outcome.DIVERGED, 4, 7, tmp_path / "audit.jsonl")
+    assert parcel == Parcel({}, {"outcome": 3, "round": 4, "exchange": 7}, "")
+    assert [line["scalars"] for line in read_lines(tmp_path / "audit.jsonl")] == [
+        {"outcome": 3, "round": 4, "exchange": 7}
+    ]
 
 
 def test_what_comes_in_is_written_down_too(tmp_path: Path) -> None:
@@ -123,23 +160,31 @@ UPDATES = st.one_of(
 )
 
 
-@given(update=UPDATES)
-def test_whatever_an_update_holds_it_is_stopped_or_leaves_with_the_received_names_shapes_and_size(
-    update: dict[str, Tensor],
+@given(update=UPDATES, encoding=st.sampled_from(["bf16", "fp32", "int8", "topk"]))
+def test_whatever_an_update_holds_it_is_stopped_or_leaves_as_it_was_asked_for_and_no_longer_than_allowed(
+    update: dict[str, Tensor], encoding: Encoding
 ) -> None:
+    asked = plan(encoding)
     with tempfile.TemporaryDirectory() as folder:
         audit = Path(folder) / "audit.jsonl"
         try:
-            parcel = release_update(update, REPORT, RECEIVED, POLICY, audit)
+            parcel = release_update(update, REPORT, asked, RECEIVED, POLICY, audit)
         except GateRefused:
             assert read_lines(audit)[-1]["verdict"] != "released"
         else:
             assert read_lines(audit)[-1]["verdict"] == "released"
-            shapes = {name: array.shape for name, array in parcel.arrays.items()}
-            assert shapes == {name: tensor.shape for name, tensor in RECEIVED.items()}
-            sent = torch.cat([decode_bfloat16(a).flatten() for a in parcel.arrays.values()])  # type: ignore[arg-type]
-            assert float(sent.norm()) <= 3 * (1 + 2**-8)
+            check(parcel.arrays, asked.shapes(), encoding, asked.topk_share)
+            shapes = asked.shapes()
+            sent = torch.cat([decode(parcel.arrays, name, shapes[name], encoding).flatten() for name in shapes])
+            assert float(sent.norm()) <= 3 * (1 + 2**-6)
         assert len(read_lines(audit)) == 1
+
+
+def test_an_update_larger_than_the_policy_allows_is_stopped(tmp_path: Path) -> None:
+    audit = tmp_path / "audit.jsonl"
+    with pytest.raises(GateRefused, match="larger than the 17 bytes"):
+        release_update(small_update(), REPORT, PLAN, RECEIVED, SitePolicy(max_upload=17), audit)
+    assert release_update(small_update(), REPORT, PLAN, RECEIVED, SitePolicy(max_upload=18), audit).arrays
 
 
 @pytest.mark.parametrize("values", [{"scalar": ["round"]}, {"max_relative_norm": 0}])

@@ -1,6 +1,5 @@
 """A site's whole answer to a plan, in one process: what it learns, what it sends, what it keeps to itself."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,66 +11,24 @@ import torch
 from torch import Tensor
 
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint
-from maskdm.config import ModelConfig
 from maskdm.errors import TrainingDiverged
-from maskdm.model import build_model
-from maskdm.protocol import REPORT_NAMES, Outcome, Parcel, Report, RoundPlan, decode_bfloat16, to_arrays
+from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.protocol import RoundPlan
 from maskdm.runfolder import read_lines
-from maskdm_client import site
-from maskdm_client.settings import SitePolicy, SiteSettings
+from maskdm.tensorfile import pack, unpack
+from maskdm.wire import check, decode_bfloat16
+from maskdm_client import fine_tuning, site
+from maskdm_client.settings import SitePolicy
 from maskdm_client.site import answer
 
-MakePlan = Callable[..., Parcel]
+MakePlan = Callable[..., tuple[str, bytes]]
 MakeSite = Callable[..., Path]
 
 
 @pytest.fixture
-def weights(tiny: ModelConfig) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in build_model(tiny, seed=1).named_parameters()}
-
-
-@pytest.fixture
-def plan(metadata: CheckpointMetadata, weights: dict[str, Tensor]) -> MakePlan:
-    """A parcel from the coordinator; keywords change the plan."""
-
-    def make(weights: dict[str, Tensor] = weights, **changes: Any) -> Parcel:
-        values = {
-            "federation": "0123456789abcdef",
-            "action": "train",
-            "round": 1,
-            "rounds": 2,
-            "local_images": 160,
-            "batch_size": 8,
-            "lr": 1e-3,
-            "seed": 0,
-            "model": metadata,
-        }
-        return Parcel(to_arrays(weights), {}, RoundPlan.model_validate(values | changes).model_dump_json())
-
-    return make
-
-
-@pytest.fixture
-def make_site(tmp_path: Path) -> MakeSite:
-    """The folder of a site with 40 small grey pictures, as `maskdm-client` leaves it; keywords change its settings."""
-
-    def make(images: Any = None, **changes: Any) -> Path:
-        if images is None:
-            ramp = np.linspace(0, 200, 8).astype(np.uint8)
-            images = np.stack([np.tile(ramp, (8, 1)) + np.uint8(i) for i in range(40)])
-        folder = tmp_path / "site"
-        folder.mkdir()
-        np.savez(tmp_path / "hospital-data.npz", images=images)
-        values = {"data": tmp_path / "hospital-data.npz", "precision": "fp32", "device": "cpu", "threads": 1}
-        settings = SiteSettings.model_validate(values | changes)
-        (folder / "config.json").write_text(json.dumps({"site": settings.model_dump(mode="json")}))
-        names = {hashlib.sha256(image.tobytes()).hexdigest(): str(i) for i, image in enumerate(images)}
-        chosen = [dict(part) for part in (list(names.items())[::5], list(names.items()))]
-        train = {digest: name for digest, name in chosen[1].items() if digest not in chosen[0]}
-        (folder / "slice.json").write_text(json.dumps({"train": train, "held_out": chosen[0]}))
-        return folder
-
-    return make
+def plan(ask: MakePlan) -> MakePlan:
+    """A plan and its weights as they travel; keywords change the plan."""
+    return ask
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -82,7 +39,7 @@ def test_an_answer_holds_the_models_names_and_the_fixed_numbers_and_nothing_else
     make_site: MakeSite, plan: MakePlan, weights: dict[str, Tensor]
 ) -> None:
     folder = make_site()
-    parcel = answer(plan(), folder)
+    parcel = answer(*plan(), folder)
     assert {name: array.shape for name, array in parcel.arrays.items()} == {n: w.shape for n, w in weights.items()}
     assert set(parcel.scalars) == set(REPORT_NAMES)
     assert all(type(value) in (int, float) for value in parcel.scalars.values())
@@ -94,14 +51,14 @@ def test_an_answer_holds_the_models_names_and_the_fixed_numbers_and_nothing_else
 
 
 def test_the_update_lowers_the_held_out_loss(make_site: MakeSite, plan: MakePlan) -> None:
-    parcel = answer(plan(local_images=800, lr=3e-3), make_site())
+    parcel = answer(*plan(local_images=800, lr=3e-3), make_site())
     assert parcel.scalars["loss_after"] < parcel.scalars["loss_before"]
     assert all(np.isfinite(decode_bfloat16(a).numpy()).all() for a in parcel.arrays.values())  # type: ignore[arg-type]
 
 
 def test_the_same_plan_gets_the_same_answer_and_another_round_another_one(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
-    first, again, later = (answer(plan(round=number), folder) for number in (1, 1, 2))
+    first, again, later = (answer(*plan(round=number), folder) for number in (1, 1, 2))
     assert all((first.arrays[name] == again.arrays[name]).all() for name in first.arrays)
     assert any((first.arrays[name] != later.arrays[name]).any() for name in first.arrays)
     assert first.scalars["loss_before"] == again.scalars["loss_before"] == later.scalars["loss_before"]
@@ -109,11 +66,11 @@ def test_the_same_plan_gets_the_same_answer_and_another_round_another_one(make_s
 
 def test_the_images_held_out_do_not_change_the_update(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
-    first = answer(plan(), folder)
+    first = answer(*plan(), folder)
     chosen = json.loads((folder / "slice.json").read_text())
     fewer = dict(list(chosen["held_out"].items())[:1])
     (folder / "slice.json").write_text(json.dumps(chosen | {"held_out": fewer}))
-    second = answer(plan(), folder)
+    second = answer(*plan(), folder)
     assert all((first.arrays[name] == second.arrays[name]).all() for name in first.arrays)
     assert first.scalars["loss_after"] != second.scalars["loss_after"]
 
@@ -122,7 +79,7 @@ def test_every_message_of_a_round_is_in_the_audit_log_and_the_events_say_how_it_
     make_site: MakeSite, plan: MakePlan
 ) -> None:
     folder = make_site()
-    parcel = answer(plan(), folder)
+    parcel = answer(*plan(), folder)
     audit = read_lines(folder / "audit.jsonl")
     assert [(line["direction"], line["verdict"]) for line in audit] == [("in", "train"), ("out", "released")]
     assert audit[1]["bytes"] == parcel.size()
@@ -135,7 +92,7 @@ def test_the_final_model_is_kept_and_only_numbers_go_back(
     make_site: MakeSite, plan: MakePlan, weights: dict[str, Tensor], metadata: CheckpointMetadata
 ) -> None:
     folder = make_site()
-    parcel = answer(plan(action="finish", round=2), folder)
+    parcel = answer(*plan(action="finish", round=2), folder)
     assert parcel.arrays == {}
     assert set(parcel.scalars) == set(REPORT_NAMES)
     assert parcel.scalars["images_seen"] == 0
@@ -146,36 +103,39 @@ def test_the_final_model_is_kept_and_only_numbers_go_back(
     assert len(events(folder, "finished")) == 1
 
 
-def assert_only_a_code_left(parcel: Parcel, folder: Path, outcome: Outcome, reason: str, round_number: int = 1) -> None:
-    assert parcel == Parcel({}, {"outcome": int(outcome), "round": round_number}, "")
+def assert_only_a_code_left(
+    parcel: Parcel, folder: Path, outcome: Outcome, reason: str, round_number: int = 1, exchange: int = 7
+) -> None:
+    numbers = {"outcome": int(outcome), "round": round_number, "exchange": exchange}
+    assert parcel == Parcel({}, numbers, "")
     (failed,) = events(folder, "failed")
     assert failed["outcome"] == outcome.name
     assert reason in failed["reason"]
     last = read_lines(folder / "audit.jsonl")[-1]
-    assert last["scalars"] == {"outcome": int(outcome), "round": round_number}
+    assert last["scalars"] == numbers
 
 
 def test_missing_data_leaves_as_a_code_and_its_path_stays(make_site: MakeSite, plan: MakePlan, tmp_path: Path) -> None:
     folder = make_site()
     (tmp_path / "hospital-data.npz").unlink()
-    parcel = answer(plan(round=2), folder)
+    parcel = answer(*plan(round=2), folder)
     assert_only_a_code_left(parcel, folder, Outcome.DATA_UNUSABLE, "hospital-data.npz does not exist", 2)
 
 
 def test_images_that_are_too_small_leave_as_a_code(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site(images=np.arange(10 * 36, dtype=np.uint8).reshape(10, 6, 6))
-    assert_only_a_code_left(answer(plan(), folder), folder, Outcome.DATA_UNUSABLE, "smaller than 8x8")
+    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.DATA_UNUSABLE, "smaller than 8x8")
 
 
 def test_colour_images_for_a_grey_model_leave_as_a_code(make_site: MakeSite, plan: MakePlan) -> None:
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
     folder = make_site(images=images)
-    assert_only_a_code_left(answer(plan(), folder), folder, Outcome.WRONG_CHANNELS, "the model has one channel")
+    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.WRONG_CHANNELS, "the model has one channel")
 
 
 def test_an_update_that_the_sites_policy_forbids_leaves_as_a_code(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site(policy=SitePolicy(max_relative_norm=1e-9))
-    assert_only_a_code_left(answer(plan(), folder), folder, Outcome.GATE_REFUSED, "its norm")
+    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.GATE_REFUSED, "its norm")
     assert [line["direction"] for line in read_lines(folder / "audit.jsonl")] == ["in", "out", "out"]
 
 
@@ -185,51 +145,51 @@ def test_training_that_diverges_leaves_as_a_code(
     def diverge(*_: object, **__: object) -> None:
         raise TrainingDiverged("the gradient was not finite")
 
-    monkeypatch.setattr(site, "train", diverge)
+    monkeypatch.setattr(fine_tuning, "train", diverge)
     folder = make_site()
-    assert_only_a_code_left(answer(plan(), folder), folder, Outcome.DIVERGED, "the gradient was not finite")
+    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.DIVERGED, "the gradient was not finite")
 
 
 def test_an_unexpected_failure_leaves_as_a_code_and_is_explained_at_home(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
     (folder / "config.json").unlink()
-    assert_only_a_code_left(answer(plan(), folder), folder, Outcome.FAILED, "unexpected FileNotFoundError")
+    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.FAILED, "unexpected FileNotFoundError")
 
 
 def test_a_slice_that_cannot_be_read_leaves_as_a_code(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
     (folder / "slice.json").write_text("{")
-    assert_only_a_code_left(answer(plan(), folder), folder, Outcome.DATA_UNUSABLE, "slice.json is damaged")
+    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.DATA_UNUSABLE, "slice.json is damaged")
 
 
 def test_the_decoded_images_are_removed_at_the_end_even_of_a_failure(
     make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_site()
-    answer(plan(), folder)
+    answer(*plan(), folder)
     assert (folder / "corpus").exists()
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(site, "save_checkpoint", fail)
-    assert answer(plan(action="finish", round=2), folder).scalars["outcome"] == Outcome.FAILED
+    assert answer(*plan(action="finish", round=2), folder).scalars["outcome"] == Outcome.FAILED
     assert not (folder / "corpus").exists()
 
 
 def test_the_images_are_decoded_once_and_mapped_in_later_rounds(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
-    answer(plan(), folder)
+    answer(*plan(), folder)
     (folder.parent / "hospital-data.npz").rename(folder.parent / "moved.npz")
     np.savez(folder.parent / "hospital-data.npz", images=np.zeros((1, 8, 8), np.uint8))
-    assert answer(plan(round=2), folder).scalars["outcome"] == Outcome.DONE
+    assert answer(*plan(round=2), folder).scalars["outcome"] == Outcome.DONE
 
 
 @pytest.mark.parametrize("document", ["", "{}", '{"action": "upload"}', "[]"])
 def test_a_plan_that_is_not_understood_is_refused(make_site: MakeSite, document: str) -> None:
     folder = make_site()
     assert_only_a_code_left(
-        answer(Parcel({}, {}, document), folder), folder, Outcome.PLAN_REFUSED, "the coordinator's plan was refused"
+        answer(document, b"", folder), folder, Outcome.PLAN_REFUSED, "the coordinator's plan was refused", exchange=0
     )
 
 
@@ -237,20 +197,100 @@ def test_weights_that_do_not_fit_the_plan_are_refused(
     make_site: MakeSite, plan: MakePlan, weights: dict[str, Tensor]
 ) -> None:
     folder = make_site()
-    parcel = answer(plan({**weights, "more": torch.zeros(1)}), folder)
+    parcel = answer(*plan({**weights, "more": torch.zeros(1)}), folder)
     assert_only_a_code_left(parcel, folder, Outcome.PLAN_REFUSED, "do not fit the model")
 
 
 def test_weights_of_another_type_are_refused(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
-    good = plan()
-    parcel = Parcel({name: array.astype(np.float64) for name, array in good.arrays.items()}, {}, good.document)
-    assert_only_a_code_left(answer(parcel, folder), folder, Outcome.PLAN_REFUSED, "do not fit the model")
+    document, packed = plan()
+    other = pack({name: array.view(np.uint32) for name, array in unpack(packed).items()})
+    assert_only_a_code_left(answer(document, other, folder), folder, Outcome.PLAN_REFUSED, "do not fit the model")
 
 
 def test_weights_that_are_not_finite_are_refused(
     make_site: MakeSite, plan: MakePlan, weights: dict[str, Tensor]
 ) -> None:
     folder = make_site()
-    parcel = answer(plan({**weights, "norm.bias": torch.full((16,), float("nan"))}), folder)
+    parcel = answer(*plan({**weights, "norm.bias": torch.full((16,), float("nan"))}), folder)
     assert_only_a_code_left(parcel, folder, Outcome.PLAN_REFUSED, "not finite")
+
+
+@pytest.mark.parametrize("train", ["norm-bias", "adapters"])
+@pytest.mark.parametrize("encoding", ["bf16", "int8"])
+def test_a_part_of_the_network_is_trained_and_sent_as_it_was_asked_for(
+    make_site: MakeSite, plan: MakePlan, train: str, encoding: str
+) -> None:
+    document, packed = plan(train=train, adapter_rank=2, encoding=encoding, local_images=800, lr=1e-2)
+    parcel = answer(document, packed, make_site())
+    asked = RoundPlan.model_validate_json(document)
+    check(parcel.arrays, asked.shapes(), asked.encoding, asked.topk_share)
+    assert parcel.scalars["loss_after"] < parcel.scalars["loss_before"]
+
+
+def test_work_that_was_interrupted_goes_on_where_it_was_saved_and_ends_the_same(
+    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fine_tuning, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(fine_tuning, "SAVE_SHARE", 0)
+    monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
+    folder = make_site()
+    whole = answer(*plan(), folder)
+
+    keep = fine_tuning.Saved.keep
+
+    def killed(self: Any, state: Any, *rest: Any) -> None:
+        keep(self, state, *rest)
+        if state.images_seen == 80:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tuning.Saved, "keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            answer(*plan(exchange=8), folder)
+    again = answer(*plan(exchange=9), folder)
+    assert [event["images"] for event in events(folder, "measured")][-1] == 80, "it began anew"
+    assert all((whole.arrays[name] == again.arrays[name]).all() for name in whole.arrays)
+    assert again.scalars["loss_before"] == whole.scalars["loss_before"]
+    assert not list((folder / "work").glob("training*"))
+
+
+def test_other_work_does_not_take_up_what_was_saved(
+    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fine_tuning, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(fine_tuning, "SAVE_SHARE", 0)
+    monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(fine_tuning.Saved, "forget", lambda self: None)
+    folder = make_site()
+    answer(*plan(), folder)
+    answer(*plan(round=2), folder)
+    assert [event["images"] for event in events(folder, "measured")] == [0, 0]
+
+
+def test_minutes_end_the_work_and_what_was_done_is_reported(
+    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parcel = answer(*plan(local_images=100_000, local_minutes=1e-9), make_site())
+    assert parcel.scalars["images_seen"] == 8
+
+
+def test_a_site_refuses_before_it_trains_what_its_link_may_not_carry(make_site: MakeSite, plan: MakePlan) -> None:
+    folder = make_site(policy=SitePolicy(max_upload=1000))
+    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.TOO_LARGE, "--max-upload allows 1,000")
+    assert not events(folder, "measured")
+
+
+@pytest.mark.parametrize("encoding", ["int8", "topk"])
+def test_what_is_rounded_away_in_a_round_comes_with_the_next_one(
+    make_site: MakeSite, plan: MakePlan, encoding: str
+) -> None:
+    folder = make_site()
+    answer(*plan(encoding=encoding, round=1), folder)
+    second = answer(*plan(encoding=encoding, round=2), folder)
+    again = answer(*plan(encoding=encoding, round=2), folder)
+    assert all((second.arrays[name] == again.arrays[name]).all() for name in second.arrays), "a round done again"
+    for path in (folder / "work").glob("residual-*"):
+        path.unlink()
+    without = answer(*plan(encoding=encoding, round=2), folder)
+    assert any((second.arrays[name] != without.arrays[name]).any() for name in second.arrays)

@@ -145,7 +145,7 @@ def test_nothing_survives_when_server_and_client_are_killed(workplace: Path, pri
     server = Started([*serve, "--rounds", "50"], workplace, "serve")
     client = Started(join, workplace, "client")
     server.until("clients at work")
-    assert any("flower-superlink" in line for line in processes_with(str(workplace)))
+    assert any("maskdm_server.door" in line for line in processes_with(str(workplace)))
     client.kill()
     server.kill()
     wait_until(lambda: not processes_with(str(workplace)), lambda: str(processes_with(str(workplace))))

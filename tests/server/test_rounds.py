@@ -2,7 +2,7 @@
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from maskdm.runfolder import atomic_write, read_lines
 from maskdm.trainable import Trainable, changed_weights
 from maskdm.wire import decode
 from maskdm_server import journal as journalling
+from maskdm_server.link import Reply
 from maskdm_server.rounds import ATTEMPTS, DISK_SECONDS
 
 from .conftest import (
@@ -529,6 +530,21 @@ def test_a_resting_site_is_asked_where_it_takes_it_to_close_a_round(folder: Path
     federate(link, folder, rounds=4, min_replies=2, round_deadline=5)
     assert next(sites for number, sites in link.asked if number == 4) == [1, 3]
     assert [line["clients"] for line in read_lines(folder / "rounds.jsonl")] == [2, 2, 2, 2]
+
+
+@pytest.mark.xfail(strict=True, reason="Rounds._gather: `needed` must be less what is drawn already")
+@pytest.mark.parametrize("at_most", [None, 3])
+def test_a_resting_site_is_left_alone_however_long_the_others_take(folder: Path, at_most: int | None) -> None:
+    time = Time()
+
+    class Slow(InProcess):
+        def receive(self) -> Iterator[Reply]:
+            return super().receive() if int(time.now) % 20 == 0 else iter(())
+
+    link = Slow({1: learner(0.001), 2: learner(0.001), 3: failing})
+    federate(link, folder, time, rounds=6, clients_per_round=at_most)
+    asked = {plan.round for (_, sites), (plan, _) in zip(link.asked, link.sent, strict=True) if 3 in sites}
+    assert asked == {1, 2, 4, 6}  # the last one is the farewell
 
 
 def test_a_round_asks_a_sample_of_the_clients_and_no_more_of_them(folder: Path) -> None:
