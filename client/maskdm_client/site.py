@@ -74,6 +74,8 @@ def answer(
 
     try:
         plan = _read_plan(document)
+        if box and plan.exchange != exchange:
+            raise PlanRefused("the coordinator's plan was refused: it has another number than its message")
         exchange, round_number = plan.exchange, plan.round
         received, arrays = _read_weights(weights, plan)
         record(audit, "in", round_number, Parcel(arrays, {}, document), plan.action)

@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from maskdm.parcel import Outcome
 from maskdm_client.fine_tuning import Superseded
 from maskdm_client.gate import release_again
 from maskdm_client.mailbox import POLL_SECONDS, Mailbox
@@ -29,7 +30,8 @@ def work(folder: Path) -> None:
                 parcel = answer(request.document, request.weights, folder, box, request.exchange)
             except Superseded:
                 continue
-        box.reply(request.exchange, key, parcel)
+        # Only what was done well is worth sending again; a failure may have passed when the work is asked for again.
+        box.reply(request.exchange, key if parcel.scalars["outcome"] == Outcome.DONE else "", parcel)
 
 
 if __name__ == "__main__":

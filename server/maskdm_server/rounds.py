@@ -129,7 +129,7 @@ class Rounds:
                 [site for site in there if site not in drawn],
                 standings,
                 number,
-                needed=config.min_replies,
+                needed=config.min_replies - len(drawn),
                 at_most=config.clients_per_round and config.clients_per_round - len(drawn),
                 seed=config.seed,
             )

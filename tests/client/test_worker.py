@@ -144,9 +144,6 @@ def test_what_is_no_plan_is_refused_under_its_own_number(
     assert answers[0] == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="worker.work: a failure is kept as the reply to this work, so that trying again cannot succeed"
-)
 def test_work_that_failed_is_tried_again_when_it_is_asked_for_again(
     make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +164,8 @@ def test_work_in_progress_is_dropped_for_a_newer_request_and_nothing_of_it_leave
     folder = make_site()
     box = Mailbox(folder)
     box.ask(1, *ask(exchange=1))
-    asked, looks = Mailbox.asked, []
+    asked = Mailbox.asked
+    looks: list[None] = []
 
     def asked_meanwhile(self: Mailbox) -> int | None:
         looks.append(None)
@@ -206,9 +204,6 @@ def test_a_request_that_comes_while_another_is_answered_is_next(
     assert reply_to(2, folder).scalars["exchange"] == 2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="site.answer: takes a plan of another exchange than its request's for superseded, for ever"
-)
 def test_a_plan_that_contradicts_its_message_about_the_exchange_does_not_keep_the_worker_busy_for_ever(
     make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
