@@ -46,8 +46,9 @@ class Residual:
             return update[name] - decode(sent, name, shapes[name], self._plan.encoding)
 
         atomic_write(self._path(self._plan.round), chunks(layout, lambda name: left(name).numpy()))
+        begun_with = max((number for number in self._rounds() if number < self._plan.round), default=0)
         for number in self._rounds():
-            if number < self._plan.round - 1:
+            if number < begun_with:
                 self._path(number).unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:

@@ -23,7 +23,7 @@ def work(folder: Path) -> None:
         request = box.request()
         assert request is not None
         key = key_of(request.document, request.weights)
-        if replied and replied[1] == key:  # the same work under another number: the reply was lost on its way
+        if key and replied and replied[1] == key:  # the same work under another number: the reply was lost on its way
             parcel = release_again(box.take_reply()[1], request.exchange, folder / "audit.jsonl")
         else:
             try:

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
@@ -42,7 +42,7 @@ from maskdm.errors import MaskDMError
 from maskdm.parcel import Parcel
 from maskdm.runfolder import append_line
 from maskdm.tensorfile import unpack
-from maskdm_server.door import Traffic
+from maskdm_server.door import CHUNK, Traffic
 from maskdm_server.federation import FederationConfig, largest_update
 from maskdm_server.link import Question, Reply
 from maskdm_server.rounds import run_federation
@@ -76,12 +76,20 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
+class Asked(NamedTuple):
+    """Who was asked what, and until when an answer counts."""
+
+    site: int
+    exchange: int
+    until: float
+
+
 class GridLink:
     """Parcels over any Grid of Flower's, e.g. that of its simulation."""
 
     def __init__(self, grid: Any) -> None:
         self._grid = grid
-        self._sites: dict[str, tuple[int, float]] = {}  # message → who was asked, until when an answer counts
+        self._asked: dict[str, Asked] = {}  # by message
 
     def sites(self) -> list[int]:
         return sorted(self._grid.get_node_ids())
@@ -93,7 +101,7 @@ class GridLink:
         plan = {"exchange": question.exchange, "wait": question.wait, "document": question.document}
         content = RecordDict({"plan": ConfigRecord(plan)})
         if question.weights is None:
-            self._send(content, sites, seconds)
+            self._send(content, sites, question.exchange, seconds)
             return
         document = np.memmap(question.weights, np.uint8, "r")
         weights = Array("uint8", (int(document.size),), PACKED, b"")
@@ -101,25 +109,25 @@ class GridLink:
         record = ArrayRecord()
         record["packed"] = weights  # the constructor would copy it
         content["weights"] = record
-        self._send(content, sites, seconds)
+        self._send(content, sites, question.exchange, seconds)
 
     def receive(self) -> Iterator[Reply]:
         self._forget_expired()
-        for message in self._grid.pull_messages(list(self._sites)) if self._sites else ():
-            site, _ = self._sites.pop(message.metadata.reply_to_message_id)
-            yield Reply(site, None, LOST, lost=True) if message.has_error() else _reply(site, message.content)
+        for message in self._grid.pull_messages(list(self._asked)) if self._asked else ():
+            asked = self._asked.pop(message.metadata.reply_to_message_id)
+            yield _lost(asked) if message.has_error() else _reply(asked.site, message.content)
 
-    def _send(self, content: RecordDict, sites: Sequence[int], seconds: float) -> None:
+    def _send(self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float) -> None:
         messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
-        self._expect(sites, list(self._grid.push_messages(messages)), seconds)
+        self._expect(sites, list(self._grid.push_messages(messages)), exchange, seconds)
 
-    def _expect(self, sites: Sequence[int], messages: Sequence[str], seconds: float) -> None:
+    def _expect(self, sites: Sequence[int], messages: Sequence[str], exchange: int, seconds: float) -> None:
         for site, message in zip(sites, messages, strict=True):
-            self._sites[message] = site, time.time() + seconds
+            self._asked[message] = Asked(site, exchange, time.time() + seconds)
 
     def _forget_expired(self) -> None:
         now = time.time()
-        self._sites = {message: (site, until) for message, (site, until) in self._sites.items() if until > now}
+        self._asked = {message: asked for message, asked in self._asked.items() if asked.until > now}
 
 
 class StreamingLink(GridLink):
@@ -129,7 +137,7 @@ class StreamingLink(GridLink):
         super().__init__(grid)
         self._largest = largest
         self._traffic = Traffic(folder)
-        self._arriving: list[tuple[int, Any, Any]] = []
+        self._arriving: list[tuple[Asked, Any, Any]] = []
 
     def carried(self) -> Mapping[int, int]:
         return self._traffic.carried()
@@ -138,23 +146,23 @@ class StreamingLink(GridLink):
         self._forget_expired()
         for site in self._traffic.refused():
             yield Reply(site, None, "it tried to send more than an update can be")
-        if self._sites:
-            found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(self._sites)))
+        if self._asked:
+            found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(self._asked)))
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
-                if head.metadata.reply_to_message_id in self._sites:
-                    site, _ = self._sites.pop(head.metadata.reply_to_message_id)
-                    self._arriving.append((site, head, tree))
+                if head.metadata.reply_to_message_id in self._asked:
+                    self._arriving.append((self._asked.pop(head.metadata.reply_to_message_id), head, tree))
         arriving, self._arriving = self._arriving, []
-        for site, head, tree in arriving:
+        for asked, head, tree in arriving:
             if head.HasField("error"):
-                yield Reply(site, None, LOST, lost=True)
+                yield _lost(asked)
                 continue
             try:
-                yield self._pulled(site, head.metadata.message_id, tree)
+                yield self._pulled(asked, head.metadata.message_id, tree)
             except ObjectUnavailableError:  # it is still being sent; its progress is seen in what is carried
-                self._arriving.append((site, head, tree))
+                if asked.until > time.time():
+                    self._arriving.append((asked, head, tree))
 
-    def _send(self, content: RecordDict, sites: Sequence[int], seconds: float) -> None:
+    def _send(self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float) -> None:
         run, client = self._grid.run.run_id, self._grid._runtime_client
         messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
         for message in messages:
@@ -165,13 +173,13 @@ class StreamingLink(GridLink):
                 message_object_trees=[get_object_tree(message) for message in messages],
             )
         )
-        self._expect(sites, list(answer.message_ids), seconds)
+        self._expect(sites, list(answer.message_ids), exchange, seconds)
         objects = {name: found for message in messages for name, found in get_all_nested_objects(message).items()}
         push = make_push_object_fn_protobuf(client.PushObject, self._grid.node, run, answer.session_id)
         for start in range(0, len(answer.objects_to_push), AT_ONCE):
             push_objects({name: objects[name] for name in answer.objects_to_push[start : start + AT_ONCE]}, push)
 
-    def _pulled(self, site: int, message_id: str, tree: Any) -> Reply:
+    def _pulled(self, asked: Asked, message_id: str, tree: Any) -> Reply:
         """A reply that has arrived.
 
         Raises:
@@ -185,13 +193,13 @@ class StreamingLink(GridLink):
         except ObjectUnavailableError:
             raise
         except ObjectPullError:
-            return Reply(site, None, "its reply did not arrive whole", lost=True)
+            return Reply(asked.site, None, "its reply did not arrive whole", lost=True, exchange=asked.exchange)
         except Exception:  # a stranger's bytes may break anything in Flower's parsers
-            return Reply(site, None, "its reply cannot be read")
+            return Reply(asked.site, None, "its reply cannot be read", exchange=asked.exchange)
         client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
         )
-        return _reply(site, content)
+        return _reply(asked.site, content)
 
 
 def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int) -> Any:
@@ -202,12 +210,16 @@ def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int) -> Any:
     """
     content = pull(tree.object_id)
     kind = inflatable_class_registry[get_object_type_from_object_content(content)]
-    if kind is not ArrayRecord:
+    if kind in (Message, RecordDict, MetricRecord):
         return kind.inflate(content, {child.object_id: _inflate(child, pull, largest) for child in tree.children})
+    if kind is not ArrayRecord:
+        raise ValueError(f"{kind.__name__} has no place in a reply")
     (child,) = tree.children
     head = pull(child.object_id)
     about = json.loads(get_object_body(head, Array))
     names, data = get_object_children_ids_from_object_content(head), bytearray()
+    if len(about["arraychunk_ids"]) > -(-largest // CHUNK) + 1:  # each asks the SuperLink
+        raise ValueError(f"more parts than {largest} bytes have")
     for place in about["arraychunk_ids"]:
         chunk = pull(names[place])
         body = memoryview(chunk)[chunk.index(HEAD_BODY_DIVIDER) + 1 :]
@@ -219,6 +231,10 @@ def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int) -> Any:
     for array in record.values():
         array.data = data
     return record
+
+
+def _lost(asked: Asked) -> Reply:
+    return Reply(asked.site, None, LOST, lost=True, exchange=asked.exchange)
 
 
 def _reply(site: int, content: RecordDict) -> Reply:

@@ -80,7 +80,8 @@ class Door:
             if name == "push-messages":
                 request = PushMessagesRequest.FromString(body)
                 if sum(_count(tree, self._most_objects) for tree in request.message_object_trees) > self._most_objects:
-                    append_line(self._refused, {"time": time.time(), "site": request.node.node_id})
+                    with suppress(OSError):  # a full disk: it is refused all the same
+                        append_line(self._refused, {"time": time.time(), "site": request.node.node_id})
                     raise TooLarge
             elif name == "push-object":
                 self._count(PushObjectRequest.FromString(body).node.node_id, len(body))

@@ -117,9 +117,10 @@ class Exchange:
     def _hear(self, reply: Reply, take: Callable[[int, Parcel], None]) -> None:
         site, asked, parcel = reply.site, self._asked.get(reply.site), reply.parcel
         ours = self._plan.exchange
+        answered = reply.exchange if parcel is None else parcel.scalars.get("exchange")
         if parcel is not None:
             self.bytes_up += parcel.size()
-        if asked is None or (parcel is not None and parcel.scalars.get("exchange", ours) != ours):
+        if asked is None or (answered is not None and answered != ours):
             self.late += 1
             self._say({"event": "late", "round": self._plan.round, "site": str(site)})
         elif site in self.accepted:

@@ -26,6 +26,7 @@ class Reply:
     parcel: Parcel | None
     problem: str = ""
     lost: bool = False  # the site may come back
+    exchange: int | None = None  # that was answered, where the parcel does not say it itself
 
 
 class Link(Protocol):

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from maskdm.errors import GateRefused
 from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import read_lines
+from maskdm.trainable import squared_norm
 from maskdm.wire import Encoding, check, decode, decode_bfloat16
 from maskdm_client.gate import record, release_numbers, release_outcome, release_update
 from maskdm_client.settings import SitePolicy, SiteSettings, load_settings
@@ -178,6 +181,53 @@ def test_whatever_an_update_holds_it_is_stopped_or_leaves_as_it_was_asked_for_an
             sent = torch.cat([decode(parcel.arrays, name, shapes[name], encoding).flatten() for name in shapes])
             assert float(sent.norm()) <= 3 * (1 + 2**-6)
         assert len(read_lines(audit)) == 1
+
+
+@given(
+    train=st.sampled_from(["norm-bias", "adapters"]),
+    encoding=st.sampled_from(["bf16", "fp32", "int8", "topk"]),
+    seed=st.integers(0, 2**32),
+    exponents=st.tuples(st.integers(-20, 20), st.integers(-20, 20)),
+    instead=st.dictionaries(st.integers(0, 8), st.none() | st.sampled_from([math.nan, math.inf, 0.0]), max_size=1),
+)
+def test_of_parts_of_the_network_too_only_what_is_asked_for_and_as_long_as_is_allowed_leaves(
+    make_plan: Callable[..., RoundPlan],
+    weights: dict[str, Tensor],
+    train: str,
+    encoding: Encoding,
+    seed: int,
+    exponents: tuple[int, int],
+    instead: dict[int, float | None],
+) -> None:
+    """What counts of adapters is the length of their products, however long the factors are."""
+    asked = make_plan(train=train, adapter_rank=2, encoding=encoding, topk_share=0.5)
+    shapes, random = asked.shapes(), torch.Generator().manual_seed(seed)
+    update = {
+        name: 10.0 ** exponents[name.endswith(".up")] * torch.randn(shape, generator=random)
+        for name, shape in shapes.items()
+    }
+    for place, value in instead.items():
+        name = list(shapes)[place]
+        if value is None:
+            del update[name]
+        else:
+            update[name].view(-1)[-1] = value
+    reference = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in weights.values()))
+    spoilt = any(value is None or not math.isfinite(value) for value in instead.values())
+    with tempfile.TemporaryDirectory() as folder:
+        audit = Path(folder) / "audit.jsonl"
+        try:
+            parcel = release_update(update, REPORT, asked, weights, POLICY, audit)
+        except GateRefused:
+            assert read_lines(audit)[-1]["verdict"] != "released"
+            assert spoilt or exponents[0] >= -1 or exponents[1] >= -1
+        else:
+            assert not spoilt
+            check(parcel.arrays, shapes, encoding, asked.topk_share)
+            sent = {name: decode(parcel.arrays, name, shapes[name], encoding) for name in shapes}
+            squares = (squared_norm(sent.__getitem__, name, asked.train) for name in asked.changed())
+            # What topk leaves out may have cancelled something of what it keeps.
+            assert math.sqrt(sum(squares)) <= (1.5 if encoding == "topk" else 1.05) * reference
 
 
 def test_an_update_larger_than_the_policy_allows_is_stopped(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint
 from maskdm.errors import TrainingDiverged
 from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
-from maskdm.protocol import RoundPlan
 from maskdm.runfolder import read_lines
 from maskdm.tensorfile import pack, unpack
-from maskdm.wire import check, decode_bfloat16
+from maskdm.wire import decode_bfloat16
 from maskdm_client import fine_tuning, site
+from maskdm_client.mailbox import Mailbox
 from maskdm_client.settings import SitePolicy
 from maskdm_client.site import answer
 
@@ -216,18 +216,6 @@ def test_weights_that_are_not_finite_are_refused(
     assert_only_a_code_left(parcel, folder, Outcome.PLAN_REFUSED, "not finite")
 
 
-@pytest.mark.parametrize("train", ["norm-bias", "adapters"])
-@pytest.mark.parametrize("encoding", ["bf16", "int8"])
-def test_a_part_of_the_network_is_trained_and_sent_as_it_was_asked_for(
-    make_site: MakeSite, plan: MakePlan, train: str, encoding: str
-) -> None:
-    document, packed = plan(train=train, adapter_rank=2, encoding=encoding, local_images=800, lr=1e-2)
-    parcel = answer(document, packed, make_site())
-    asked = RoundPlan.model_validate_json(document)
-    check(parcel.arrays, asked.shapes(), asked.encoding, asked.topk_share)
-    assert parcel.scalars["loss_after"] < parcel.scalars["loss_before"]
-
-
 def test_work_that_was_interrupted_goes_on_where_it_was_saved_and_ends_the_same(
     make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,29 +256,62 @@ def test_other_work_does_not_take_up_what_was_saved(
     assert [event["images"] for event in events(folder, "measured")] == [0, 0]
 
 
-def test_minutes_end_the_work_and_what_was_done_is_reported(
-    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parcel = answer(*plan(local_images=100_000, local_minutes=1e-9), make_site())
-    assert parcel.scalars["images_seen"] == 8
-
-
 def test_a_site_refuses_before_it_trains_what_its_link_may_not_carry(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site(policy=SitePolicy(max_upload=1000))
     assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.TOO_LARGE, "--max-upload allows 1,000")
     assert not events(folder, "measured")
 
 
-@pytest.mark.parametrize("encoding", ["int8", "topk"])
-def test_what_is_rounded_away_in_a_round_comes_with_the_next_one(
-    make_site: MakeSite, plan: MakePlan, encoding: str
-) -> None:
+def test_the_size_that_may_leave_is_that_of_the_update_to_the_byte(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
-    answer(*plan(encoding=encoding, round=1), folder)
-    second = answer(*plan(encoding=encoding, round=2), folder)
-    again = answer(*plan(encoding=encoding, round=2), folder)
-    assert all((second.arrays[name] == again.arrays[name]).all() for name in second.arrays), "a round done again"
-    for path in (folder / "work").glob("residual-*"):
-        path.unlink()
-    without = answer(*plan(encoding=encoding, round=2), folder)
-    assert any((second.arrays[name] != without.arrays[name]).any() for name in second.arrays)
+    sent = answer(*plan(local_images=8), folder)
+    needed = sum(array.nbytes for array in sent.arrays.values())
+    config = json.loads((folder / "config.json").read_text())
+    for allowed, outcome in ((needed, Outcome.DONE), (needed - 1, Outcome.TOO_LARGE)):
+        config["site"]["policy"]["max_upload"] = allowed
+        (folder / "config.json").write_text(json.dumps(config))
+        assert answer(*plan(local_images=8), folder).scalars["outcome"] == outcome
+
+
+def test_a_model_that_is_only_measured_is_neither_trained_nor_kept(
+    make_site: MakeSite, plan: MakePlan, weights: dict[str, Tensor]
+) -> None:
+    folder = make_site(policy=SitePolicy(max_upload=1))  # numbers are no update
+    first = answer(*plan(action="measure"), folder)
+    other = answer(*plan({name: 0.5 * tensor for name, tensor in weights.items()}, action="measure"), folder)
+    for parcel in (first, other):
+        assert parcel.arrays == {}
+        assert set(parcel.scalars) == set(REPORT_NAMES)
+        assert parcel.scalars["loss_before"] == parcel.scalars["loss_after"]
+        assert parcel.scalars["images_seen"] == 0
+    assert first.scalars["loss_after"] != other.scalars["loss_after"]
+    assert first.scalars["loss_after"] == answer(*plan(action="finish"), folder).scalars["loss_after"]
+    assert (folder / "model.safetensors").exists()
+    assert len(events(folder, "training")) == 0
+
+
+@pytest.mark.parametrize("cut", [0, 4, -1])
+def test_weights_that_are_cut_off_are_refused(make_site: MakeSite, plan: MakePlan, cut: int) -> None:
+    folder = make_site()
+    document, packed = plan()
+    parcel = answer(document, packed[:cut], folder)
+    assert_only_a_code_left(parcel, folder, Outcome.PLAN_REFUSED, "the coordinator's weights were refused")
+
+
+def test_while_it_trains_a_site_says_in_its_mailbox_how_far_it_is(
+    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
+    said: list[tuple[int, int, int]] = []
+    progressed = Mailbox.progressed
+
+    def heard(self: Mailbox, *numbers: int) -> None:
+        progressed(self, *numbers)
+        said.append((numbers[0], *self.progress(numbers[0])))
+
+    monkeypatch.setattr(Mailbox, "progressed", heard)
+    folder = make_site()
+    box = Mailbox(folder)
+    box.ask(7, *plan(round=2, local_images=24))
+    answer(*plan(round=2, local_images=24), folder, box, 7)
+    assert said == [(7, 2, 8), (7, 2, 16), (7, 2, 24)]

@@ -144,6 +144,19 @@ def test_what_is_no_plan_is_refused_under_its_own_number(
     assert answers[0] == 1
 
 
+def test_what_is_no_plan_is_refused_as_such_also_after_a_failure(
+    make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site()
+    (folder.parent / "hospital-data.npz").unlink()
+    Mailbox(folder).ask(1, *ask(local_images=8, exchange=1))
+    work(folder, monkeypatch)
+    assert reply_to(1, folder).scalars["outcome"] == Outcome.DATA_UNUSABLE
+    Mailbox(folder).ask(2, "no plan", b"")
+    work(folder, monkeypatch)
+    assert reply_to(2, folder).scalars["outcome"] == Outcome.PLAN_REFUSED
+
+
 def test_work_that_failed_is_tried_again_when_it_is_asked_for_again(
     make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,306 @@
+"""A round's training at a site: what it learns, what ends it, and that no interruption changes what comes out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskdm.checkpoint import model_from, save_state
+from maskdm.protocol import RoundPlan
+from maskdm.trainable import delta
+from maskdm.wire import check, decode
+from maskdm_client import fine_tuning
+from maskdm_client.fine_tuning import Done, Saved, Superseded, fine_tune, held_out_loss
+from maskdm_client.local_data import LocalImages, local_images
+from maskdm_client.settings import SiteSettings, load_settings
+from maskdm_client.site import answer
+
+MakePlan = Callable[..., RoundPlan]
+MakeSite = Callable[..., Path]
+Say = Callable[[dict[str, Any]], None]
+
+TRAIN = ("all", "norm-bias", "adapters")
+ENCODINGS = ("bf16", "fp32", "int8", "topk")
+
+
+class Killed(BaseException):
+    """What a crash is to the code that it ends."""
+
+
+class Site:
+    """Runs `fine_tune` on the pictures of a site, and remembers what it said."""
+
+    def __init__(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        self.folder, self.weights = folder, weights
+        self.settings: SiteSettings = load_settings(folder)
+        self.images: LocalImages = local_images(self.settings, folder, 8, 1)
+        self.said: list[dict[str, Any]] = []
+
+    def loss(self, plan: RoundPlan, weights: dict[str, Tensor]) -> float:
+        return held_out_loss(model_from(weights, plan.model.model), plan, self.images, self.settings)
+
+    def train(
+        self,
+        plan: RoundPlan,
+        on: Say = lambda event: None,
+        superseded: Callable[[], bool] = lambda: False,
+        key: str = "key",
+        folder: str = "work",
+    ) -> Done:
+        """One start of the work; `on` hears what it says."""
+        work = self.folder / folder
+        work.mkdir(exist_ok=True)
+        self.said = []
+
+        def say(event: dict[str, Any]) -> None:
+            self.said.append(event)
+            on(event)
+
+        model = model_from(self.weights, plan.model.model)
+        saved = Saved(work, key)
+        return fine_tune(model, plan, self.weights, self.images, self.settings, saved, say, superseded)
+
+    def images_at_start(self) -> int:
+        return int(next(event["images"] for event in self.said if event["event"] == "measured"))
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "work").glob("training*"))
+
+
+@pytest.fixture
+def site(make_site: MakeSite, weights: dict[str, Tensor]) -> Site:
+    return Site(make_site(), weights)
+
+
+@pytest.fixture
+def saves_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fine_tuning, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(fine_tuning, "SAVE_SHARE", 0)
+    monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
+
+
+def dies_at(images: int) -> Say:
+    def on(event: dict[str, Any]) -> None:
+        if event["event"] == "training" and event["images"] == images:
+            raise Killed
+
+    return on
+
+
+def assert_same(found: Done, expected: Done) -> None:
+    """In all but the seconds."""
+    assert found.update.keys() == expected.update.keys()
+    assert all(torch.equal(found.update[name], expected.update[name]) for name in expected.update)
+    assert replace(found, update={}, seconds=0) == replace(expected, update={}, seconds=0)
+
+
+def length(update: dict[str, Tensor]) -> float:
+    return float(sum(tensor.square().sum() for tensor in update.values()) ** 0.5)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("train", TRAIN)
+def test_what_goes_up_is_what_was_asked_for_and_improves_the_model_of_who_adds_it(
+    site: Site, make_plan: MakePlan, ask: Callable[..., tuple[str, bytes]], train: str, encoding: str
+) -> None:
+    changes = {"train": train, "adapter_rank": 2, "encoding": encoding, "topk_share": 0.5}
+    changes |= {"local_images": 480, "lr": 3e-3 if train == "all" else 2e-2}
+    plan = make_plan(**changes)
+    sent = answer(*ask(**changes), site.folder)
+    check(sent.arrays, plan.shapes(), plan.encoding, plan.topk_share)
+    assert sent.scalars["loss_after"] < sent.scalars["loss_before"] == site.loss(plan, site.weights)
+    shapes, improved = plan.shapes(), dict(site.weights)
+    for name in plan.changed():
+        improved[name] = improved[name] + delta(
+            lambda part: decode(sent.arrays, part, shapes[part], plan.encoding), name, plan.train
+        )
+    gained, real = (
+        sent.scalars["loss_before"] - loss for loss in (sent.scalars["loss_after"], site.loss(plan, improved))
+    )
+    assert real > (0.5 if encoding == "topk" else 0.95) * gained  # topk leaves half of the values for later
+
+
+@pytest.mark.parametrize("train", TRAIN)
+def test_training_leaves_the_weights_that_came_as_they_were(
+    site: Site, make_plan: MakePlan, weights: dict[str, Tensor], train: str
+) -> None:
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    done = site.train(make_plan(train=train, lr=1e-2))
+    assert length(done.update) > 0
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+
+
+@pytest.mark.usefixtures("saves_each_step")
+@pytest.mark.parametrize("proximal", [0.0, 1.0])
+@pytest.mark.parametrize("train", TRAIN)
+def test_training_that_was_interrupted_ends_with_exactly_the_update_of_one_that_was_not(
+    site: Site, make_plan: MakePlan, train: str, proximal: float
+) -> None:
+    plan = make_plan(train=train, proximal=proximal)
+    whole = site.train(plan, folder="elsewhere")
+    for images, begun in ((16, 0), (88, 8), (160, 80)):  # what was said last was not saved yet
+        with pytest.raises(Killed):
+            site.train(plan, on=dies_at(images))
+        assert site.images_at_start() == begun
+        assert site.left() == ["training.json", "training.safetensors"]
+    assert_same(site.train(plan), whole)
+    assert site.images_at_start() == 152
+    assert site.left() == []
+
+
+@pytest.mark.usefixtures("saves_each_step")
+def test_a_crash_in_the_middle_of_a_save_costs_what_was_saved_and_nothing_more(
+    site: Site, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = site.train(make_plan(), folder="elsewhere")
+
+    def dies_after_the_state(path: Path, state: Any, training: Any) -> None:
+        save_state(path, state, training)
+        if state.images_seen == 88:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tuning, "save_state", dies_after_the_state)
+        with pytest.raises(Killed):
+            site.train(make_plan())
+    assert site.left() == ["training.safetensors"]
+    assert_same(site.train(make_plan()), whole)
+    assert site.images_at_start() == 0
+    assert site.left() == []
+
+
+@pytest.mark.usefixtures("saves_each_step")
+def test_other_work_does_not_take_up_what_was_saved(site: Site, make_plan: MakePlan) -> None:
+    other = site.train(make_plan(round=2), folder="elsewhere")
+    with pytest.raises(Killed):
+        site.train(make_plan(), on=dies_at(88), key="this")
+    assert_same(site.train(make_plan(round=2), key="other"), other)
+    assert site.images_at_start() == 0
+    assert site.left() == []
+
+
+@pytest.mark.usefixtures("saves_each_step")
+def test_a_newer_request_ends_the_work_between_two_steps_and_what_was_saved_can_be_gone_on_from(
+    site: Site, make_plan: MakePlan
+) -> None:
+    whole = site.train(make_plan(), folder="elsewhere")
+
+    def steps() -> int:
+        return sum(event["event"] == "training" for event in site.said)
+
+    with pytest.raises(Superseded):
+        site.train(make_plan(), superseded=lambda: steps() >= 5)
+    assert steps() == 5
+    assert_same(site.train(make_plan()), whole)
+    assert site.images_at_start() == 40
+
+
+def test_a_request_that_comes_with_the_last_step_supersedes_the_work_too(site: Site, make_plan: MakePlan) -> None:
+    def done() -> bool:
+        return any(event["event"] == "training" and event["images"] == 160 for event in site.said)
+
+    with pytest.raises(Superseded):
+        site.train(make_plan(), superseded=done)
+
+
+class Clock:
+    """Time that passes only where the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(fine_tuning, "time", SimpleNamespace(monotonic=found.monotonic))
+    monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
+    return found
+
+
+def passing(clock: Clock, seconds: float, event_kind: str = "training") -> Say:
+    def on(event: dict[str, Any]) -> None:
+        if event["event"] == event_kind:
+            clock.now += seconds
+
+    return on
+
+
+def test_minutes_end_the_work_and_the_images_really_seen_are_reported(
+    site: Site, make_plan: MakePlan, clock: Clock
+) -> None:
+    done = site.train(make_plan(local_minutes=1), on=passing(clock, 10))
+    assert (done.images_seen, done.seconds) == (48, 60)
+    assert [event["images"] for event in site.said if event["event"] == "training"] == [8, 16, 24, 32, 40, 48]
+    short = site.train(make_plan(local_images=48), folder="elsewhere")
+    assert length(short.update) > 0
+    assert all(torch.equal(done.update[name], short.update[name]) for name in short.update)
+
+
+def test_images_end_the_work_where_they_come_first(site: Site, make_plan: MakePlan, clock: Clock) -> None:
+    done = site.train(make_plan(local_minutes=1), on=passing(clock, 1))
+    assert (done.images_seen, done.seconds) == (160, 20)
+
+
+def test_a_site_whose_time_is_over_before_it_began_takes_one_step(
+    site: Site, make_plan: MakePlan, clock: Clock
+) -> None:
+    done = site.train(make_plan(local_minutes=1), on=passing(clock, 3600, "measured"))
+    assert done.images_seen == 8
+    assert length(done.update) > 0
+
+
+def test_minutes_count_what_was_spent_before_an_interruption(
+    site: Site, make_plan: MakePlan, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fine_tuning, "SAVE_SECONDS", 0.0)
+    plan = make_plan(local_minutes=1)
+
+    def dies(event: dict[str, Any]) -> None:
+        passing(clock, 10)(event)
+        dies_at(40)(event)
+
+    with pytest.raises(Killed):
+        site.train(plan, on=dies)  # 32 images and 40 s were saved
+    clock.now += 7200
+    done = site.train(plan, on=passing(clock, 10))
+    assert site.images_at_start() == 32
+    assert (done.images_seen, done.seconds) == (48, 60)
+
+
+def test_saving_takes_at_most_a_twentieth_of_the_time(
+    site: Site, make_plan: MakePlan, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+
+    def slow(path: Path, state: Any, training: Any) -> None:
+        saved.append(state.images_seen)
+        save_state(path, state, training)
+        clock.now += 6
+
+    monkeypatch.setattr(fine_tuning, "save_state", slow)
+    site.train(make_plan(local_images=320), on=passing(clock, 10))
+    # The first after SAVE_SECONDS = 60 s; each took 6 s, so that the next waits for 120 s.
+    assert saved == [48, 144, 240]
+
+
+def test_a_proximal_term_keeps_the_model_near_the_one_that_came(site: Site, make_plan: MakePlan) -> None:
+    free, tied, bound = (length(site.train(make_plan(proximal=mu, lr=1e-2)).update) for mu in (0.0, 1.0, 100.0))
+    assert bound < tied < free
+    assert bound < 0.5 * free
+
+
+def test_rounds_and_federations_draw_other_batches_and_noise(site: Site, make_plan: MakePlan) -> None:
+    changes: list[dict[str, Any]] = [{}, {"round": 2}, {"seed": 1}, {"federation": "f" * 16}]
+    first, *others = (site.train(make_plan(local_images=8, **change)).update for change in changes)
+    assert length(first) > 0
+    for other in others:
+        assert any(not torch.equal(first[name], other[name]) for name in first)

@@ -1,0 +1,260 @@
+"""The door before the SuperLink: what is too large is refused before it is stored, the rest passes bit for bit."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from maskdm.runfolder import read_lines
+from maskdm_server import door as under_test
+from maskdm_server.door import CHUNK, LARGEST_REQUEST, OTHER_OBJECTS, Door, Message, Traffic
+
+PUSH, PULL, MESSAGES = "/v1/fleet/push-object", "/v1/fleet/pull-object", "/v1/fleet/push-messages"
+
+
+class App:
+    """What stands behind the door; keeps what reaches it."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.scopes: list[Message] = []
+        self.after: list[Message] = []
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        self.scopes.append(scope)
+        if scope["type"] != "http":
+            return
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message["body"]
+            if not message.get("more_body"):
+                break
+        self.bodies.append(bytes(body))
+        self.after.append(await receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+
+class Knocking:
+    """A client of the door."""
+
+    def __init__(self, folder: Path, largest_update: int = 20 * CHUNK) -> None:
+        self.app = App()
+        self.door = Door(self.app, folder, largest_update)
+        self.pulled = 0  # pieces of a body that were read
+
+    def send(self, path: str, pieces: Sequence[bytes], end: str = "whole", kind: str = "http") -> int:
+        """The status of the answer; after `pieces` the client goes away, unless the body is whole with them."""
+        messages: list[Message] = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+        if messages and end == "whole":
+            messages[-1]["more_body"] = False
+        waiting, answers = iter(messages), list[Message]()
+        self.pulled = 0
+
+        async def receive() -> Message:
+            self.pulled += 1
+            return next(waiting, {"type": "http.disconnect"})
+
+        async def send(message: Message) -> None:
+            answers.append(message)
+
+        asyncio.run(self.door({"type": kind, "path": path}, receive, send))
+        return int(answers[0]["status"]) if answers else 0
+
+
+@pytest.fixture
+def knocking(tmp_path: Path) -> Knocking:
+    return Knocking(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _write_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(under_test, "WRITE_SECONDS", -1.0)
+
+
+def tree(objects: int, wide: bool = True) -> Any:
+    """A tree of so many objects."""
+    if wide:
+        return ObjectTree(object_id="0", children=[ObjectTree(object_id=str(i)) for i in range(1, objects)])
+    top = ObjectTree(object_id="0")
+    for i in range(1, objects):
+        top = ObjectTree(object_id=str(i), children=[top])
+    return top
+
+
+def offered(*trees: Any, node: int = 5) -> bytes:
+    return bytes(PushMessagesRequest(node=Node(node_id=node), message_object_trees=trees).SerializeToString())
+
+
+def pushed(node: int, size: int) -> bytes:
+    request = PushObjectRequest(node=Node(node_id=node), object_id="x", object_content=bytes(size))
+    return bytes(request.SerializeToString())
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(st.binary(max_size=50), min_size=1, max_size=6))
+def test_a_body_arrives_whole_in_however_many_pieces_it_came(knocking: Knocking, pieces: list[bytes]) -> None:
+    assert knocking.send("/v1/fleet/activate-node", pieces) == 200
+    assert knocking.app.bodies[-1] == b"".join(pieces)
+    assert knocking.app.after[-1] == {"type": "http.disconnect"}, "what comes after it reaches the SuperLink too"
+
+
+@pytest.mark.parametrize("path", [PUSH, MESSAGES, "/v1/fleet/anything"])
+def test_a_body_over_the_limit_is_refused_before_all_of_it_is_read(knocking: Knocking, path: str) -> None:
+    assert knocking.send(path, [bytes(2**20)] * 1000) == 413
+    assert knocking.app.bodies == []
+    assert knocking.pulled <= LARGEST_REQUEST // 2**20 + 1
+    assert knocking.send(path, [bytes(LARGEST_REQUEST + 1)]) == 413
+
+
+def test_a_chunk_of_flowers_own_passes(knocking: Knocking) -> None:
+    assert knocking.send(PUSH, [pushed(5, CHUNK)]) == 200
+    assert knocking.send(PUSH, [pushed(5, LARGEST_REQUEST - 200)]) == 200
+    assert knocking.send(PUSH, [pushed(5, LARGEST_REQUEST)]) == 413
+
+
+def test_a_client_that_goes_away_in_the_middle_leaves_nothing(knocking: Knocking) -> None:
+    knocking.send(PUSH, [b"some", b"thing"], end="gone")
+    assert knocking.app.bodies == []
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_reply_of_more_objects_than_an_update_can_have_is_refused_and_its_site_named(
+    knocking: Knocking, tmp_path: Path, wide: bool
+) -> None:
+    most = 20 + OTHER_OBJECTS
+    assert knocking.send(MESSAGES, [offered(tree(most, wide))]) == 200
+    assert not (tmp_path / "refused.jsonl").exists()
+    assert knocking.send(MESSAGES, [offered(tree(most + 1, wide), node=2**63 + 7)]) == 413
+    assert knocking.send(MESSAGES, [offered(*[tree(most // 2 + 1, wide)] * 2, node=6)]) == 413, "all trees together"
+    assert [line["site"] for line in read_lines(tmp_path / "refused.jsonl")] == [2**63 + 7, 6]
+    assert len(knocking.app.bodies) == 1
+
+
+def test_a_tree_of_a_million_objects_is_not_walked_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[Any] = []
+
+    class Endless:
+        @property
+        def children(self) -> list["Endless"]:
+            looked_at.append(self)
+            return [Endless(), Endless()]
+
+    assert under_test._count(Endless(), 50) == 51
+    assert len(looked_at) <= 51
+
+
+def test_the_most_objects_follow_from_the_largest_update(tmp_path: Path) -> None:
+    for largest, chunks in ((1, 1), (CHUNK, 1), (CHUNK + 1, 2)):
+        knocking = Knocking(tmp_path, largest)
+        assert knocking.send(MESSAGES, [offered(tree(chunks + OTHER_OBJECTS))]) == 200
+        assert knocking.send(MESSAGES, [offered(tree(chunks + OTHER_OBJECTS + 1))]) == 413
+
+
+@pytest.mark.parametrize("path", [PUSH, PULL, MESSAGES])
+def test_what_is_no_protobuf_is_left_to_the_superlink(knocking: Knocking, tmp_path: Path, path: str) -> None:
+    for body in (b"\xff\xff\xff\xff", b"{}", b""):
+        assert knocking.send(path, [body]) == 200
+        assert knocking.app.bodies[-1] == body
+    assert not (tmp_path / "refused.jsonl").exists()
+
+
+def test_a_tree_too_deep_for_protobuf_is_left_to_the_superlink(knocking: Knocking) -> None:
+    """Which refuses it: its own parser is the same."""
+    body = b""
+    for _ in range(300):
+        field = b"\x12" + length_of(body) + body  # field 2 of ObjectTree: a child
+        body = field
+    field = PushMessagesRequest.DESCRIPTOR.fields_by_name["message_object_trees"].number
+    body = bytes([field << 3 | 2]) + length_of(body) + body
+    assert knocking.send(MESSAGES, [body]) == 200
+    assert knocking.app.bodies == [body]
+
+
+def length_of(body: bytes) -> bytes:
+    """A protobuf varint."""
+    number, out = len(body), bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+@pytest.mark.parametrize("kind", ["http", "lifespan", "websocket"])
+def test_other_paths_and_other_protocols_are_none_of_its_business(
+    knocking: Knocking, tmp_path: Path, kind: str
+) -> None:
+    body = bytes(LARGEST_REQUEST + 1)
+    knocking.send("/v1/control/run", [body], kind=kind)
+    knocking.send(PUSH if kind != "http" else "/v1/runtime/push-object", [body], kind=kind)
+    assert len(knocking.app.scopes) == 2
+    assert knocking.app.bodies == ([body, body] if kind == "http" else [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_each_node_carries_is_counted_both_ways(knocking: Knocking, tmp_path: Path) -> None:
+    (tmp_path / "fed" / ".flwr").mkdir(parents=True)
+    knocking.door = Door(knocking.app, tmp_path / "fed" / ".flwr", CHUNK)
+    traffic = Traffic(tmp_path / "fed")
+    assert traffic.carried() == {}
+    bodies = [pushed(5, 1000), pushed(5, 3000), pushed(2**63 + 1, 10)]
+    for body in bodies:
+        knocking.send(PUSH, [body])
+    assert traffic.carried() == {5: len(bodies[0]) + len(bodies[1]), 2**63 + 1: len(bodies[2])}
+    before = traffic.carried()[5]
+    knocking.send(PULL, [PullObjectRequest(node=Node(node_id=5), object_id="x").SerializeToString()])
+    assert traffic.carried()[5] == before + CHUNK
+    knocking.send(MESSAGES, [offered(tree(3))])
+    assert traffic.carried()[5] == before + CHUNK, "a few hundred bytes of news are no progress"
+
+
+def test_traffic_is_not_written_down_for_every_request(
+    knocking: Knocking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(under_test, "WRITE_SECONDS", 1e9)
+    knocking.door._written = 0.0
+    knocking.send(PUSH, [pushed(5, 10)])
+    assert not (tmp_path / "traffic.json").exists()
+
+
+def test_a_disk_that_is_full_does_not_stop_requests(knocking: Knocking, tmp_path: Path) -> None:
+    (tmp_path / "traffic.tmp").mkdir()  # cannot be written to
+    assert knocking.send(PUSH, [pushed(5, 10)]) == 200
+
+
+def test_a_disk_that_is_full_does_not_let_large_replies_in_either(knocking: Knocking, tmp_path: Path) -> None:
+    (tmp_path / "refused.jsonl").mkdir()
+    assert knocking.send(MESSAGES, [offered(tree(1000))]) == 413
+
+
+def test_the_reader_of_traffic_puts_up_with_what_is_not_there_or_half_written(tmp_path: Path) -> None:
+    folder = tmp_path / ".flwr"
+    folder.mkdir()
+    traffic = Traffic(tmp_path)
+    assert (traffic.carried(), traffic.refused()) == ({}, [])
+    (folder / "traffic.json").write_text('{"5": 12')
+    assert traffic.carried() == {}
+    (folder / "traffic.json").write_text(json.dumps({"5": 12}))
+    assert traffic.carried() == {5: 12}
+
+
+def test_each_refusal_is_told_once_and_those_of_earlier_runs_never(tmp_path: Path) -> None:
+    folder = tmp_path / ".flwr"
+    folder.mkdir()
+    knocking = Knocking(folder)
+    knocking.send(MESSAGES, [offered(tree(1000), node=1)])
+    traffic = Traffic(tmp_path)
+    assert traffic.refused() == []
+    knocking.send(MESSAGES, [offered(tree(1000), node=2)])
+    knocking.send(MESSAGES, [offered(tree(1000), node=3)])
+    assert traffic.refused() == [2, 3]
+    assert traffic.refused() == []
