@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from maskdm.config import Frozen, ModelConfig
 from maskdm.trainable import Trainable, update_shapes
 from maskdm.wire import Encoding, size
-from maskdm_server.optimizers import ServerOptimizer, ServerStep
+from maskdm_server.optimizers import Decay, ServerOptimizer, ServerStep
 from maskdm_server.robust import Rule, needed
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -46,7 +46,7 @@ class FederationConfig(Frozen):
     max_norm_ratio: Annotated[float, Field(gt=1)] = 10.0
     server_optimizer: ServerOptimizer = "fedavg"
     server_lr: Annotated[float, Field(gt=0)] = 1.0
-    server_betas: tuple[float, float] = (0.9, 0.99)
+    server_betas: tuple[Decay, Decay] = (0.9, 0.99)
     server_epsilon: Annotated[float, Field(gt=0)] = 1e-3
     server_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
