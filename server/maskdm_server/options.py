@@ -41,8 +41,9 @@ def federation_options(
     ] = 0,
     keep_every: Annotated[int, typer.Option(help="Keep the model of every n-th round; 0: the last two.")] = 10,
     local_images: Annotated[
-        str, typer.Option(help="Images a client sees in a round, counting repetitions, e.g. 2K.")
-    ] = "2048",
+        str | None,
+        typer.Option(help="Images a client sees in a round, counting repetitions, e.g. 2K; default: 2048."),
+    ] = None,
     local_minutes: Annotated[
         float | None, typer.Option(help="Minutes a client trains in a round; then --local-images has no default.")
     ] = None,
@@ -76,9 +77,8 @@ def federation_options(
 ) -> dict[str, Any]:
     """Everything that FederationConfig takes, as `serve` and `simulate` offer it."""
     values = dict(locals())
-    values["local_images"] = cli.count("--local-images", local_images)
-    if local_minutes is not None and local_images == "2048":
-        values["local_images"] = 100_000_000
+    usual = "100M" if local_minutes is not None else "2048"
+    values["local_images"] = cli.count("--local-images", usual if local_images is None else local_images)
     values["max_upload"] = max_upload and cli.size("--max-upload", max_upload)
     values["server_betas"] = cli.pair("--server-betas", server_betas)
     return values

@@ -162,7 +162,6 @@ def test_where_minutes_are_given_images_are_no_limit_unless_they_are_given_too(
     assert serve("--local-images", "4K").local_minutes is None
 
 
-@pytest.mark.xfail(strict=True, reason="federation_options takes --local-images 2048 for the default")
 def test_images_that_are_given_count_also_where_they_are_as_many_as_usual(
     serve: Callable[..., FederationConfig],
 ) -> None:
