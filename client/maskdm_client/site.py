@@ -4,7 +4,7 @@ Knows nothing of Flower: a plan and weights come in, a parcel goes out.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +19,22 @@ from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
 from maskdm.model import Network
 from maskdm.parcel import Outcome, Parcel, Report
 from maskdm.precision import pick_device
-from maskdm.protocol import RoundPlan, work_key
+from maskdm.protocol import RoundPlan
 from maskdm.runfolder import append_line
-from maskdm.tensorfile import unpack
-from maskdm.trainable import expected_shapes
 from maskdm.wire import size
 from maskdm_client.fine_tuning import Saved, Superseded, fine_tune, held_out_loss
 from maskdm_client.gate import record, release_numbers, release_outcome, release_update
 from maskdm_client.local_data import LocalImages, forget_pixels, local_images
 from maskdm_client.mailbox import Mailbox
+from maskdm_client.received import PlanRefused, RestMissing, forget_others, key_of, read_weights
 from maskdm_client.residual import Residual
 from maskdm_client.settings import SiteSettings, load_settings
 
 Say = Callable[[dict[str, Any]], None]
 
 
-class PlanRefused(MaskDMError):
-    """The coordinator asked for something that this site will not or cannot do."""
-
-
 class TooLarge(MaskDMError):
     """What the plan asks for would exceed what may leave this site."""
-
-
-def key_of(document: str, weights: bytes | memoryview) -> str:
-    """The same work, asked for again under another number, has the same key; "" where there is no plan."""
-    try:
-        return work_key(RoundPlan.model_validate_json(document), weights)
-    except ValidationError:
-        return ""
 
 
 def answer(
@@ -77,13 +64,14 @@ def answer(
         if box and plan.exchange != exchange:
             raise PlanRefused("the coordinator's plan was refused: it has another number than its message")
         exchange, round_number = plan.exchange, plan.round
-        received, arrays = _read_weights(weights, plan)
-        record(audit, "in", round_number, Parcel(arrays, {}, document), plan.action)
+        received, came = read_weights(weights, plan, folder / "work" if box else None)
+        record(audit, "in", round_number, Parcel(came, {}, document), plan.action)
         settings = load_settings(folder)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         if plan.action == "train":
-            saved = Saved(folder / "work", work_key(plan, weights))
+            forget_others(plan, folder / "work")
+            saved = Saved(folder / "work", key_of(document, weights))
             return _train(plan, received, settings, folder, saved, say, superseded)
         return _measure(plan, received, settings, folder, say)
     except Superseded:
@@ -162,20 +150,6 @@ def _read_plan(document: str) -> RoundPlan:
         raise PlanRefused(f"the coordinator's plan was refused: {first_problem(error)}") from error
 
 
-def _read_weights(packed: bytes | memoryview, plan: RoundPlan) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    try:
-        arrays = unpack(packed)
-    except ValueError as error:
-        raise PlanRefused(f"the coordinator's weights were refused: {error}") from error
-    found = {name: array.shape for name, array in arrays.items()}
-    if found != expected_shapes(plan.model.model) or any(array.dtype != "float32" for array in arrays.values()):
-        raise PlanRefused("the coordinator's weights do not fit the model that the plan describes")
-    weights = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-        raise PlanRefused("the coordinator's weights are not finite")
-    return weights, arrays
-
-
 def _prepare(
     plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
 ) -> tuple[Network, LocalImages]:
@@ -198,5 +172,6 @@ def _outcome(error: Exception) -> Outcome:
         (GateRefused, Outcome.GATE_REFUSED),
         (PlanRefused, Outcome.PLAN_REFUSED),
         (TooLarge, Outcome.TOO_LARGE),
+        (RestMissing, Outcome.UNKNOWN),
     )
     return next((outcome for kind, outcome in by_kind if isinstance(error, kind)), Outcome.FAILED)

@@ -8,7 +8,8 @@ from maskdm.parcel import Outcome
 from maskdm_client.fine_tuning import Superseded
 from maskdm_client.gate import release_again
 from maskdm_client.mailbox import POLL_SECONDS, Mailbox
-from maskdm_client.site import answer, key_of
+from maskdm_client.received import key_of
+from maskdm_client.site import answer
 
 
 def work(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What the coordinator asks of a site, and the weights that go with it."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -47,7 +48,14 @@ class RoundPlan(Frozen):
         return -(-self.local_images // self.batch_size) * self.batch_size
 
 
-def work_key(plan: RoundPlan, weights: bytes | memoryview) -> str:
-    """The same work asked for again, e.g. after a loss of the connection, has the same key; any other has another."""
+def work_key(plan: RoundPlan, weights: Iterable[bytes | memoryview]) -> str:
+    """The same work asked for again, e.g. after a loss of the connection, has the same key; any other has another.
+
+    Args:
+        weights: pieces of what training starts from; where one ends and the next begins does not matter.
+    """
     same = plan.model_copy(update={"exchange": 0}).model_dump_json().encode()
-    return hashlib.sha256(hashlib.sha256(same).digest() + hashlib.sha256(weights).digest()).hexdigest()
+    digest = hashlib.sha256(hashlib.sha256(same).digest())
+    for piece in weights:
+        digest.update(piece)
+    return digest.hexdigest()

@@ -90,6 +90,7 @@ class GridLink:
     def __init__(self, grid: Any) -> None:
         self._grid = grid
         self._asked: dict[str, Asked] = {}  # by message
+        self._exchange = 0  # the newest
 
     def sites(self) -> list[int]:
         return sorted(self._grid.get_node_ids())
@@ -98,12 +99,13 @@ class GridLink:
         return {}
 
     def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
+        self._exchange = question.exchange
         plan = {"exchange": question.exchange, "wait": question.wait, "document": question.document}
         content = RecordDict({"plan": ConfigRecord(plan)})
         if question.weights is None:
             self._send(content, sites, question.exchange, seconds)
             return
-        document = np.memmap(question.weights, np.uint8, "r")
+        document = np.memmap(self._weights_of(question), np.uint8, "r")
         weights = Array("uint8", (int(document.size),), PACKED, b"")
         weights.data = document.data  # read from the file as it goes
         record = ArrayRecord()
@@ -116,6 +118,10 @@ class GridLink:
         for message in self._grid.pull_messages(list(self._asked)) if self._asked else ():
             asked = self._asked.pop(message.metadata.reply_to_message_id)
             yield _lost(asked) if message.has_error() else _reply(asked.site, message.content)
+
+    def _weights_of(self, question: Question) -> Path:
+        assert question.weights is not None
+        return question.weights  # virtual sites keep nothing, and nothing goes over a wire
 
     def _send(self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float) -> None:
         messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
@@ -142,6 +148,9 @@ class StreamingLink(GridLink):
     def carried(self) -> Mapping[int, int]:
         return self._traffic.carried()
 
+    def _weights_of(self, question: Question) -> Path:
+        return question.changes or super()._weights_of(question)
+
     def receive(self) -> Iterator[Reply]:
         self._forget_expired()
         for site in self._traffic.refused():
@@ -158,8 +167,9 @@ class StreamingLink(GridLink):
                 continue
             try:
                 yield self._pulled(asked, head.metadata.message_id, tree)
-            except ObjectUnavailableError:  # it is still being sent; its progress is seen in what is carried
-                if asked.until > time.time():
+            except ObjectUnavailableError:
+                # It is still being sent, which may take long; whoever counts what is carried gives it up in time.
+                if asked.exchange == self._exchange or asked.until > time.time():
                     self._arriving.append((asked, head, tree))
 
     def _send(self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float) -> None:

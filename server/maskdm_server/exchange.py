@@ -1,7 +1,7 @@
 """One question to several sites, and what becomes of it: who answered, who failed, who was lost."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,16 @@ class Exchange:
         say: Say,
         clock: Clock = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
+        changes: Path | None = None,
+        have_rest: Iterable[int] = (),
     ) -> None:
+        """Prepare it; nothing is sent yet.
+
+        Args:
+            changes: what of the weights training changes; sites of `have_rest` are sent no more than that.
+        """
         self._link, self._plan, self._weights = link, plan, weights
+        self._changes, self._have_rest = changes, set(have_rest) if changes else set[int]()
         self._deadline, self._limit, self._say, self._clock, self._pause = deadline, limit, say, clock, pause
         self._wait = min(HEARTBEAT_SECONDS, deadline / 3)
         self._document = plan.model_dump_json()
@@ -101,10 +109,13 @@ class Exchange:
             )
 
     def _ask(self, sites: Sequence[int]) -> None:
-        self._link.ask(
-            sites, Question(self._plan.exchange, self._wait, self._document, self._weights), self._patience()
-        )
-        self.bytes_down += len(sites) * (self._weights.stat().st_size + len(self._document))
+        part = [site for site in sites if site in self._have_rest]
+        whole = [site for site in sites if site not in self._have_rest]
+        for those, changes in ((part, self._changes), (whole, None)):
+            if those:
+                question = Question(self._plan.exchange, self._wait, self._document, self._weights, changes)
+                self._link.ask(those, question, self._patience())
+                self.bytes_down += len(those) * ((changes or self._weights).stat().st_size + len(self._document))
         for site in sites:
             asked = self._asked.setdefault(site, Asked(self._clock(), questions=0))
             asked.questions += 1
@@ -133,6 +144,7 @@ class Exchange:
         elif parcel.scalars.get("outcome") == Outcome.WORKING:
             self._encourage(site, asked, parcel)
         elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
+            self._have_rest.discard(site)
             self._ask([site])
         else:
             try:

@@ -1,11 +1,12 @@
 """What a federation was asked to be; FED/config.json holds it, so that the same command continues it."""
 
+import math
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from maskdm.config import Frozen, ModelConfig
-from maskdm.trainable import Trainable, update_shapes
+from maskdm.trainable import Trainable, changed_weights, expected_shapes, update_shapes
 from maskdm.wire import Encoding, size
 from maskdm_server.optimizers import Decay, ServerOptimizer, ServerStep
 from maskdm_server.robust import Rule, needed
@@ -71,6 +72,14 @@ class FederationConfig(Frozen):
 def update_size(config: FederationConfig, model: ModelConfig) -> int:
     """Bytes of an update of a client."""
     return size(update_shapes(model, config.train, config.adapter_rank), config.encoding, config.topk_share)
+
+
+def changes_size(config: FederationConfig, model: ModelConfig) -> int:
+    """Bytes that go down to a client that has the weights which are never trained; 0 where all are."""
+    if config.train == "all":
+        return 0
+    shapes = expected_shapes(model)
+    return 4 * sum(math.prod(shapes[name]) for name in changed_weights(model, config.train))
 
 
 def largest_update(config: FederationConfig, model: ModelConfig) -> int:

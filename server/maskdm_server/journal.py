@@ -98,12 +98,12 @@ class Journal:
             OSError: e.g. a full disk; nothing changed, and it may be tried again.
         """
         number, before = self.number + 1, self.weights()
-        layout = _fp32(expected_shapes(metadata.model))
+        layout = fp32(expected_shapes(metadata.model))
 
         def weight(name: str) -> NDArray[np.generic]:
             return (changed[name] if name in changed else before(name)).numpy()
 
-        state = _fp32({f"moment.{name}": tuple(tensor.shape) for name, tensor in moments.items()})
+        state = fp32({f"moment.{name}": tuple(tensor.shape) for name, tensor in moments.items()})
         average = self._state() if self.number else _opened(self.model_path())
         prefix = "ema." if self.number else ""
         decay = min(ema, 1 - (1 + number) ** (-2 / 3))  # the ramp of Lei et al. 2023, for few rounds
@@ -138,7 +138,7 @@ class Journal:
 
     def _publish(self) -> None:
         state = self._state()
-        layout = _fp32({n.removeprefix("ema."): a.shape for n, a in state.items() if n.startswith("ema.")})
+        layout = fp32({n.removeprefix("ema."): a.shape for n, a in state.items() if n.startswith("ema.")})
         target = self.folder / "model.safetensors"
         if layout:
             about = self.metadata.model_copy(update={"weights": "ema"})
@@ -193,7 +193,8 @@ def _is_torn(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
 
-def _fp32(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def fp32(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The layout of weights in a file."""
     return {name: ("float32", tuple(shape)) for name, shape in shapes.items()}
 
 

@@ -16,6 +16,7 @@ class Question:
     wait: float  # seconds after which a site that is still at work says so
     document: str = ""
     weights: Path | None = None  # of a safetensors file, which goes down as it is
+    changes: Path | None = None  # what of `weights` training changes, enough for a site that has the rest
 
 
 @dataclass(frozen=True)

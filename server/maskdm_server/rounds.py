@@ -18,12 +18,14 @@ from maskdm.config import MaskConfig
 from maskdm.errors import FederationError
 from maskdm.parcel import Parcel, Report
 from maskdm.protocol import RoundPlan
-from maskdm.runfolder import append_line, read_lines, write_json
+from maskdm.runfolder import append_line, atomic_write, read_lines, write_json
+from maskdm.tensorfile import chunks
+from maskdm.trainable import expected_shapes
 from maskdm_server.aggregation import Aggregate, HeldUpdates, StreamingMean
 from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange
-from maskdm_server.federation import FederationConfig, update_size
+from maskdm_server.federation import FederationConfig, changes_size, update_size
 from maskdm_server.intake import Intake
-from maskdm_server.journal import Journal, Known
+from maskdm_server.journal import Journal, Known, fp32
 from maskdm_server.link import Link
 from maskdm_server.optimizers import Moments, step
 from maskdm_server.standings import Standing, choose
@@ -77,8 +79,10 @@ class Rounds:
     def announce(self) -> None:
         """Say where the federation stands and what a round will carry."""
         config = self._config
-        up, down = update_size(config, self.journal.metadata.model), self.journal.model_path().stat().st_size
-        self.say({"event": "start", "round": self.journal.number, "bytes_down": down, "bytes_up": up})
+        model = self.journal.metadata.model
+        down, changes = self.journal.model_path().stat().st_size, changes_size(config, model)
+        sizes = {"bytes_down": down, "bytes_down_later": changes or down, "bytes_up": update_size(config, model)}
+        self.say({"event": "start", "round": self.journal.number, **sizes})
 
     def has_stopped(self) -> bool:
         """Whether the held-out loss has not improved for `patience` rounds."""
@@ -99,7 +103,9 @@ class Rounds:
             with self._scratch() as scratch:
                 aggregate = self._aggregate(plan, scratch)
                 intake = Intake(plan, aggregate, self.journal.known.measured, self._config.max_norm_ratio, scratch)
-                exchange = self._exchange(plan, self._config.round_deadline)
+                have_rest = [site for site, standing in standings.items() if standing.replies]
+                changes = self._changes(plan, scratch) if have_rest else None
+                exchange = self._exchange(plan, self._config.round_deadline, changes=changes, have_rest=have_rest)
                 self._gather(exchange, intake, standings, number)
                 rejected, seconds = rejected + len(exchange.failed), seconds + exchange.seconds()
                 if aggregate.count >= needed:
@@ -248,7 +254,16 @@ class Rounds:
             return StreamingMean()
         return HeldUpdates(config.aggregation, config.byzantine, plan, scratch)
 
-    def _exchange(self, plan: RoundPlan, deadline: float, weights: Path | None = None) -> Exchange:
+    def _changes(self, plan: RoundPlan, scratch: Path) -> Path | None:
+        """A file of the weights that training changes, where that is not all of them: the others are at the sites."""
+        if plan.train == "all":
+            return None
+        path, weights = scratch / "changes.safetensors", self.journal.weights()
+        layout = {name: shape for name, shape in expected_shapes(plan.model.model).items() if name in plan.changed()}
+        atomic_write(path, chunks(fp32(layout), lambda name: weights(name).numpy()))
+        return path
+
+    def _exchange(self, plan: RoundPlan, deadline: float, weights: Path | None = None, **more: Any) -> Exchange:
         return Exchange(
             self._link,
             plan,
@@ -258,6 +273,7 @@ class Rounds:
             say=self.say,
             clock=self._clock,
             pause=self._pause,
+            **more,
         )
 
     def _plan(self, action: Literal["train", "measure", "finish"], number: int) -> RoundPlan:

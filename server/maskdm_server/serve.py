@@ -130,9 +130,11 @@ def tell(event: dict[str, Any]) -> None:
     """One event of the federation as a line for a person."""
     kind = event["event"]
     if kind == "start":
-        down, up = event["bytes_down"] / 1e6, event["bytes_up"] / 1e6
+        down, later, up = (event[name] / 1e6 for name in ("bytes_down", "bytes_down_later", "bytes_up"))
+        first = f"{down:.1f} MB to a client at first, then " if later < down else ""
         say(
-            f"each round sends {down:.1f} MB to a client and gets {up:.1f} MB back; {event['round']} rounds done before"
+            f"each round sends {first}{later:.1f} MB to a client and gets {up:.1f} MB back; "
+            f"{event['round']} rounds done before"
         )
     elif kind == "waiting":
         say(f"{event['clients']} of {event['needed']} clients are there; waiting")

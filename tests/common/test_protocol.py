@@ -76,7 +76,7 @@ def test_fractions_survive_their_way_exactly(
     changed = plan.model_copy(update={"lr": lr, "proximal": proximal, "local_minutes": local_minutes})
     found = RoundPlan.model_validate_json(changed.model_dump_json())
     assert found == changed
-    assert work_key(found, WEIGHTS) == work_key(changed, WEIGHTS)
+    assert work_key(found, [WEIGHTS]) == work_key(changed, [WEIGHTS])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_site_sees_whole_batches_and_none_that_begins_after_enough(
 @given(st.integers(0, 2**63 - 1))
 def test_work_that_is_asked_for_again_has_the_same_key(plan: RoundPlan, exchange: int) -> None:
     again = RoundPlan.model_validate_json(plan.model_copy(update={"exchange": exchange}).model_dump_json())
-    assert work_key(again, WEIGHTS) == work_key(plan, memoryview(bytearray(WEIGHTS)))
+    assert work_key(again, [WEIGHTS]) == work_key(plan, [memoryview(WEIGHTS)[:7], memoryview(WEIGHTS)[7:]])
 
 
 def test_any_other_work_has_another_key(plan: RoundPlan) -> None:
@@ -206,9 +206,9 @@ def test_any_other_work_has_another_key(plan: RoundPlan) -> None:
             {"diffusion": about["diffusion"] | {"timesteps": 51}},
         )
     ]
-    keys = {work_key(other, WEIGHTS) for other in (plan, *others)}
+    keys = {work_key(other, [WEIGHTS]) for other in (plan, *others)}
     assert len(keys) == 1 + len(others)
-    weights = {work_key(plan, bytes(w)) for w in (WEIGHTS, WEIGHTS[:-1], WEIGHTS + b"\0", WEIGHTS[::-1], b"")}
+    weights = {work_key(plan, [bytes(w)]) for w in (WEIGHTS, WEIGHTS[:-1], WEIGHTS + b"\0", WEIGHTS[::-1], b"")}
     assert len(weights) == 5
     assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys | weights)
 
@@ -229,6 +229,6 @@ plans = st.fixed_dictionaries(
 def test_keys_are_equal_exactly_where_plan_and_weights_are(
     plan: RoundPlan, one: dict[str, Any], other: dict[str, Any], weights: bytes, more: bytes
 ) -> None:
-    keys = [work_key(plan.model_copy(update=change), held) for change, held in ((one, weights), (other, more))]
+    keys = [work_key(plan.model_copy(update=change), [held]) for change, held in ((one, weights), (other, more))]
     same = one | {"exchange": 0} == other | {"exchange": 0} and weights == more
     assert (keys[0] == keys[1]) == same

@@ -398,6 +398,25 @@ def test_every_whole_question_is_counted_and_no_message_is_under_way_for_ever(
     assert {question.wait for _, _, question in held.link.asked} == {20.0}, "several signs of life in one deadline"
 
 
+def test_who_has_the_rest_is_sent_only_what_changes_until_it_says_that_it_has_not(
+    start: Callable[..., Held], plan: RoundPlan, weights: Path, tmp_path: Path
+) -> None:
+    changes = tmp_path / "changes.safetensors"
+    changes.write_bytes(b"less")
+
+    def forgetful(question: Question) -> Sequence[tuple[float, Parcel]]:
+        return [(1, code(plan, Outcome.UNKNOWN) if question.changes else done(plan))]
+
+    sites: dict[int, Behaviour] = {1: after(1, plan), 2: forgetful, 3: after(1, plan)}
+    held = start(sites, changes=changes, have_rest=[1, 2])
+    exchange = held.run()
+    assert exchange.accepted == {1, 2, 3}
+    asked = [(site, question.changes) for _, site, question in held.link.asked]
+    assert asked == [(1, changes), (2, changes), (3, None), (2, None)]
+    assert all(question.weights == weights for _, _, question in held.link.asked)
+    assert exchange.bytes_down == 2 * 4 + 2 * weights.stat().st_size + 4 * len(plan.model_dump_json())
+
+
 def test_signs_of_life_are_wanted_often_however_long_the_deadline_is(start: Callable[..., Held]) -> None:
     held = start({1: never}, deadline=3600)
     held.run()

@@ -35,6 +35,7 @@ from .conftest import (
     numbers,
     parcel,
     silent,
+    weights_of,
 )
 
 NewFolder = Callable[[str], Path]
@@ -215,7 +216,7 @@ def test_the_same_work_is_asked_for_after_a_restart_in_the_middle_of_a_round(new
 
     def stop(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
         if plan.round == 2:
-            keys.append(work_key(plan, b""))
+            keys.append(work_key(plan, []))
             if len(keys) == 1:
                 raise Interrupted("stopped")
         return learner(0.5)(plan, weights)
@@ -360,6 +361,38 @@ def test_every_site_is_offered_the_final_model_even_if_none_answers(folder: Path
     assert all(torch.equal(weights[name], final[name]) for name in final)
     assert result_of(folder)["loss_final"] is None
     assert result_of(folder)["clients"] == 0
+
+
+class Wire(InProcess):
+    """Keeps what would go over a wire: site and names of the weights."""
+
+    def __init__(self, sites: dict[int, Site]) -> None:
+        super().__init__(sites)
+        self.carries: list[tuple[int, set[str]]] = []
+
+    def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
+        super().ask(sites, question, seconds)
+        sent = question.changes or question.weights
+        assert sent is not None
+        whole = weights_of(sent)
+        assert all(torch.equal(tensor, self.sent[-1][1][name]) for name, tensor in whole.items())
+        self.carries += [(site, set(whole)) for site in sites]
+
+
+@pytest.mark.parametrize("train", ["all", "norm-bias", "adapters"])
+def test_weights_that_are_never_trained_go_down_once_to_each_site_and_at_the_end(
+    folder: Path, prior: dict[str, Tensor], train: Trainable
+) -> None:
+    link = Wire({1: drawing(1), 2: drawing(2), 3: poisoned})
+    federate(link, folder, rounds=3, train=train, adapter_rank=2)
+    _, description = load_checkpoint(folder / "model.safetensors")
+    names, changed = set(prior), set(changed_weights(description.model, train))
+    assert [carried for site, carried in link.carries if site == 1] == [names, changed, changed, names]
+    assert all(carried == names for site, carried in link.carries if site == 3), "it never answered well"
+    (start,) = events(folder, "start")
+    assert start["bytes_down_later"] <= start["bytes_down"]
+    lines = read_lines(folder / "rounds.jsonl")
+    assert (lines[1]["bytes_down"] < lines[0]["bytes_down"] * 2 / 3) == (train == "norm-bias")
 
 
 @pytest.mark.parametrize("train", ["norm-bias", "adapters"])
