@@ -32,6 +32,11 @@ class Outcome(IntEnum):
     TOO_LARGE = 9  # the update would exceed what the site's link may carry
 
 
+# Of a model that is worth anything it is near 1; sums of what hostile sites say must stay finite.
+LARGEST_LOSS = 1e6
+Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS, strict=True)]
+
+
 class Report(Frozen):
     """The fixed list of numbers that a site returns beside its update."""
 
@@ -40,8 +45,8 @@ class Report(Frozen):
     exchange: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
     examples: Annotated[int, Field(ge=1, le=2**40, strict=True)]
     images_seen: Annotated[int, Field(ge=0, le=2**40, strict=True)]
-    loss_before: Annotated[float, Field(ge=0, strict=True)]
-    loss_after: Annotated[float, Field(ge=0, strict=True)]
+    loss_before: Loss
+    loss_after: Loss
     seconds: Annotated[float, Field(ge=0, strict=True)]
     skipped_steps: Annotated[int, Field(ge=0, strict=True)]
 

@@ -21,7 +21,7 @@ class RoundPlan(Frozen):
     federation: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     exchange: Annotated[int, Field(ge=0, lt=2**63)]  # of one question and its answers, never used twice
     action: Literal["train", "measure", "finish"]
-    round: Annotated[int, Field(ge=1)]
+    round: Annotated[int, Field(ge=1, le=100_000)]
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     local_images: Annotated[int, Field(ge=1, le=100_000_000)]
     local_minutes: Annotated[float, Field(gt=0, le=100_000)] | None = None  # whichever of the two comes first

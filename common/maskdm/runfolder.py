@@ -61,7 +61,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def keep_lines(path: Path, keep: list[dict[str, Any]]) -> None:
     """Replace the file by the given records, e.g. to drop what a crash made obsolete."""
-    atomic_write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in keep))
+    atomic_write(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in keep))
 
 
 class LineReader:

@@ -1,6 +1,7 @@
 """Checks updates as they arrive and adds them up, one in memory at a time."""
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from maskdm.checkpoint import first_problem
-from maskdm.parcel import Outcome, Parcel, Report
+from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
 from maskdm.tensorfile import Arrays, chunks, layout_of, unpack
@@ -16,6 +17,8 @@ from maskdm.trainable import delta, squared_norm
 from maskdm.wire import as_bfloat16, check, decode
 from maskdm_server.robust import Rule, robust_delta
 
+# Nothing that a site sends counts more than so many times the median, whatever it says it has or saw.
+LARGEST_WEIGHT = 4
 GROWTH = 2  # a site's slice may have grown so many times since the site first said how large it is
 
 
@@ -32,6 +35,8 @@ def check_reply(parcel: Parcel, plan: RoundPlan, declared: int | None = None) ->
     Raises:
         UpdateRejected: a failure code, or numbers, names, shapes or types that do not fit the plan.
     """
+    if set(parcel.scalars) - set(REPORT_NAMES):
+        raise UpdateRejected("it holds a number that was not asked for")  # whose name a stranger chose
     code = parcel.scalars.get("outcome")
     if code != Outcome.DONE and code in list(Outcome):
         raise UpdateRejected(f"the site reports {Outcome(int(code)).name}")
@@ -52,6 +57,21 @@ def check_reply(parcel: Parcel, plan: RoundPlan, declared: int | None = None) ->
     return report
 
 
+def overall_loss(losses: Sequence[tuple[float, int]], rule: Rule) -> float | None:
+    """One loss for all sites: their mean by images, or with a robust rule their median, which few cannot move far.
+
+    Args:
+        losses: each with the images that its site says to have.
+    """
+    if not losses:
+        return None
+    if rule != "mean":
+        return statistics.median(loss for loss, _ in losses)
+    most = LARGEST_WEIGHT * statistics.median_low([images for _, images in losses])
+    weights = [min(images, most) for _, images in losses]
+    return sum(loss * weight for (loss, _), weight in zip(losses, weights, strict=True)) / sum(weights)
+
+
 class Update:
     """An update that passed `check_reply`, decoded one weight at a time."""
 
@@ -67,7 +87,7 @@ class Update:
         """Length of the whole difference.
 
         Raises:
-            UpdateRejected: a value is not finite.
+            UpdateRejected: a value is not finite, or all are zero.
         """
         total = 0.0
         for name in self.names:
@@ -75,6 +95,8 @@ class Update:
             if not np.isfinite(squared):
                 raise UpdateRejected(f"{name} is not finite")
             total += squared
+        if total == 0:
+            raise UpdateRejected("it changes nothing")
         return float(np.sqrt(total))
 
     def save(self, path: Path) -> None:

@@ -5,9 +5,11 @@ for the slowest link. `StreamingLink` goes through the same calls of Flower's Ru
 """
 
 import json
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,14 +68,21 @@ def main(grid: Grid, context: Context) -> None:
         with alive(folder):
             run_federation(link, folder, config)
     except MaskDMError as error:
-        append_line(folder / "events.jsonl", {"time": time.time(), "event": "failed", "reason": str(error)})
+        _tell(folder, "failed", str(error))
         raise
     except Exception as error:  # whoever watches starts it again
-        with (folder / "logs" / "rounds.log").open("a") as log:
+        _tell(folder, "crashed", f"unexpected {type(error).__name__}: {error}")
+        with suppress(OSError), (folder / "logs" / "rounds.log").open("a") as log:
             traceback.print_exc(file=log)
-        reason = f"unexpected {type(error).__name__}: {error}"
-        append_line(folder / "events.jsonl", {"time": time.time(), "event": "crashed", "reason": reason})
         raise
+
+
+def _tell(folder: Path, event: str, reason: str) -> None:
+    """Say why the rounds end; where the disk is so full that this cannot be written, on standard error."""
+    try:
+        append_line(folder / "events.jsonl", {"time": time.time(), "event": event, "reason": reason})
+    except OSError:
+        print(f"{event}: {reason}", file=sys.stderr)
 
 
 class Asked(NamedTuple):
@@ -198,7 +207,7 @@ class StreamingLink(GridLink):
         run, client = self._grid.run.run_id, self._grid._runtime_client
         pull = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run)
         try:
-            pull(message_id)  # sent last, so the rest is there
+            pull(message_id)  # mostly sent last, so the rest is there
             content = _inflate(tree, pull, self._largest).content
         except ObjectUnavailableError:
             raise

@@ -1,13 +1,14 @@
 """The SuperLink behind a door: what a node may send is bounded before it is stored, and what each carries is counted.
 
 Flower's SuperLink takes requests and replies of any size from whoever reaches it. Here a reply of more parts than an
-update can have is refused before one of them is sent, and a part larger than Flower's own chunks by its length.
+update can have is refused before one of them is sent, and a request larger than Flower's own chunks by its length.
 
     python -m maskdm_server.door FOLDER LARGEST_UPDATE [options of flower-superlink]
 """
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -22,6 +23,9 @@ LARGEST_REQUEST = 2 * CHUNK
 OTHER_OBJECTS = 16  # of a message, besides the chunks of its one array
 WRITE_SECONDS = 1.0
 FLEET = "/v1/fleet/"
+# What a stranger can make us remember or write: nodes that carried something, and refusals a second.
+MOST_NODES = 10_000
+REFUSAL_SECONDS = 1.0
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,15 +43,15 @@ class Door:
         self._app, self._traffic = app, folder / "traffic.json"
         self._refused = folder / "refused.jsonl"
         self._most_objects = -(-largest_update // CHUNK) + OTHER_OBJECTS
-        self._carried: dict[int, int] = {}
-        self._written = 0.0
+        self._carried: dict[int, int] = {}  # by node, the one that carried last at the end
+        self._written = self._told = -math.inf
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass a request on, once all of it is there and nothing is wrong with it."""
-        path = str(scope.get("path", ""))
-        if scope["type"] != "http" or not path.startswith(FLEET):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = str(scope.get("path", ""))
         body = bytearray()
         try:
             while True:
@@ -57,7 +61,7 @@ class Door:
                     raise TooLarge
                 if not message.get("more_body"):
                     break
-            self._look_at(path.removeprefix(FLEET), bytes(body))
+            carrying = self._look_at(path.removeprefix(FLEET), bytes(body)) if path.startswith(FLEET) else None
         except TooLarge:
             await send({"type": "http.response.start", "status": 413, "headers": []})
             await send({"type": "http.response.body", "body": b""})
@@ -69,9 +73,20 @@ class Door:
             message, whole = whole, None
             return message or await receive()
 
-        await self._app(scope, again, send)
+        async def sent(message: Message) -> None:
+            # Whoever the SuperLink does not know, or does not let in, carries nothing.
+            if carrying and message["type"] == "http.response.start" and message["status"] == 200:
+                self._count(*carrying)
+            await send(message)
 
-    def _look_at(self, name: str, body: bytes) -> None:
+        await self._app(scope, again, sent)
+
+    def _look_at(self, name: str, body: bytes) -> tuple[int, int] | None:
+        """Which node carries how many bytes with a request, if any.
+
+        Raises:
+            TooLarge: it announces more than a node of ours would send.
+        """
         from flwr.proto.fleet_pb2 import PushMessagesRequest
         from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
         from google.protobuf.message import DecodeError
@@ -80,18 +95,28 @@ class Door:
             if name == "push-messages":
                 request = PushMessagesRequest.FromString(body)
                 if sum(_count(tree, self._most_objects) for tree in request.message_object_trees) > self._most_objects:
-                    with suppress(OSError):  # a full disk: it is refused all the same
-                        append_line(self._refused, {"time": time.time(), "site": request.node.node_id})
+                    self._refuse(request.node.node_id)
                     raise TooLarge
             elif name == "push-object":
-                self._count(PushObjectRequest.FromString(body).node.node_id, len(body))
+                return PushObjectRequest.FromString(body).node.node_id, len(body)
             elif name == "pull-object":
-                self._count(PullObjectRequest.FromString(body).node.node_id, CHUNK)
+                return PullObjectRequest.FromString(body).node.node_id, CHUNK
         except DecodeError:  # the SuperLink says so itself
-            return
+            pass
+        return None
+
+    def _refuse(self, node: int) -> None:
+        """Tell the process that runs the rounds, now and then."""
+        now = time.monotonic()
+        if now - self._told >= REFUSAL_SECONDS:
+            self._told = now
+            with suppress(OSError):  # a full disk: it is refused all the same
+                append_line(self._refused, {"time": time.time(), "site": node})
 
     def _count(self, node: int, size: int) -> None:
-        self._carried[node] = self._carried.get(node, 0) + size
+        self._carried[node] = self._carried.pop(node, 0) + size
+        if len(self._carried) > MOST_NODES:
+            del self._carried[next(iter(self._carried))]
         if time.monotonic() - self._written > WRITE_SECONDS:
             self._written = time.monotonic()
             temporary = self._traffic.with_suffix(".tmp")

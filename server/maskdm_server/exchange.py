@@ -19,6 +19,8 @@ HEARTBEAT_SECONDS = 30.0
 LOST_SECONDS = 30.0
 # A site that comes back, or forgot what it was asked, is asked anew this often in one exchange.
 MOST_QUESTIONS = 5
+# How many times as long as news the weights may be under way.
+DOWNLOAD = 4
 
 Say = Callable[[dict[str, Any]], None]
 Clock = Callable[[], float]
@@ -114,7 +116,8 @@ class Exchange:
         for those, changes in ((part, self._changes), (whole, None)):
             if those:
                 question = Question(self._plan.exchange, self._wait, self._document, self._weights, changes)
-                self._link.ask(those, question, self._patience())
+                # A download may take long, and while bytes are carried the site is waited for.
+                self._link.ask(those, question, DOWNLOAD * self._patience())
                 self.bytes_down += len(those) * ((changes or self._weights).stat().st_size + len(self._document))
         for site in sites:
             asked = self._asked.setdefault(site, Asked(self._clock(), questions=0))

@@ -27,13 +27,13 @@ class FederationConfig(Frozen):
     clients_per_round: Annotated[int, Field(ge=1)] | None = None  # None: all that are there
     join_deadline: Seconds = 3600.0  # since the last client joined
     round_deadline: Seconds = 3600.0  # since a client's last progress
-    round_limit: Seconds = 7 * 86400.0  # of a round in all
+    round_limit: Seconds = 86400.0  # of a round in all, whatever progress there is
     patience: Annotated[int, Field(ge=0)] = 0  # rounds without a better held-out loss; 0: all rounds
     keep_every: Annotated[int, Field(ge=0)] = 10
 
     local_images: Annotated[int, Field(ge=1, le=100_000_000)] = 2048
-    local_minutes: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    local_minutes: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
     lr: Annotated[float, Field(gt=0, le=1)] = 5e-5
     proximal: Annotated[float, Field(ge=0)] = 0.0
     train: Trainable = "all"
@@ -60,6 +60,8 @@ class FederationConfig(Frozen):
             )
         if self.clients_per_round is not None and self.clients_per_round < self.min_replies:
             raise ValueError(f"--clients-per-round {self.clients_per_round} is less than --min-replies")
+        if self.patience and self.server_ema:
+            raise ValueError("--patience and --server-ema exclude each other: what sites measure is no average")
         return self
 
     def server_step(self) -> ServerStep:

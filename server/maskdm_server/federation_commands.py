@@ -72,7 +72,10 @@ def simulate(
     config = cli.configure(FederationConfig, federation_config(prior, values))
     for path in data:
         check_apart(path, out)
-    simulation = {"clients": clients, "split": split, "alpha": alpha, "fraction": fraction, "upscale": upscale}
+    simulation = {
+        **{"clients": clients, "split": split, "alpha": alpha, "fraction": fraction, "upscale": upscale},
+        "data": [str(path.absolute()) for path in data],
+    }
     with owned(out):
         shares = None
         if len(data) == 1:

@@ -71,7 +71,7 @@ def simulate_inline(
 ) -> Path:
     """Run the federation in this process, or under Flower's Ray runtime, and return the path of the final model."""
     if begin(prior, out, config, simulation):
-        return out / "model.safetensors"
+        return conclude(out, config)
     folders = prepare_sites()
     events = LineReader(out / "events.jsonl")
     with Interruption() as interruption:

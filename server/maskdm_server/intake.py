@@ -6,13 +6,11 @@ from pathlib import Path
 from maskdm.config import Frozen
 from maskdm.parcel import Parcel, Report
 from maskdm.protocol import RoundPlan
-from maskdm_server.aggregation import Aggregate, Update, UpdateRejected, check_reply
+from maskdm_server.aggregation import LARGEST_WEIGHT, Aggregate, Update, UpdateRejected, check_reply
 
 # As many updates must be known before one can be called long; the first ones wait on the disk for that.
 ENOUGH = 3
 REMEMBERED = 64
-# No update counts more than so many times the median one, whatever it says it saw.
-LARGEST_WEIGHT = 4
 
 
 class Measured(Frozen):
@@ -31,6 +29,8 @@ class Intake:
         self._plan, self._aggregate, self._limit, self._folder = plan, aggregate, max_norm_ratio, folder
         self.known = list(before)
         self.reports: dict[int, tuple[Report, float]] = {}  # accepted ones with their weights
+        self.rejected: dict[int, UpdateRejected] = {}  # of those that waited
+        self._reference: list[Measured] | None = None  # of those that waited
         self._waiting: list[tuple[int, Report, Measured, Path]] = []
 
     def offer(self, site: int, parcel: Parcel, declared: int | None) -> Report:
@@ -38,11 +38,9 @@ class Intake:
 
         Raises:
             UpdateRejected: it must not touch the model.
+            OSError: e.g. a full disk; nothing was taken in, and it may be offered again.
         """
         report = check_reply(parcel, self._plan, declared)
-        if self._plan.action != "train":
-            self.reports[site] = report, float(report.examples)
-            return report
         update = Update(parcel.arrays, self._plan)
         measured = Measured(norm=update.norm(), images=report.images_seen)
         if len(self.known) + len(self._waiting) + 1 < ENOUGH:
@@ -55,17 +53,22 @@ class Intake:
         return report
 
     def close(self) -> dict[int, UpdateRejected]:
-        """Judge those that wait; returns the sites whose updates were rejected, and why."""
-        rejected = {}
-        reference = [*self.known, *(entry[2] for entry in self._waiting)]
-        for site, report, measured, path in self._waiting:
+        """Judge those that wait; returns the sites whose updates were rejected, and why.
+
+        Raises:
+            OSError: e.g. a full disk; it may be called again.
+        """
+        if self._reference is None:
+            self._reference = [*self.known, *(entry[2] for entry in self._waiting)]
+        while self._waiting:
+            site, report, measured, path = self._waiting[0]
             try:
-                self._judge(site, report, Update.held(path, self._plan), measured, reference)
+                self._judge(site, report, Update.held(path, self._plan), measured, self._reference)
             except UpdateRejected as reason:
-                rejected[site] = reason
+                self.rejected[site] = reason
+            del self._waiting[0]
             path.unlink()
-        self._waiting.clear()
-        return rejected
+        return self.rejected
 
     def _judge(self, site: int, report: Report, update: Update, measured: Measured, reference: list[Measured]) -> None:
         usual = statistics.median_low([entry.norm for entry in reference])

@@ -35,7 +35,7 @@ def federation_options(
     round_deadline: Annotated[
         float, typer.Option(help="Seconds without progress after which a client is left out.")
     ] = 3600,
-    round_limit: Annotated[float, typer.Option(help="Seconds that a round may take in all.")] = 604_800,
+    round_limit: Annotated[float, typer.Option(help="Seconds that a round may take in all.")] = 86_400,
     patience: Annotated[
         int, typer.Option(help="Stop after so many rounds without a better held-out loss; 0: never.")
     ] = 0,

@@ -7,9 +7,9 @@ import contextlib
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from maskdm.protocol import RoundPlan
 from maskdm.runfolder import append_line, atomic_write, read_lines, write_json
 from maskdm.tensorfile import chunks
 from maskdm.trainable import expected_shapes
-from maskdm_server.aggregation import Aggregate, HeldUpdates, StreamingMean
+from maskdm_server.aggregation import Aggregate, HeldUpdates, StreamingMean, check_reply, overall_loss
 from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange
 from maskdm_server.federation import FederationConfig, changes_size, update_size
 from maskdm_server.intake import Intake
@@ -30,14 +30,18 @@ from maskdm_server.link import Link
 from maskdm_server.optimizers import Moments, step
 from maskdm_server.standings import Standing, choose
 
-# Under-quorum rounds are tried again this often before the run gives up.
-ATTEMPTS = 3
-# How long sites get to take the final model.
-FAREWELL_SECONDS = 120.0
+# Under-quorum rounds are tried again before the run gives up, after pauses of so many seconds.
+PAUSES = (0.0, 10.0, 30.0)
+# After a restart of the coordinator its clients come back within so many seconds, or not at once.
+RETURN_SECONDS = 180.0
+# How long a site may take to measure a model, and a multiple of that for all of them together.
+MEASURE_SECONDS, MEASURE_LIMIT = 900.0, 4
 # A full disk is no reason to lose a round: somebody may make room.
 DISK_SECONDS = 600.0
+EVERYBODY = 2**63
 
 Pause = Callable[[float], None]
+T = TypeVar("T")
 
 
 def run_federation(
@@ -66,8 +70,9 @@ class Rounds:
     """A federation under way: its journal, its clients, and its clocks."""
 
     def __init__(self, link: Link, folder: Path, config: FederationConfig, pause: Pause, clock: Clock) -> None:
-        self.journal = Journal(folder, config.keep_every)
         self._link, self._folder, self._config, self._pause, self._clock = link, folder, config, pause, clock
+        self._number = 0  # of the round in progress
+        self.journal = self._write(lambda: Journal(folder, config.keep_every))
         self._moments: Moments = self.journal.moments()
         self._began = False
 
@@ -86,7 +91,9 @@ class Rounds:
 
     def has_stopped(self) -> bool:
         """Whether the held-out loss has not improved for `patience` rounds."""
-        return bool(self._config.patience) and self.journal.number - self._best_round() > self._config.patience
+        return (
+            bool(self._config.patience) and self.journal.number - self.journal.known.best_round > self._config.patience
+        )
 
     def next_round(self) -> None:
         """Do one round and journal it; under quorum it is tried again.
@@ -95,56 +102,52 @@ class Rounds:
             FederationError: too few clients came, or too few usable updates in all attempts.
         """
         number, needed = self.journal.number + 1, self._config.min_replies
-        standings, rejected, seconds = dict(self.journal.known.standings), 0, 0.0
-        for attempt in range(1, ATTEMPTS + 1):
-            self._wait_for_sites(needed if self._began else self._config.min_clients)
-            self._began = True
+        standings, exchanges, seconds = dict(self.journal.known.standings), list[Exchange](), 0.0
+        for attempt, pause in enumerate(PAUSES, start=1):
+            self._pause(pause)
+            self._wait_for_sites()
             plan = self._plan("train", number)
             with self._scratch() as scratch:
                 aggregate = self._aggregate(plan, scratch)
                 intake = Intake(plan, aggregate, self.journal.known.measured, self._config.max_norm_ratio, scratch)
                 have_rest = [site for site, standing in standings.items() if standing.replies]
-                changes = self._changes(plan, scratch) if have_rest else None
-                exchange = self._exchange(plan, self._config.round_deadline, changes=changes, have_rest=have_rest)
-                self._gather(exchange, intake, standings, number)
-                rejected, seconds = rejected + len(exchange.failed), seconds + exchange.seconds()
+                changes = self._write(lambda p=plan, s=scratch: self._changes(p, s)) if have_rest else None  # type: ignore[misc]
+                exchange = self._exchange(plan, changes=changes, have_rest=have_rest)
+                self._gather(exchange, intake, standings, number, attempt)
+                exchanges.append(exchange)
+                seconds += exchange.seconds()
                 if aggregate.count >= needed:
-                    line = self._line(plan, exchange, intake, rejected, seconds, attempt)
-                    self._commit(aggregate, line, standings, intake)
+                    self._commit(aggregate, self._line(plan, exchanges, intake, seconds), standings, intake)
                     return
             counts = {"attempt": attempt, "accepted": aggregate.count, "needed": needed}
             self.say({"event": "retry", "round": number, **counts})
         raise FederationError(
-            f"round {number}: fewer than {needed} usable updates came in {ATTEMPTS} attempts: see events.jsonl for the "
-            f"reasons; the last good model was kept"
+            f"round {number}: fewer than {needed} usable updates came in {len(PAUSES)} attempts: see events.jsonl for "
+            f"the reasons; the last good model was kept"
         )
 
-    def _gather(self, exchange: Exchange, intake: Intake, standings: dict[int, Standing], number: int) -> None:
+    def _gather(
+        self, exchange: Exchange, intake: Intake, standings: dict[int, Standing], number: int, attempt: int
+    ) -> None:
         """Ask the clients of a round and take in what they send; `standings` change in place."""
         config, drawn = self._config, set[int]()
+        # At last also those are asked that rest: whoever rests may be well again.
+        needed = config.min_replies if attempt < len(PAUSES) else EVERYBODY
 
         def who() -> list[int]:
             there = self._link.sites()
-            if config.clients_per_round and len(drawn) >= config.clients_per_round:
-                return [site for site in there if site in drawn]  # who joins later waits for the next round
-            drawn.update(draw(there))
+            room = None if config.clients_per_round is None else config.clients_per_round - len(drawn)
+            if room is None or room > 0:  # who joins a full sample waits for the next round
+                new = [site for site in there if site not in drawn]
+                more = {"needed": needed - len(drawn), "at_most": room, "seed": config.seed, "attempt": attempt}
+                drawn.update(choose(new, standings, number, **more))  # type: ignore[arg-type]
             return [site for site in there if site in drawn]
 
-        def draw(there: Sequence[int]) -> list[int]:
-            return choose(
-                [site for site in there if site not in drawn],
-                standings,
-                number,
-                needed=config.min_replies - len(drawn),
-                at_most=config.clients_per_round and config.clients_per_round - len(drawn),
-                seed=config.seed,
-            )
-
         def take(site: int, parcel: Parcel) -> None:
-            intake.offer(site, parcel, standings.get(site, Standing()).declared)
+            self._write(lambda: intake.offer(site, parcel, standings.get(site, Standing()).declared))
 
         exchange.run(who, take)
-        for site, reason in intake.close().items():
+        for site, reason in self._write(intake.close).items():
             exchange.reject(site, str(reason))
         for site in exchange.failed.keys() | exchange.silent:
             standings[site] = standings.get(site, Standing()).failed(number)
@@ -156,17 +159,16 @@ class Rounds:
     def finish(self) -> None:
         """Choose the final model, give it to every site, learn its held-out loss, and let the sites go."""
         journal, lines = self.journal, read_lines(self._folder / "rounds.jsonl")
+        if not self._began:  # started again after the last round: those who come back shall have the model
+            self._wait(self._everybody(), min(RETURN_SECONDS, self._config.join_deadline))
         chosen = journal.number
-        if self._config.patience and journal.number:
-            last = self._measure("measure", journal.model_path())
+        if self._config.patience:
+            _, last = self._hand_out("measure", journal.model_path())
             best = journal.known.best_loss
-            if best is not None and (last is None or best <= last):
+            if best is not None and last is not None and best <= last:
                 chosen = journal.known.best_round
-                journal.adopt(chosen)
-        final = self._folder / "model.safetensors" if chosen else journal.model_path(0)
-        if not chosen:
-            journal.adopt(0)
-        exchange, loss = self._hand_out("finish", final)
+                self._write(lambda: journal.adopt(chosen))
+        exchange, loss = self._hand_out("finish", self._folder / "model.safetensors")
         result = {
             "rounds": journal.number,
             "model_of_round": chosen,
@@ -177,25 +179,26 @@ class Rounds:
             "bytes_down": sum(line["bytes_down"] for line in lines) + exchange.bytes_down,
             "bytes_up": sum(line["bytes_up"] for line in lines) + exchange.bytes_up,
         }
-        write_json(self._folder / "result.json", result)
+        self._write(lambda: write_json(self._folder / "result.json", result))
         self.say({"event": "finished", **result})
 
-    def _measure(self, action: Literal["measure", "finish"], weights: Path) -> float | None:
-        return self._hand_out(action, weights)[1]
-
     def _hand_out(self, action: Literal["measure", "finish"], weights: Path) -> tuple[Exchange, float | None]:
-        plan = self._plan(action, max(1, self.journal.number))
-        if self.journal.number:
-            plan = plan.model_copy(update={"model": describe_checkpoint(weights, "--out")})
-        with self._scratch() as scratch:
-            intake = Intake(plan, StreamingMean(), [], self._config.max_norm_ratio, scratch)
-            exchange = self._exchange(plan, min(FAREWELL_SECONDS, self._config.round_deadline), weights)
+        """Have a model measured by every site that is there; returns the loss too, where one answered."""
+        plan = self._plan(action, self.journal.number).model_copy(
+            update={"model": describe_checkpoint(weights, "--out")}
+        )
+        reports: dict[int, Report] = {}
 
-            def take(site: int, parcel: Parcel) -> None:
-                intake.offer(site, parcel, None)
+        def take(site: int, parcel: Parcel) -> None:
+            reports[site] = check_reply(parcel, plan, self.journal.known.standings.get(site, Standing()).declared)
 
-            exchange.run(self._link.sites, take)
-        return exchange, _mean([(report.loss_before, weight) for report, weight in intake.reports.values()])
+        # Less than for a round; but where clients wait for their turn, nobody shall be lost here either.
+        allowed = self._config.round_deadline
+        deadline = max(min(MEASURE_SECONDS, allowed), allowed / 4)
+        limit = min(MEASURE_LIMIT * deadline, self._config.round_limit)
+        exchange = self._exchange(plan, weights, deadline=deadline, limit=limit)
+        exchange.run(self._link.sites, take)
+        return exchange, self._overall([(report.loss_before, report) for report in reports.values()])
 
     def _commit(
         self, aggregate: Aggregate, line: dict[str, Any], standings: dict[int, Standing], intake: Intake
@@ -213,8 +216,8 @@ class Rounds:
         self._write(self.journal.settle)
         self.say({"event": "round", "rounds": self._config.rounds, **line})
 
-    def _write(self, act: Callable[[], None]) -> None:
-        """Write to the journal; a full disk is waited for."""
+    def _write(self, act: Callable[[], T]) -> T:
+        """Do what writes to the disk; a full one is waited for, and `act` is done again."""
         deadline = self._clock() + DISK_SECONDS
         while True:
             try:
@@ -222,31 +225,33 @@ class Rounds:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or self._clock() > deadline:
                     raise FederationError(
-                        f"the round could not be journalled ({error.strerror}): make room in {self._folder} and run "
-                        f"the same command again; the last good model was kept"
+                        f"{self._folder} cannot be written to ({error.strerror}): make room and run the same command "
+                        f"again; the last good model was kept"
                     ) from error
-                self.say({"event": "disk full", "round": self.journal.number + 1, "seconds": DISK_SECONDS})
+                self.say({"event": "disk full", "round": self._number, "seconds": DISK_SECONDS})
                 self._pause(min(5.0, DISK_SECONDS))
 
-    def _line(
-        self, plan: RoundPlan, exchange: Exchange, intake: Intake, rejected: int, seconds: float, attempt: int
-    ) -> dict[str, Any]:
-        reports: list[tuple[Report, float]] = list(intake.reports.values())
+    def _line(self, plan: RoundPlan, exchanges: list[Exchange], intake: Intake, seconds: float) -> dict[str, Any]:
+        """Of rounds.jsonl: what came of a round, and what all attempts at it cost."""
+        reports = [report for report, _ in intake.reports.values()]
         return {
             "round": plan.round,
             "clients": len(reports),
-            "examples": sum(report.examples for report, _ in reports),
-            "images_seen": sum(report.images_seen for report, _ in reports),
-            "loss_before": _mean([(report.loss_before, weight) for report, weight in reports]),
-            "loss_after": _mean([(report.loss_after, weight) for report, weight in reports]),
-            "bytes_down": exchange.bytes_down,
-            "bytes_up": exchange.bytes_up,
+            "examples": sum(report.examples for report in reports),
+            "images_seen": sum(report.images_seen for report in reports),
+            "loss_before": self._overall([(report.loss_before, report) for report in reports]),
+            "loss_after": self._overall([(report.loss_after, report) for report in reports]),
+            "bytes_down": sum(exchange.bytes_down for exchange in exchanges),
+            "bytes_up": sum(exchange.bytes_up for exchange in exchanges),
             "seconds": round(seconds, 3),
-            "rejected": rejected,
-            "silent": len(exchange.silent),
-            "late": exchange.late,
-            "attempts": attempt,
+            "rejected": sum(len(exchange.failed) for exchange in exchanges),
+            "silent": sum(len(exchange.silent) for exchange in exchanges),
+            "late": sum(exchange.late for exchange in exchanges),
+            "attempts": len(exchanges),
         }
+
+    def _overall(self, losses: list[tuple[float, Report]]) -> float | None:
+        return overall_loss([(loss, report.examples) for loss, report in losses], self._config.aggregation)
 
     def _aggregate(self, plan: RoundPlan, scratch: Path) -> Aggregate:
         config = self._config
@@ -263,21 +268,13 @@ class Rounds:
         atomic_write(path, chunks(fp32(layout), lambda name: weights(name).numpy()))
         return path
 
-    def _exchange(self, plan: RoundPlan, deadline: float, weights: Path | None = None, **more: Any) -> Exchange:
-        return Exchange(
-            self._link,
-            plan,
-            weights or self.journal.model_path(),
-            deadline=deadline,
-            limit=self._config.round_limit,
-            say=self.say,
-            clock=self._clock,
-            pause=self._pause,
-            **more,
-        )
+    def _exchange(self, plan: RoundPlan, weights: Path | None = None, **more: Any) -> Exchange:
+        usual = {"deadline": self._config.round_deadline, "limit": self._config.round_limit}
+        shared = {"say": self.say, "clock": self._clock, "pause": self._pause}
+        return Exchange(self._link, plan, weights or self.journal.model_path(), **(usual | shared | more))
 
     def _plan(self, action: Literal["train", "measure", "finish"], number: int) -> RoundPlan:
-        config = self._config
+        config, self._number = self._config, number
         shared = RoundPlan.model_fields.keys() & FederationConfig.model_fields.keys()
         return RoundPlan.model_validate(
             {
@@ -289,33 +286,50 @@ class Rounds:
             }
         )
 
-    def _wait_for_sites(self, needed: int) -> None:
-        """Each client that joins starts the deadline anew."""
-        since, told = self._clock(), -1
+    def _everybody(self) -> int:
+        return max(self._config.min_clients, self._config.min_replies)
+
+    def _wait_for_sites(self) -> None:
+        """Until a round can begin: the first one with everybody, later ones with as many as close a round.
+
+        Raises:
+            FederationError: too few came.
+        """
+        config, goes_on = self._config, self.journal.number > 0
+        if goes_on and not self._began:
+            self._wait(self._everybody(), min(RETURN_SECONDS, config.join_deadline))
+        needed = config.min_replies if goes_on or self._began else self._everybody()
+        if not self._wait(needed, config.join_deadline):
+            raise FederationError(
+                f"only {len(self._link.sites())} of {needed} clients joined in {config.join_deadline:.0f} s "
+                f"(--join-deadline)"
+            )
+        self._began = True
+
+    def _wait(self, needed: int, seconds: float) -> bool:
+        """Whether so many clients are there; each one more than ever before starts the time anew."""
+        since, most, told = self._clock(), -1, -1
         while (there := len(self._link.sites())) < needed:
+            if there > most:
+                since, most = self._clock(), there
             if there != told:
-                since = since if there < told else self._clock()
                 told = there
                 self.say({"event": "waiting", "clients": there, "needed": needed})
-            if self._clock() - since > self._config.join_deadline:
-                raise FederationError(
-                    f"only {there} of {needed} clients joined in {self._config.join_deadline:.0f} s (--join-deadline)"
-                )
+            if self._clock() - since > seconds:
+                return False
             self._pause(POLL_SECONDS)
+        return True
 
     @contextlib.contextmanager
     def _scratch(self) -> Any:
         """Room on the disk for updates that wait or are held, empty before and gone after."""
         scratch = self._folder / ".updates"
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+        self._write(scratch.mkdir)
         try:
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-    def _best_round(self) -> int:
-        return self.journal.known.best_round
 
 
 def next_weights(
@@ -341,8 +355,3 @@ def finetuned(metadata: CheckpointMetadata, rounds: int, images: int) -> Checkpo
         "images_seen": metadata.images_seen + images,
     }
     return metadata.model_copy(update=changes)
-
-
-def _mean(pairs: list[tuple[float, float]]) -> float | None:
-    total = sum(weight for _, weight in pairs)
-    return sum(value * weight for value, weight in pairs) / total if total else None

@@ -19,7 +19,7 @@ from maskdm_server.federation import MAY_CHANGE, FederationConfig, largest_updat
 from maskdm_server.pictures import draw_samples
 from maskdm_server.superlink import SuperLink
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 # Sites leave by themselves after the last round; those of a simulation get this long before they are ended.
 LEAVE_SECONDS = 30.0
 
@@ -56,7 +56,7 @@ def serve(
         FederationError: it could not be finished; the last good model stays in `out`.
     """
     if begin(prior, out, config, simulation or {}, sample_count):
-        return out / "model.safetensors"
+        return conclude(out, config, sample_count)
     if tls is None:
         say(
             f"WARNING: the connection is not encrypted and sites are not authenticated; {host} must be a closed network"
@@ -164,14 +164,18 @@ def tell(event: dict[str, Any]) -> None:
         say(f"round {event['round']}: {event['accepted']} usable updates, {event['needed']} needed; trying again")
     elif kind == "finished" and event["loss_final"] is not None:
         say(f"held-out loss: prior {event['loss_prior']:.4f} → final {event['loss_final']:.4f}")
+    elif kind == "finished":
+        say("WARNING: no client was there at the end: the final model was not measured, and none of them has it")
 
 
 def check_address(host: str, tls: Path | None, insecure: bool) -> None:
     """An open port without TLS must be asked for.
 
     Raises:
-        UsageError: neither --tls nor --insecure for an address that others can reach, or both.
+        UsageError: neither --tls nor --insecure for an address that others can reach, or both; or IPv6.
     """
+    if ":" in host:
+        raise UsageError(f"--host {host} is an IPv6 address, which is not supported: give an IPv4 one or a name")
     if tls and insecure:
         raise UsageError("--tls and --insecure exclude each other: choose one")
     if not tls and not insecure and host not in LOOPBACK:

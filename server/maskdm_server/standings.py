@@ -1,6 +1,6 @@
 """What the coordinator remembers of each client: who answers, who fails, who rests."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -40,13 +40,20 @@ def choose(
     needed: int,
     at_most: int | None,
     seed: int,
+    attempt: int = 1,
 ) -> list[int]:
-    """Who is asked in a round: all that do not rest, or a random sample of them; the resting where it takes them."""
-    rests = {site: standings.get(site, Standing()).rests_until > round_number for site in sorted(sites)}
-    awake: Sequence[int] = [site for site, resting in rests.items() if not resting]
+    """Who is asked in a round: all that do not rest, or a random sample of them; the resting where it takes them,
+    first those whose rest is over soonest.
+
+    Args:
+        attempt: at this round; another one draws another sample.
+    """
+    until = {site: standings.get(site, Standing()).rests_until for site in sorted(sites)}
+    awake = [site for site in until if until[site] <= round_number]
     if len(awake) < needed:
-        awake = sorted(awake) + [site for site, resting in rests.items() if resting][: needed - len(awake)]
+        resting = sorted((site for site in until if until[site] > round_number), key=until.__getitem__)
+        awake += resting[: needed - len(awake)]
     if at_most is None or len(awake) <= at_most:
         return sorted(awake)
-    order = torch.randperm(len(awake), generator=generator("clients", seed, round_number))
+    order = torch.randperm(len(awake), generator=generator("clients", seed, round_number, attempt))
     return sorted(awake[place] for place in order[:at_most].tolist())

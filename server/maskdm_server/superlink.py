@@ -21,6 +21,7 @@ from maskdm.runfolder import LineReader, atomic_write
 from maskdm_server.signs import is_alive
 
 START_SECONDS = 90.0
+ANSWER_SECONDS = 300.0
 POLL_SECONDS = 0.25
 # Without a round between them, so many deaths in a row are no accident.
 MOST_RESTARTS = 5
@@ -63,7 +64,7 @@ class SuperLink:
         if port_is_taken(host, port):
             raise UsageError(f"--port {port} on {host} is in use or not ours: choose another --port or --host")
         self._folder, self._tls, self._say = folder, tls, say
-        self._address = f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        self._address = f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         self._home = folder / ".flwr"
         self._home.mkdir(exist_ok=True)
         for stale in self._home.glob("superlink.db*"):  # of a run that ended with its server
@@ -176,14 +177,17 @@ class SuperLink:
         atomic_write(self._home / "config.toml", text)
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
-        result = subprocess.run(
-            [script("flwr"), *arguments],
-            env={**os.environ, **self._environment},
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=START_SECONDS,
-        )
+        try:
+            result = subprocess.run(
+                [script("flwr"), *arguments],
+                env={**os.environ, **self._environment},
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                timeout=ANSWER_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise FederationError(f"flwr {arguments[0]} did not end within {ANSWER_SECONDS:.0f} s") from error
         start = result.stdout.find("{")
         try:
             document = json.JSONDecoder().raw_decode(result.stdout[start:])[0] if start >= 0 else {}

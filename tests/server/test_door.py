@@ -26,6 +26,7 @@ class App:
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
         self.scopes: list[Message] = []
+        self.status = 200
         self.after: list[Message] = []
 
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
@@ -40,7 +41,7 @@ class App:
                 break
         self.bodies.append(bytes(body))
         self.after.append(await receive())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
         await send({"type": "http.response.body", "body": b"done"})
 
 
@@ -79,6 +80,7 @@ def knocking(tmp_path: Path) -> Knocking:
 @pytest.fixture(autouse=True)
 def _write_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(under_test, "WRITE_SECONDS", -1.0)
+    monkeypatch.setattr(under_test, "REFUSAL_SECONDS", -1.0)
 
 
 def tree(objects: int, wide: bool = True) -> Any:
@@ -108,7 +110,7 @@ def test_a_body_arrives_whole_in_however_many_pieces_it_came(knocking: Knocking,
     assert knocking.app.after[-1] == {"type": "http.disconnect"}, "what comes after it reaches the SuperLink too"
 
 
-@pytest.mark.parametrize("path", [PUSH, MESSAGES, "/v1/fleet/anything"])
+@pytest.mark.parametrize("path", [PUSH, MESSAGES, "/v1/fleet/anything", "/v1/runtime/push-object", "/v1/control/run"])
 def test_a_body_over_the_limit_is_refused_before_all_of_it_is_read(knocking: Knocking, path: str) -> None:
     assert knocking.send(path, [bytes(2**20)] * 1000) == 413
     assert knocking.app.bodies == []
@@ -189,16 +191,36 @@ def length_of(body: bytes) -> bytes:
     return bytes([*out, number])
 
 
-@pytest.mark.parametrize("kind", ["http", "lifespan", "websocket"])
-def test_other_paths_and_other_protocols_are_none_of_its_business(
-    knocking: Knocking, tmp_path: Path, kind: str
-) -> None:
-    body = bytes(LARGEST_REQUEST + 1)
-    knocking.send("/v1/control/run", [body], kind=kind)
-    knocking.send(PUSH if kind != "http" else "/v1/runtime/push-object", [body], kind=kind)
-    assert len(knocking.app.scopes) == 2
-    assert knocking.app.bodies == ([body, body] if kind == "http" else [])
+@pytest.mark.parametrize("kind", ["lifespan", "websocket"])
+def test_other_protocols_are_none_of_its_business(knocking: Knocking, tmp_path: Path, kind: str) -> None:
+    knocking.send(PUSH, [bytes(LARGEST_REQUEST + 1)], kind=kind)
+    assert len(knocking.app.scopes) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_other_paths_only_the_size_is_looked_at(knocking: Knocking, tmp_path: Path) -> None:
+    body = pushed(5, 1000)
+    assert knocking.send("/v1/runtime/push-object", [body]) == 200
+    assert knocking.app.bodies == [body]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_is_not_let_in_carries_nothing(knocking: Knocking, tmp_path: Path) -> None:
+    knocking.app.status = 401
+    assert knocking.send(PUSH, [pushed(5, 1000)]) == 401
+    assert not (tmp_path / "traffic.json").exists()
+
+
+def test_strangers_cannot_make_it_remember_or_write_without_end(
+    knocking: Knocking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(under_test, "MOST_NODES", 3)
+    monkeypatch.setattr(under_test, "REFUSAL_SECONDS", 1e9)
+    for node in (1, 2, 3, 1, 4, 5):
+        knocking.send(PUSH, [pushed(node, 10)])
+        assert knocking.send(MESSAGES, [offered(tree(1000), node=node)]) == 413
+    assert list(json.loads((tmp_path / "traffic.json").read_text())) == ["1", "4", "5"], "who carried last"
+    assert [line["site"] for line in read_lines(tmp_path / "refused.jsonl")] == [1]
 
 
 def test_what_each_node_carries_is_counted_both_ways(knocking: Knocking, tmp_path: Path) -> None:

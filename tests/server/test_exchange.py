@@ -393,8 +393,9 @@ def test_every_whole_question_is_counted_and_no_message_is_under_way_for_ever(
     held = start({1: Worker(plan, 100, lambda seconds: int(seconds)), 2: after(1, plan)})
     exchange = held.run()
     assert exchange.bytes_down == 2 * (weights.stat().st_size + len(plan.model_dump_json()))
-    (seconds,) = held.link.seconds
-    assert 60 < seconds < 3 * 60
+    news, whole = sorted(held.link.seconds)
+    assert 60 < news < 3 * 60
+    assert news < whole <= 4 * news, "weights may need longer on their way, but not for ever"
     assert {question.wait for _, _, question in held.link.asked} == {20.0}, "several signs of life in one deadline"
 
 

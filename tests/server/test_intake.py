@@ -1,5 +1,6 @@
 """Which updates are let in and what they weigh: judged against what is known of others, in whatever order they come."""
 
+import errno
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from maskdm.parcel import Parcel
 from maskdm.protocol import RoundPlan
-from maskdm_server.aggregation import StreamingMean, UpdateRejected
-from maskdm_server.intake import ENOUGH, LARGEST_WEIGHT, REMEMBERED, Intake, Measured
+from maskdm_server.aggregation import LARGEST_WEIGHT, StreamingMean, Update, UpdateRejected
+from maskdm_server.intake import ENOUGH, REMEMBERED, Intake, Measured
 
 from .conftest import parcel
 
@@ -193,15 +194,51 @@ def test_what_is_remembered_of_updates_is_bounded_and_the_newest(
     assert under_test.known[-1].norm == pytest.approx(2.0)
 
 
-def test_a_measurement_needs_no_update_and_weighs_as_many_images_as_the_site_has(
-    intake: NewIntake, plan: RoundPlan
+@pytest.mark.parametrize("known", [0, ENOUGH])
+def test_an_update_that_changes_nothing_is_rejected_and_is_no_measure_of_others(
+    intake: NewIntake, plan: RoundPlan, update: Callable[..., Parcel], known: int
 ) -> None:
-    wanted = plan.model_copy(update={"action": "measure"})
-    under_test = intake((), wanted)
-    under_test.offer(1, parcel(wanted, {}, examples=30), None)
+    under_test = intake(HONEST[:known])
+    nothing = parcel(plan, {name: torch.zeros(shape) for name, shape in plan.shapes().items()})
+    with pytest.raises(UpdateRejected, match="it changes nothing"):
+        under_test.offer(1, nothing, None)
+    under_test.offer(2, update(1.0), None)
     assert under_test.close() == {}
-    assert weights_of(under_test) == {1: 30.0}
-    assert under_test.known == []
+    assert set(weights_of(under_test)) == {2}
+
+
+class FullDisk(StreamingMean):
+    """Takes in nothing until there is room."""
+
+    room = False
+
+    def add(self, update: Update, weight: float) -> None:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "full")
+        super().add(update, weight)
+
+
+@pytest.mark.parametrize("known", [0, ENOUGH])
+def test_what_could_not_be_taken_in_for_want_of_room_can_be_offered_again(
+    plan: RoundPlan, update: Callable[..., Parcel], tmp_path: Path, known: int
+) -> None:
+    mean = FullDisk()
+    under_test = Intake(plan, mean, HONEST[:known], LIMIT, tmp_path)
+    sent = {1: update(1.0, seed=1), 2: update(2.0, seed=2)}
+
+    def bring() -> None:
+        for site in sent.keys() - under_test.reports.keys() - {entry[0] for entry in under_test._waiting}:
+            under_test.offer(site, sent[site], None)
+        under_test.close()
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="full"):
+            bring()
+    mean.room = True
+    bring()
+    assert set(weights_of(under_test)) == {1, 2}
+    assert (mean.count, len(under_test.known)) == (2, known + 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskdm import runfolder
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint, sha256_of
 from maskdm.errors import FederationError, Interrupted
 from maskdm.parcel import REPORT_NAMES, Outcome, Parcel
@@ -18,9 +19,12 @@ from maskdm.protocol import RoundPlan, work_key
 from maskdm.runfolder import atomic_write, read_lines
 from maskdm.trainable import Trainable, changed_weights
 from maskdm.wire import decode
+from maskdm_server import aggregation
 from maskdm_server import journal as journalling
+from maskdm_server.journal import Known
 from maskdm_server.link import Question, Reply
-from maskdm_server.rounds import ATTEMPTS, DISK_SECONDS
+from maskdm_server.rounds import DISK_SECONDS, PAUSES, Rounds
+from maskdm_server.standings import Standing
 
 from .conftest import (
     Answering,
@@ -125,13 +129,13 @@ def test_rounds_and_result_say_what_happened(folder: Path, prior: dict[str, Tens
     for line in lines:
         assert (line["clients"], line["examples"], line["images_seen"]) == (2, 20, 64)
         assert (line["rejected"], line["silent"], line["late"], line["attempts"]) == (0, 0, 0, 1)
-        assert line["loss_before"] == pytest.approx(1.75)
+        assert line["loss_before"] == pytest.approx(1.5), "by images held, which are equal, not by images seen"
         assert line["loss_after"] == pytest.approx(0.25)
         assert line["bytes_up"] == 2 * (2 * parameters + report)
         assert line["bytes_down"] > 2 * 4 * parameters
     result = result_of(folder)
     assert (result["rounds"], result["clients"], result["model_of_round"]) == (3, 2, 3)
-    assert result["loss_prior"] == pytest.approx(1.75)
+    assert result["loss_prior"] == pytest.approx(1.5)
     assert result["loss_final"] == pytest.approx(1.5)  # of numbers alone every site's examples count
     assert result["bytes_up"] == sum(line["bytes_up"] for line in lines) + 2 * report
     assert result["bytes_down"] > sum(line["bytes_down"] for line in lines)
@@ -285,9 +289,9 @@ def test_too_few_good_replies_end_the_run_and_the_last_good_model_stays(folder: 
     link = InProcess({1: learner(0.5), 2: good_once})
     with pytest.raises(FederationError, match=r"round 2: fewer than 2 usable updates came in 3 attempts"):
         federate(link, folder, min_replies=2)
-    assert [plan.round for plan, _ in link.sent] == [1] + [2] * ATTEMPTS
+    assert [plan.round for plan, _ in link.sent] == [1] + [2] * len(PAUSES)
     retries = [(event["round"], event["accepted"], event["needed"]) for event in events(folder, "retry")]
-    assert retries == [(2, 1, 2)] * ATTEMPTS
+    assert retries == [(2, 1, 2)] * len(PAUSES)
     assert_moved(folder, prior, 0.5)
     assert load_checkpoint(folder / "model.safetensors")[1].rounds == 1
     assert not (folder / "result.json").exists()
@@ -306,6 +310,54 @@ def test_an_attempt_below_quorum_leaves_nothing_behind_in_the_next_one(folder: P
     assert (line["attempts"], line["clients"], line["rejected"]) == (2, 2, 1)
     assert len(set(calls)) == len(calls), "every attempt is an exchange of its own"
     assert not (folder / ".updates").exists()
+
+
+def test_between_attempts_there_is_time_for_a_short_trouble_to_pass(folder: Path) -> None:
+    time, begun = Time(), list[float]()
+
+    def troubled(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
+        begun.append(time.now)
+        return poisoned(plan, weights)
+
+    with pytest.raises(FederationError):
+        federate(InProcess({1: troubled, 2: troubled}), folder, time)
+    first, second, third = begun[::2]
+    assert second - first >= 10
+    assert third - second >= 30
+
+
+def test_another_attempt_asks_another_sample_and_the_last_one_also_those_that_rest(folder: Path) -> None:
+    def broken(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
+        return learner(0.5)(plan, weights) if plan.round == 1 else poisoned(plan, weights)
+
+    link = InProcess(dict.fromkeys(range(1, 9), broken))
+    with pytest.raises(FederationError):
+        federate(link, folder, clients_per_round=3, min_replies=3)
+    first, second, third = (set(asked) for number, asked in link.asked if number == 2)
+    assert len({frozenset(sample) for sample in (first, second, third)}) == 3
+    assert all(len(sample) == 3 for sample in (first, second, third))
+
+    resting = InProcess({1: lost, 2: learner(0.5)})
+    known = Known(standings={2: Standing(failures=3, rests_until=9)})
+    rounds = Rounds(resting, folder, config(folder, min_replies=1), lambda seconds: None, Time().clock)
+    rounds.journal.known = known
+    rounds._began = True
+    rounds.next_round()
+    assert [asked for _, asked in resting.asked if 2 in asked] == [[1, 2]]
+
+
+def test_what_all_attempts_cost_is_counted(folder: Path) -> None:
+    calls: list[int] = []
+
+    def late(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
+        calls.append(plan.exchange)
+        return poisoned(plan, weights) if len(calls) == 1 else learner(0.25)(plan, weights)
+
+    federate(InProcess({1: learner(0.5), 2: late}), folder, rounds=2, min_replies=2)
+    twice, once = read_lines(folder / "rounds.jsonl")
+    assert (twice["attempts"], once["attempts"]) == (2, 1)
+    for cost in ("bytes_down", "bytes_up"):
+        assert twice[cost] == pytest.approx(2 * once[cost], rel=0.1)
 
 
 def test_a_federation_does_not_start_with_too_few_clients(folder: Path) -> None:
@@ -329,6 +381,93 @@ def test_each_client_that_joins_starts_the_wait_for_the_others_anew(folder: Path
     federate(Joining({site: learner(0.5) for site in (1, 2, 3, 4)}), folder, time, min_clients=4, rounds=1)
     assert [event["clients"] for event in events(folder, "waiting")] == [1, 2, 3]
     assert read_lines(folder / "rounds.jsonl")[0]["clients"] == 4
+
+
+def test_a_client_that_comes_and_goes_does_not_make_the_others_wait_for_ever(folder: Path) -> None:
+    time = Time()
+
+    class Flapping(InProcess):
+        def sites(self) -> list[int]:
+            return [1] if int(time.now / 20) % 2 else []
+
+    with pytest.raises(FederationError, match="clients joined in 60 s"):
+        federate(Flapping({1: learner(0.5)}), folder, time)
+    assert time.now < 1000 + 200
+
+
+def test_a_federation_that_goes_on_waits_for_all_but_needs_only_as_many_as_close_a_round(folder: Path) -> None:
+    sites: dict[int, Site] = {site: learner(0.5) for site in (1, 2, 3)}
+    federate(InProcess(sites), folder, rounds=1, min_clients=3)
+    time = Time()
+
+    class Returning(InProcess):
+        def sites(self) -> list[int]:
+            return [site for site in (1, 2) if time.now >= 1000 + 40 * (site - 1)]
+
+    federate(Returning(sites), folder, time, rounds=2, min_clients=3, min_replies=1)
+    line = read_lines(folder / "rounds.jsonl")[-1]
+    assert (line["round"], line["clients"]) == (2, 2), "the second one was waited for, the third one left for good"
+
+
+def test_a_federation_that_is_started_again_after_its_last_round_waits_for_its_sites(folder: Path) -> None:
+    sites: dict[int, Site] = {1: learner(0.5), 2: learner(0.5)}
+    federate(InProcess(sites), folder)
+    (folder / "result.json").unlink()
+    time = Time()
+
+    class Returning(InProcess):
+        def sites(self) -> list[int]:
+            return [site for site in (1, 2) if time.now >= 1000 + 40 * site]
+
+    federate(Returning(sites), folder, time)
+    assert (result_of(folder)["clients"], result_of(folder)["rounds"]) == (2, 3)
+    assert result_of(folder)["loss_final"] is not None
+
+
+def test_an_older_model_is_not_published_because_nobody_measured_the_last_one(folder: Path) -> None:
+    def unwilling(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
+        return learner(0.5)(plan, weights) if plan.action == "train" else failing(plan, weights)
+
+    federate(InProcess({1: unwilling, 2: unwilling}), folder, patience=2)
+    assert (result_of(folder)["model_of_round"], result_of(folder)["loss_final"]) == (3, None)
+    assert load_checkpoint(folder / "model.safetensors")[1].rounds == 3
+
+
+def test_losses_are_averaged_alike_before_and_after_whatever_sites_have_and_see(folder: Path) -> None:
+    """Both sites improve in every round, so does their average, and the last model is the best."""
+
+    def site(examples: int, images: int, losses: list[float]) -> Answering:
+        def act(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
+            place = plan.round - (plan.action == "train")
+            return learner(0.5, examples=examples, loss_before=losses[place])(plan, weights)
+
+        return act
+
+    sites = {1: site(10_000, 64, [0.9, 0.88, 0.86, 0.84]), 2: site(100, 64, [0.1, 0.09, 0.08, 0.07])}
+    federate(InProcess(sites), folder, patience=2)
+    result = result_of(folder)
+    assert result["model_of_round"] == 3
+    assert result["loss_final"] < result["loss_prior"]
+
+
+def test_with_a_robust_rule_one_site_does_not_decide_when_to_stop_and_which_model_is_best(folder: Path) -> None:
+    def lying(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
+        loss = 0.0 if plan.round == 1 and plan.action == "train" else 1e6
+        return learner(0.5, loss_before=loss, examples=2**40)(plan, weights)
+
+    honest = measuring([5.0, 4.0, 3.0, 2.0, 1.0, 0.5])
+    link = InProcess({1: honest, 2: honest, 3: honest, 4: lying})
+    federate(link, folder, rounds=5, patience=2, aggregation="median", min_replies=3)
+    result = result_of(folder)
+    assert (result["rounds"], result["model_of_round"], result["loss_final"]) == (5, 5, 0.5)
+
+
+def test_no_report_that_is_let_in_ends_a_federation(folder: Path) -> None:
+    largest: dict[str, Any] = {"loss_before": 1e6, "loss_after": 1e6, "seconds": 1e308, "skipped_steps": 2**62}
+    huge = learner(0.5, loss_before=1e308, loss_after=1e308)
+    federate(InProcess({1: learner(0.5), 2: learner(0.5, examples=2**40, **largest), 3: huge}), folder)
+    assert [line["rejected"] for line in read_lines(folder / "rounds.jsonl")] == [1, 1, 0]
+    assert result_of(folder)["rounds"] == 3
 
 
 def test_later_rounds_wait_only_for_as_many_sites_as_close_a_round(folder: Path) -> None:
@@ -469,12 +608,13 @@ def test_a_federation_that_patience_ended_goes_on_from_its_last_round_when_it_is
 
 
 class Disk:
-    """Refuses writes of the journal while it is full."""
+    """Refuses writes while it is full."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, is_full: Callable[[str], bool], code: int) -> None:
         self._write, self._is_full, self._code = atomic_write, is_full, code
         self.refused = 0
-        monkeypatch.setattr(journalling, "atomic_write", self.write)
+        for module in (journalling, aggregation, runfolder):
+            monkeypatch.setattr(module, "atomic_write", self.write)
 
     def write(self, path: Path, content: Any) -> None:
         if self._is_full(path.name):
@@ -483,11 +623,17 @@ class Disk:
         self._write(path, content)
 
 
-@pytest.mark.parametrize("name", ["000002.state.safetensors", "000002.safetensors", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("000002.state.safetensors", "000002.safetensors", "model.safetensors", "result.json"),
+        "waiting-1.safetensors",  # of the first round, when there is nothing to compare an update with
+    ],
+)
 def test_a_full_disk_is_waited_for_and_the_round_counts_once(
     new_folder: NewFolder, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Whichever of the round's three files there is no room for, during 100 seconds."""
+    """Whichever file there is no room for, during 100 seconds."""
     sites: dict[int, Site] = {1: drawing(1), 2: drawing(2)}
     options: dict[str, Any] = {"server_optimizer": "fedadam", "server_lr": 0.05, "server_ema": 0.9}
     whole, folder = new_folder("whole"), new_folder("fed")
