@@ -10,14 +10,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from maskdm.parcel import Outcome, Parcel
-from maskdm.runfolder import append_line
 from maskdm.tensorfile import pack
 from maskdm_client.gate import release_outcome, release_progress
-from maskdm_client.mailbox import Mailbox
+from maskdm_client.mailbox import Mailbox, note, plain
 from maskdm_client.settings import load_settings
 
 PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document
 LONGEST_WAIT = 600.0
+LONGEST_PLAN = 1_000_000  # characters
 
 app = ClientApp()
 
@@ -58,7 +58,7 @@ def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
             return release_progress(*box.progress(exchange), exchange, settings.policy, folder / "audit.jsonl")
     except Exception as error:
         reason = f"unexpected {type(error).__name__}: {error}"
-        append_line(folder / "events.jsonl", {"event": "failed", "round": 1, "outcome": "FAILED", "reason": reason})
+        note(folder, {"event": "failed", "round": 1, "outcome": "FAILED", "reason": plain(reason)})
         return release_outcome(Outcome.FAILED, 1, exchange, folder / "audit.jsonl")
     return parcel
 
@@ -70,6 +70,8 @@ def asked_of(content: RecordDict) -> tuple[int, float, str, bytes] | None:
         return None
     exchange, seconds, document = (plan.get(name) for name in ("exchange", "wait", "document"))
     if type(exchange) is not int or not 0 <= exchange < 2**63 or not isinstance(document, str):
+        return None
+    if len(document) > LONGEST_PLAN:
         return None
     if not isinstance(seconds, float) or not 0 <= seconds <= LONGEST_WAIT or bool(document) != (weights is not None):
         return None

@@ -19,7 +19,7 @@ from maskdm.runfolder import claim, owned
 from maskdm_client.doctor import doctor
 from maskdm_client.local_data import choose_slice
 from maskdm_client.settings import SiteSettings
-from maskdm_client.supernode import work
+from maskdm_client.supervision import work
 
 app = typer.Typer(add_completion=False, no_args_is_help=False)
 

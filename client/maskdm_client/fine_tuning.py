@@ -1,35 +1,32 @@
-"""A round's training at a site. It is saved now and then, so that after a crash the same plan is taken up there."""
+"""A round's training at a site, and the measuring before and after it."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskdm.checkpoint import load_state, save_state
 from maskdm.config import MaskConfig, TrainingConfig
 from maskdm.data.batches import batches, class_numbers
 from maskdm.diffusion import denoising_loss
+from maskdm.errors import TrainingDiverged
 from maskdm.layers import patchify
 from maskdm.model import Network, device_of
+from maskdm.parcel import LARGEST_LOSS
 from maskdm.precision import arithmetic, pick_precision
 from maskdm.protocol import RoundPlan
-from maskdm.runfolder import write_json
 from maskdm.seeding import derive_seed
 from maskdm.trainable import PartialNetwork, load_values, partial_update
 from maskdm.training import Progress, TrainingState, put_weights, train
 from maskdm_client.local_data import LocalImages
+from maskdm_client.saved import Saved
 from maskdm_client.settings import SiteSettings
 
 # Enough (image, timestep, noise) draws for a held-out loss whose differences between rounds can be read.
 HELD_OUT_DRAWS = 512
 REPORT_SECONDS = 2.0
-# What a crash may cost; a save takes at most a twentieth of the time between two.
-SAVE_SECONDS, SAVE_SHARE = 60.0, 20
 # The optimiser starts anew each round, so its memory must suit tens of steps, not the published 200,000.
 LOCAL_BETAS = (0.9, 0.95)
 
@@ -58,7 +55,7 @@ def fine_tune(
     weights: dict[str, Tensor],
     images: LocalImages,
     settings: SiteSettings,
-    saved: "Saved",
+    saved: Saved,
     say: Say,
     superseded: Callable[[], bool],
 ) -> Done:
@@ -70,7 +67,7 @@ def fine_tune(
 
     Raises:
         Superseded: it said so between two steps.
-        TrainingDiverged: gradients stayed non-finite.
+        TrainingDiverged: no gradient was finite, or the loss is beyond all bounds.
     """
     started = time.monotonic()
     training = TrainingConfig(
@@ -117,6 +114,8 @@ def fine_tune(
     )
     if superseded():
         raise Superseded
+    if state.skipped >= state.steps:
+        raise TrainingDiverged(f"the gradient was not finite in any of {state.steps} steps: try --precision fp32")
     # The moving average of the local steps is what goes up: with its ramp it averages the last quarter or so.
     if isinstance(learner, PartialNetwork):
         update = {name: tensor.cpu() for name, tensor in partial_update(learner, state.average).items()}
@@ -125,57 +124,24 @@ def fine_tune(
         update = {name: average.cpu() - weights[name] for name, average in state.average.items()}
         put_weights(learner, state.average)
     after = held_out_loss(learner, plan, images, settings)
-    saved.forget()
     return Done(update, state.images_seen, before, after, seconds(), state.skipped)
-
-
-class Saved:
-    """The state of unfinished training, on disk."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self._state, self._about, self._key = folder / "training.safetensors", folder / "training.json", key
-        self._saved, self._took = time.monotonic(), 0.0
-
-    def restore(self, state: TrainingState) -> tuple[float, float] | None:
-        """Put what was saved into `state`; returns the loss before and the seconds spent, or None where it is new."""
-        try:
-            about = json.loads(self._about.read_text())
-        except (OSError, ValueError):
-            return None
-        if about.get("key") != self._key:
-            self.forget()
-            return None
-        load_state(self._state, state)
-        return float(about["loss_before"]), float(about["seconds"])
-
-    def keep(self, state: TrainingState, training: TrainingConfig, loss_before: float, seconds: float) -> None:
-        """Save, if it is time to."""
-        now = time.monotonic()
-        if now - self._saved < max(SAVE_SECONDS, SAVE_SHARE * self._took):
-            return
-        self._about.unlink(missing_ok=True)  # never describes another state than the one beside it
-        save_state(self._state, state, training)
-        write_json(self._about, {"key": self._key, "loss_before": loss_before, "seconds": seconds})
-        self._saved = time.monotonic()
-        self._took = self._saved - now
-
-    def forget(self) -> None:
-        """Remove what is of no more use."""
-        for path in (self._about, self._state):
-            path.unlink(missing_ok=True)
 
 
 def held_out_loss(
     model: Network | PartialNetwork, plan: RoundPlan, images: LocalImages, settings: SiteSettings
 ) -> float:
-    """Denoising loss of the whole images that are held out, by the same draws in every round."""
+    """Denoising loss of the whole images that are held out, by the same draws in every round.
+
+    Raises:
+        TrainingDiverged: it is not finite, or beyond what anybody would take for a loss.
+    """
     device = device_of(model)
     rows = torch.from_numpy(images.held_out[:HELD_OUT_DRAWS])
     patches = patchify(torch.from_numpy(images.corpus.pixels)[rows], plan.model.model.patch_size).to(device)
     classes = class_numbers(images.corpus, plan.model.class_names)
     model.eval()
     with arithmetic(device, pick_precision(settings.precision, device)):
-        return denoising_loss(
+        loss = denoising_loss(
             model,
             plan.model.diffusion,
             patches,
@@ -183,3 +149,6 @@ def held_out_loss(
             seed=settings.seed,
             classes=None if classes is None else classes[rows].to(device),
         )
+    if not loss <= LARGEST_LOSS:  # nor where it is no number
+        raise TrainingDiverged(f"the held-out loss is {loss:g}: the model is of no use, or try --precision fp32")
+    return loss

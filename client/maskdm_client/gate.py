@@ -45,8 +45,7 @@ def release_update(
 
     numbers = report.model_dump(mode="json")
     problem = _problem_of_numbers(numbers, policy) or _problem(update, plan, received, policy)
-    if not problem and policy.max_upload and size(plan.shapes(), plan.encoding, plan.topk_share) > policy.max_upload:
-        problem = f"it is larger than the {policy.max_upload:,} bytes that the policy lets out in a round"
+    problem = problem or problem_of_size(size(plan.shapes(), plan.encoding, plan.topk_share), policy)
     arrays = {} if problem else encode(update, plan.encoding, plan.topk_share)
     return _let_out(Parcel(arrays, numbers), report.round, problem, audit)
 
@@ -70,10 +69,23 @@ def release_outcome(outcome: Outcome, round_number: int, exchange: int, audit: P
     return _let_out(Parcel({}, numbers), round_number, None, audit)
 
 
-def release_again(parcel: Parcel, exchange: int, audit: Path) -> Parcel:
-    """Let out once more what passed before, as the answer of another exchange."""
+def release_again(parcel: Parcel, exchange: int, policy: SitePolicy, audit: Path) -> Parcel:
+    """Let out once more what passed before, as the answer of another exchange, where the policy still allows it.
+
+    Raises:
+        GateRefused: it does not.
+    """
     again = replace(parcel, scalars={**parcel.scalars, "exchange": exchange})
-    return _let_out(again, int(parcel.scalars["round"]), None, audit)
+    needed = sum(array.nbytes for array in again.arrays.values())
+    problem = _problem_of_numbers(again.scalars, policy) or problem_of_size(needed, policy)
+    return _let_out(again, int(again.scalars["round"]), problem, audit)
+
+
+def problem_of_size(needed: int, policy: SitePolicy) -> str | None:
+    """What is wrong with an update of so many bytes."""
+    if policy.max_upload is None or needed <= policy.max_upload:
+        return None
+    return f"the update would be {needed:,} bytes, --max-upload allows {policy.max_upload:,}"
 
 
 def record(audit: Path, direction: str, round_number: int, parcel: Parcel, verdict: str) -> None:
@@ -124,6 +136,6 @@ def _problem(
             return f"{name} is not finite"
     norm = math.sqrt(sum(squared_norm(update.__getitem__, name, plan.train) for name in plan.changed()))
     reference = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in received.values()))
-    if norm > policy.max_relative_norm * reference:
+    if not norm <= policy.max_relative_norm * reference:
         return f"its norm {norm:.3g} exceeds {policy.max_relative_norm:g} of the model's {reference:.3g}"
     return None

@@ -6,17 +6,22 @@ ClientApp should start fast.
 """
 
 import json
+import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from maskdm.parcel import Parcel
-from maskdm.runfolder import atomic_write, write_json
+from maskdm.parcel import Outcome, Parcel
+from maskdm.runfolder import append_line, atomic_write, write_json
 from maskdm.tensorfile import Arrays, chunks, layout_of, unpack
 
 POLL_SECONDS = 0.1
+# Exchange, length of the text, key: all that is looked at while waiting.
+HEAD = struct.Struct("<QQ64s")
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Request:
 
     exchange: int
     document: str
-    weights: memoryview
+    weights: bytes
 
 
 class Mailbox:
@@ -39,37 +44,53 @@ class Mailbox:
         )
 
     def ask(self, exchange: int, document: str, weights: bytes) -> None:
-        """Leave a request for the worker, unless it is the one that lies there."""
-        if self.asked() != exchange:
-            _write(self._request, {"exchange": exchange, "document": document}, [weights])
+        """Leave a request for the worker, unless it is the one that lies there and was not found wanting."""
+        wanting = self._is_unknown(exchange)
+        if self.asked() == exchange and not wanting:
+            return
+        _write(self._request, exchange, "", document, [weights])
+        if wanting:  # last, so that what lay there is not worked on once more
+            self._reply.unlink()
 
     def asked(self) -> int | None:
         """The exchange of the request that lies there."""
-        head = _head(self._request)
-        return None if head is None else int(head["exchange"])
+        found = _read(self._request)
+        return found and found.exchange
 
     def request(self) -> Request | None:
         """The request that lies there."""
-        found = _read(self._request)
-        return None if found is None else Request(int(found[0]["exchange"]), str(found[0]["document"]), found[1])
+        found = _read(self._request, text=True, body=True)
+        return found and Request(found.exchange, found.text, found.body)
 
     def reply(self, exchange: int, key: str, parcel: Parcel) -> None:
         """Leave what may leave the site, as the gate released it."""
-        head = {"exchange": exchange, "key": key, "scalars": dict(parcel.scalars)}
         arrays = parcel.arrays
-        _write(self._reply, head, chunks(layout_of(arrays), arrays.__getitem__) if arrays else ())
+        body = chunks(layout_of(arrays), arrays.__getitem__) if arrays else ()
+        _write(self._reply, exchange, key, json.dumps(dict(parcel.scalars)), body)
 
     def replied(self) -> tuple[int, str] | None:
         """Exchange and key of the reply that lies there."""
-        head = _head(self._reply)
-        return None if head is None else (int(head["exchange"]), str(head["key"]))
+        found = _read(self._reply)
+        return found and (found.exchange, found.key)
 
     def take_reply(self) -> tuple[int, Parcel]:
         """The reply that lies there, and its exchange."""
-        found = _read(self._reply)
+        found = _read(self._reply, text=True, body=True)
         assert found is not None
-        arrays: Arrays = unpack(found[1]) if len(found[1]) else {}
-        return int(found[0]["exchange"]), Parcel(arrays, found[0]["scalars"])
+        arrays: Arrays = unpack(found.body) if found.body else {}
+        return found.exchange, Parcel(arrays, json.loads(found.text))
+
+    def is_over(self) -> bool:
+        """Whether the last request was to take the final model, and was answered well: only then it has a key."""
+        request, replied = _read(self._request, text=True), self.replied()
+        if not request or not replied or replied[0] != request.exchange or not replied[1]:
+            return False
+        return bool(json.loads(request.text)["action"] == "finish")
+
+    def _is_unknown(self, exchange: int) -> bool:
+        """Whether the reply that lies there asks for the work of an exchange once more."""
+        found = _read(self._reply, text=True)
+        return bool(found and found.exchange == exchange and json.loads(found.text).get("outcome") == Outcome.UNKNOWN)
 
     def wait(self, exchange: int, seconds: float) -> Parcel | None:
         """The reply of an exchange, or None where the worker needs longer than that."""
@@ -97,32 +118,35 @@ class Mailbox:
             return 1, 0
 
 
-def _write(path: Path, head: dict[str, Any], body: Iterable[bytes | memoryview]) -> None:
-    text = json.dumps(head).encode()
-
-    def pieces() -> Iterable[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
-        # What follows begins where arrays of every type may begin.
-        yield b"\0" * (-(8 + len(text)) % 8)
-        yield from body
-
-    atomic_write(path, pieces())
+def note(site: Path, event: Mapping[str, Any]) -> None:
+    """Say in a site's events what happens; where the disk is full, the work goes on unsaid."""
+    with suppress(OSError):
+        append_line(site / "events.jsonl", {"time": time.time(), **event})
 
 
-def _head(path: Path) -> dict[str, Any] | None:
+def plain(text: str) -> str:
+    """What others chose, as it may be shown: short, and without what a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text[:200])
+
+
+class _Found(NamedTuple):
+    exchange: int
+    key: str
+    text: str
+    body: bytes
+
+
+def _write(path: Path, exchange: int, key: str, text: str, body: Iterable[bytes | memoryview]) -> None:
+    encoded = text.encode()
+    atomic_write(path, chain([HEAD.pack(exchange, len(encoded), key.encode()), encoded], body))
+
+
+def _read(path: Path, *, text: bool = False, body: bool = False) -> _Found | None:
+    """The head of a file, and what else is wanted of it."""
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return dict(json.loads(file.read(length)))
+            exchange, length, key = HEAD.unpack(file.read(HEAD.size))
+            written = file.read(length).decode() if text else ""
+            return _Found(exchange, key.rstrip(b"\0").decode(), written, file.read() if body else b"")
     except FileNotFoundError:
         return None
-
-
-def _read(path: Path) -> tuple[dict[str, Any], memoryview] | None:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    length = int.from_bytes(data[:8], "little")
-    start = 8 + length
-    return json.loads(data[8:start]), memoryview(data)[start + -start % 8 :]

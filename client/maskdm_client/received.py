@@ -16,6 +16,7 @@ from maskdm.protocol import RoundPlan, work_key
 from maskdm.runfolder import atomic_write
 from maskdm.tensorfile import Arrays, chunks, layout_of, unpack
 from maskdm.trainable import expected_shapes
+from maskdm_client.mailbox import plain
 
 
 class PlanRefused(MaskDMError):
@@ -52,7 +53,7 @@ def read_weights(packed: bytes | memoryview, plan: RoundPlan, folder: Path | Non
     try:
         came = unpack(packed)
     except ValueError as error:
-        raise PlanRefused(f"the coordinator's weights were refused: {error}") from error
+        raise PlanRefused(f"the coordinator's weights were refused: {plain(str(error))}") from error
     expected, changed = expected_shapes(plan.model.model), set(plan.changed())
     arrays = came
     if plan.action == "train" and came.keys() == changed != expected.keys():

@@ -3,8 +3,10 @@
 Knows nothing of Flower: a plan and weights come in, a parcel goes out.
 """
 
+import errno
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,18 @@ from maskdm.model import Network
 from maskdm.parcel import Outcome, Parcel, Report
 from maskdm.precision import pick_device
 from maskdm.protocol import RoundPlan
-from maskdm.runfolder import append_line
 from maskdm.wire import size
-from maskdm_client.fine_tuning import Saved, Superseded, fine_tune, held_out_loss
-from maskdm_client.gate import record, release_numbers, release_outcome, release_update
+from maskdm_client.fine_tuning import Superseded, fine_tune, held_out_loss
+from maskdm_client.gate import problem_of_size, record, release_numbers, release_outcome, release_update
 from maskdm_client.local_data import LocalImages, forget_pixels, local_images
-from maskdm_client.mailbox import Mailbox
+from maskdm_client.mailbox import Mailbox, note, plain
 from maskdm_client.received import PlanRefused, RestMissing, forget_others, key_of, read_weights
 from maskdm_client.residual import Residual
+from maskdm_client.saved import Saved
 from maskdm_client.settings import SiteSettings, load_settings
 
 Say = Callable[[dict[str, Any]], None]
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class TooLarge(MaskDMError):
@@ -38,23 +41,34 @@ class TooLarge(MaskDMError):
 
 
 def answer(
-    document: str, weights: bytes | memoryview, folder: Path, box: Mailbox | None = None, exchange: int = 0
+    document: str,
+    weights: bytes | memoryview,
+    folder: Path,
+    box: Mailbox | None = None,
+    exchange: int = 0,
+    key: str = "",
 ) -> Parcel:
     """Do what the plan asks and return what may leave; a failure leaves as a code, its reason stays in `folder`.
 
     Args:
-        box: where to say how far the work is, and to look for a newer plan.
+        box: where to leave the reply, to say how far the work is, and to look for a newer plan.
         exchange: of the request, for an answer to what is no plan.
+        key: of the work, where it is known.
 
     Raises:
         Superseded: a newer request lies in the box; this one is not worth an answer.
+        OSError: the audit log cannot be written, or the disk is full: it may be tried again.
     """
     audit, round_number = folder / "audit.jsonl", 1
+    ends = kept = False
+    key = key or key_of(document, weights)
+    saved = Saved(folder / "work", key)
 
     def say(event: dict[str, Any]) -> None:
-        append_line(folder / "events.jsonl", {"time": time.time(), **event})
+        note(folder, event)
         if box and event["event"] == "training":
-            box.progressed(exchange, event["round"], event["images"])
+            with suppress(OSError):
+                box.progressed(exchange, event["round"], event["images"])
 
     def superseded() -> bool:
         return box is not None and box.asked() != exchange
@@ -71,17 +85,34 @@ def answer(
             torch.set_num_threads(settings.threads)
         if plan.action == "train":
             forget_others(plan, folder / "work")
-            saved = Saved(folder / "work", key_of(document, weights))
-            return _train(plan, received, settings, folder, saved, say, superseded)
-        return _measure(plan, received, settings, folder, say)
+            released, event = _train(plan, received, settings, folder, saved, say, superseded)
+        else:
+            if plan.action == "finish":
+                ends = True
+                save_checkpoint(folder / "model.safetensors", received, plan.model)
+                kept = True
+            released, event = _measure(plan, received, settings, folder, say)
     except Superseded:
         say({"event": "superseded", "round": round_number})
         raise
     except Exception as error:
+        if box and not kept and isinstance(error, OSError) and error.errno in FULL:
+            raise
         outcome = _outcome(error)
-        reason = str(error) if isinstance(error, MaskDMError) else f"unexpected {type(error).__name__}: {error}"
-        say({"event": "failed", "round": round_number, "outcome": outcome.name, "reason": reason})
-        return release_outcome(outcome, round_number, exchange, audit)
+        reason = str(error) if isinstance(error, MaskDMError) else plain(f"unexpected {type(error).__name__}: {error}")
+        event = {"event": "failed", "round": round_number, "outcome": outcome.name, "reason": reason}
+        released = release_outcome(outcome, round_number, exchange, audit)
+    finally:
+        if ends:
+            forget_pixels(folder)
+    # Only what was done well is worth sending again; a failure may have passed when the work is asked for again.
+    done = released.scalars["outcome"] == Outcome.DONE
+    if box:
+        box.reply(exchange, key if done else "", released)
+    if done:
+        saved.forget()
+    say({**event, "event": "finished"} if kept else event)
+    return released
 
 
 def _train(
@@ -92,10 +123,10 @@ def _train(
     saved: Saved,
     say: Say,
     superseded: Callable[[], bool],
-) -> Parcel:
-    needed, allowed = size(plan.shapes(), plan.encoding, plan.topk_share), settings.policy.max_upload
-    if allowed is not None and needed > allowed:
-        raise TooLarge(f"the update would be {needed:,} bytes, --max-upload allows {allowed:,}")
+) -> tuple[Parcel, dict[str, Any]]:
+    problem = problem_of_size(size(plan.shapes(), plan.encoding, plan.topk_share), settings.policy)
+    if problem:
+        raise TooLarge(problem)
     model, images = _prepare(plan, weights, settings, folder, say)
     done = fine_tune(model, plan, weights, images, settings, saved, say, superseded)
     report = Report(
@@ -112,22 +143,16 @@ def _train(
     update = residual.added_to(done.update)
     released = release_update(update, report, plan, weights, settings.policy, folder / "audit.jsonl")
     residual.keep(update, released.arrays)
-    say({"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")})
-    return released
+    event = {"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")}
+    return released, event
 
 
-def _measure(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say) -> Parcel:
-    """Measure the model that came; the final one is kept, and the decoded images are not."""
+def _measure(
+    plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
+) -> tuple[Parcel, dict[str, Any]]:
     started = time.monotonic()
-    last = plan.action == "finish"
-    try:
-        if last:
-            save_checkpoint(folder / "model.safetensors", weights, plan.model)
-        model, images = _prepare(plan, weights, settings, folder, say)
-        loss = held_out_loss(model, plan, images, settings)
-    finally:
-        if last:
-            forget_pixels(folder)
+    model, images = _prepare(plan, weights, settings, folder, say)
+    loss = held_out_loss(model, plan, images, settings)
     report = Report(
         round=plan.round,
         exchange=plan.exchange,
@@ -139,15 +164,14 @@ def _measure(plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings
         skipped_steps=0,
     )
     released = release_numbers(report, settings.policy, folder / "audit.jsonl")
-    say({"event": "finished" if last else "measured", "round": plan.round, "rounds": plan.rounds, "loss": loss})
-    return released
+    return released, {"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": loss}
 
 
 def _read_plan(document: str) -> RoundPlan:
     try:
         return RoundPlan.model_validate_json(document)
     except ValidationError as error:
-        raise PlanRefused(f"the coordinator's plan was refused: {first_problem(error)}") from error
+        raise PlanRefused(f"the coordinator's plan was refused: {plain(first_problem(error))}") from error
 
 
 def _prepare(

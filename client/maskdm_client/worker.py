@@ -1,38 +1,83 @@
 """The process that does a site's work: it outlives every connection, and takes up after a crash what it had begun."""
 
+import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from maskdm.errors import GateRefused
 from maskdm.parcel import Outcome
+from maskdm.runfolder import write_json
 from maskdm_client.fine_tuning import Superseded
-from maskdm_client.gate import release_again
-from maskdm_client.mailbox import POLL_SECONDS, Mailbox
+from maskdm_client.gate import release_again, release_outcome
+from maskdm_client.mailbox import POLL_SECONDS, Mailbox, note
 from maskdm_client.received import key_of
+from maskdm_client.saved import saved_at
+from maskdm_client.settings import load_settings
 from maskdm_client.site import answer
+
+RETRY_SECONDS = 5.0
+# Work that ended this process so often, and never came further, is not tried again: memory may not suffice for it.
+MOST_STARTS = 2
 
 
 def work(folder: Path) -> None:
     """Answer the requests in the mailbox of a site's folder, for ever; the newest counts, older work is dropped."""
     box = Mailbox(folder)
+    begun, waiting = None, False
     while True:
-        asked = box.asked()
-        replied = box.replied()
-        if asked is None or (replied and replied[0] == asked):
-            time.sleep(POLL_SECONDS)
-            continue
-        request = box.request()
-        assert request is not None
-        key = key_of(request.document, request.weights)
-        if key and replied and replied[1] == key:  # the same work under another number: the reply was lost on its way
-            parcel = release_again(box.take_reply()[1], request.exchange, folder / "audit.jsonl")
-        else:
-            try:
-                parcel = answer(request.document, request.weights, folder, box, request.exchange)
-            except Superseded:
+        try:
+            asked, replied = box.asked(), box.replied()
+            if asked is None or (replied and replied[0] == asked):
+                time.sleep(POLL_SECONDS)
                 continue
-        # Only what was done well is worth sending again; a failure may have passed when the work is asked for again.
-        box.reply(request.exchange, key if parcel.scalars["outcome"] == Outcome.DONE else "", parcel)
+            again, begun = begun == asked, asked
+            if not again and _starts(folder / "work", asked) > MOST_STARTS:
+                _give_up(box, asked, folder)
+            else:
+                _answer(box, replied[1] if replied else "", folder)
+            waiting = False
+        except Superseded:
+            continue
+        except OSError as error:  # a full disk, or an audit log that cannot be written: that may pass
+            if not waiting:
+                note(folder, {"event": "waiting", "reason": f"{error.strerror or error}: {error.filename or folder}"})
+            waiting = True
+            time.sleep(RETRY_SECONDS)
+
+
+def _answer(box: Mailbox, done: str, folder: Path) -> None:
+    """Answer the request that lies there; `done` is the key of the work whose reply lies there."""
+    request = box.request()
+    assert request is not None
+    key = key_of(request.document, request.weights)
+    if key and key == done:  # the same work under another number: the reply was lost on its way
+        # What may not leave any more is asked of the work itself, which says why.
+        with suppress(GateRefused):
+            policy, parcel = load_settings(folder).policy, box.take_reply()[1]
+            box.reply(request.exchange, key, release_again(parcel, request.exchange, policy, folder / "audit.jsonl"))
+            return
+    answer(request.document, request.weights, folder, box, request.exchange, key)
+
+
+def _give_up(box: Mailbox, exchange: int, folder: Path) -> None:
+    box.reply(exchange, "", release_outcome(Outcome.FAILED, 1, exchange, folder / "audit.jsonl"))
+    reason = f"the process that trains ended {MOST_STARTS} times over this work, perhaps for want of memory"
+    note(folder, {"event": "failed", "round": 1, "outcome": Outcome.FAILED.name, "reason": reason})
+
+
+def _starts(folder: Path, exchange: int) -> int:
+    """How many processes have begun the work on an exchange, this one among them, since it was last saved."""
+    path, now = folder / "starts.json", {"exchange": exchange, "saved": saved_at(folder)}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = {}
+    starts = found["starts"] + 1 if found.items() >= now.items() else 1
+    with suppress(OSError):
+        write_json(path, {**now, "starts": starts})
+    return starts
 
 
 if __name__ == "__main__":
