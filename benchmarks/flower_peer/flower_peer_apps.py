@@ -11,7 +11,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-server, client = ServerApp(), ClientApp()
+server = ServerApp()  # two statements: Flower looks for the names without running this
+client = ClientApp()
 
 
 @server.main()  # type: ignore[untyped-decorator]

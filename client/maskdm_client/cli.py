@@ -80,6 +80,8 @@ def join(
     check_apart(data, out)
     pick_device(device)
     with owned(out), Interruption() as interruption:
+        for left in (*out.glob(".*.tmp"), *out.glob("work/.*.tmp")):  # by processes that were killed as they wrote
+            left.unlink(missing_ok=True)
         may_change = ("site.device", "site.precision", "site.threads", "site.policy.max_upload")
         claim(out, "client", {"site": settings.model_dump(mode="json")}, may_change=may_change)
         chosen, found = choose_slice(settings, out, interruption.check)

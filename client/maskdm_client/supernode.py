@@ -1,7 +1,9 @@
-"""Flower's two processes of a site: the SuperNode holds the connection, the SuperExec starts a ClientApp for a message."""
+"""Flower's two processes of a site.
+
+The SuperNode holds the connection; the SuperExec starts a ClientApp for each message that it brings.
+"""
 
 import json
-import time
 from pathlib import Path
 from typing import Self
 
@@ -10,8 +12,6 @@ from maskdm.reporting import say
 
 # What the SuperNode writes into its log once the server has let it in.
 LET_IN = b"SuperNode ID"
-# Between two starts of the SuperExec.
-PAUSE_SECONDS = 2.0
 
 
 class SuperNode:
@@ -39,7 +39,6 @@ class SuperNode:
         self._earlier = self.log.stat().st_size if self.log.exists() else 0
         self._node = self._start("supernode", arguments)
         self._executor: Child | None = None
-        self._started = 0.0
 
     def is_let_in(self) -> bool:
         """Whether the server took this site in."""
@@ -49,17 +48,16 @@ class SuperNode:
                 self._let_in = LET_IN in file.read()
         return self._let_in
 
-    def look_after(self) -> bool:
-        """Whether the SuperNode lives; the SuperExec is started, and started again where it is gone."""
+    def is_alive(self) -> bool:
+        """Whether both processes live; the SuperExec is started when the site is let in."""
         if self._node.exit_code() is not None:
             return False
-        gone = self._executor is None or self._executor.exit_code() is not None
-        if gone and self.is_let_in() and time.monotonic() - self._started >= PAUSE_SECONDS:
-            if self._executor:
-                self._executor.close()
-                say(f"Flower's superexec ended unexpectedly; starting it again (details: {self._executor.log})")
-            self._started = time.monotonic()
+        if self._executor is None and self.is_let_in():
             self._executor = self._start("superexec", ["--runtime-api-address", self._runtime, "--insecure"])
+        # A SuperNode whose ClientApp was ended with the SuperExec waits for its reply for ever.
+        if self._executor and self._executor.exit_code() is not None:
+            say(f"Flower's superexec ended unexpectedly (details: {self._executor.log})")
+            return False
         return True
 
     def __enter__(self) -> Self:

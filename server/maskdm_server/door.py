@@ -26,6 +26,10 @@ FLEET = "/v1/fleet/"
 # What a stranger can make us remember or write: nodes that carried something, and refusals a second.
 MOST_NODES = 10_000
 REFUSAL_SECONDS = 1.0
+# Of Flower's database, which lives as long as the server and holds whole models: with Flower's settings, which wait 5 s
+# for a lock, and Debian's, which overwrite what is deleted, 100 million weights end in "database is locked".
+FIRST = (("page_size", "16384"),)  # counts only before any other
+THEN = (("busy_timeout", "120000"), ("synchronous", "OFF"), ("secure_delete", "OFF"))
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -156,11 +160,13 @@ def _count(tree: Any, most: int) -> int:
 
 def main(arguments: list[str]) -> None:
     """Run Flower's SuperLink with the door in front of it."""
+    import flwr.supercore.sql_mixin as database
     import flwr.superlink.main as superlink
     from flwr.superlink.cli.flower_superlink import flower_superlink
 
     folder, largest_update = Path(arguments[0]), int(arguments[1])
     create = superlink.create_app
+    database.SQLITE_PRAGMAS = (*FIRST, *database.SQLITE_PRAGMAS, *THEN)
 
     def create_with_door(*given: Any) -> Any:
         app = create(*given)

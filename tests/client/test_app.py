@@ -20,7 +20,7 @@ from maskdm.runfolder import read_lines
 from maskdm.tensorfile import pack, unpack
 from maskdm_client import app as client_app
 from maskdm_client import simulated
-from maskdm_client.app import LONGEST_WAIT, PACKED, asked_of
+from maskdm_client.app import LONGEST_PLAN, LONGEST_WAIT, PACKED, asked_of
 from maskdm_client.mailbox import Mailbox
 from maskdm_client.settings import SitePolicy
 
@@ -89,6 +89,7 @@ FOREIGN = {
     "no document": RecordDict({"plan": question(document=None)}),
     "a document of bytes": with_weights(document=DOCUMENT.encode()),
     "a document of numbers": with_weights(document=1),
+    "too long a document": with_weights(document=" " * (LONGEST_PLAN + 1)),
 }
 
 
@@ -223,6 +224,13 @@ def test_a_reply_of_an_earlier_exchange_is_not_sent_for_a_newer_one(make_site: M
     Mailbox(folder).ask(4, DOCUMENT, b"")
     Mailbox(folder).reply(4, "key", Parcel({}, {"outcome": 0, "exchange": 4}))
     assert numbers_alone(answered(with_weights(), folder))["outcome"] == Outcome.WORKING
+
+
+def test_where_what_happens_cannot_be_written_down_a_code_leaves_all_the_same(make_site: MakeSite) -> None:
+    folder = make_site()
+    (folder / "work").write_text("in the way")
+    (folder / "events.jsonl").mkdir()
+    assert numbers_alone(answered(with_weights(), folder))["outcome"] == Outcome.FAILED
 
 
 def words_of(content: Any) -> str:

@@ -1,5 +1,6 @@
 """A round's training at a site: what it learns, what ends it, and that no interruption changes what comes out."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskdm import training
 from maskdm.checkpoint import model_from, save_state
+from maskdm.errors import TrainingDiverged
 from maskdm.protocol import RoundPlan
 from maskdm.trainable import delta
+from maskdm.training import TrainingState
 from maskdm.wire import check, decode
-from maskdm_client import fine_tuning
-from maskdm_client.fine_tuning import Done, Saved, Superseded, fine_tune, held_out_loss
+from maskdm_client import fine_tuning, saved
+from maskdm_client.fine_tuning import Done, Superseded, fine_tune, held_out_loss
 from maskdm_client.local_data import LocalImages, local_images
+from maskdm_client.saved import Saved
 from maskdm_client.settings import SiteSettings, load_settings
 from maskdm_client.site import answer
 
@@ -62,8 +67,10 @@ class Site:
             on(event)
 
         model = model_from(self.weights, plan.model.model)
-        saved = Saved(work, key)
-        return fine_tune(model, plan, self.weights, self.images, self.settings, saved, say, superseded)
+        unfinished = Saved(work, key)
+        done = fine_tune(model, plan, self.weights, self.images, self.settings, unfinished, say, superseded)
+        unfinished.forget()
+        return done
 
     def images_at_start(self) -> int:
         return int(next(event["images"] for event in self.said if event["event"] == "measured"))
@@ -79,8 +86,8 @@ def site(make_site: MakeSite, weights: dict[str, Tensor]) -> Site:
 
 @pytest.fixture
 def saves_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fine_tuning, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(fine_tuning, "SAVE_SHARE", 0)
+    monkeypatch.setattr(saved, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(saved, "SAVE_SHARE", 0)
     monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
 
 
@@ -148,30 +155,34 @@ def test_training_that_was_interrupted_ends_with_exactly_the_update_of_one_that_
         with pytest.raises(Killed):
             site.train(plan, on=dies_at(images))
         assert site.images_at_start() == begun
-        assert site.left() == ["training.json", "training.safetensors"]
+        assert site.left() == [f"training-{max(images - 8, 8)}.safetensors", "training.json"]
     assert_same(site.train(plan), whole)
     assert site.images_at_start() == 152
     assert site.left() == []
 
 
 @pytest.mark.usefixtures("saves_each_step")
-def test_a_crash_in_the_middle_of_a_save_costs_what_was_saved_and_nothing_more(
-    site: Site, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [Killed, OSError], ids=["a crash", "a full disk"])
+@pytest.mark.parametrize("failing", ["save_state", "write_json"])
+def test_a_save_that_fails_leaves_the_one_before_it(
+    site: Site, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, failing: str, error: type[BaseException]
 ) -> None:
     whole = site.train(make_plan(), folder="elsewhere")
+    write: Callable[..., None] = getattr(saved, failing)
+    written: list[None] = []
 
-    def dies_after_the_state(path: Path, state: Any, training: Any) -> None:
-        save_state(path, state, training)
-        if state.images_seen == 88:
-            raise Killed
+    def fails(*arguments: Any) -> None:
+        if len(written) >= 10:
+            raise error
+        written.append(None)
+        write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fine_tuning, "save_state", dies_after_the_state)
+        patch.setattr(saved, failing, fails)
         with pytest.raises(Killed):
-            site.train(make_plan())
-    assert site.left() == ["training.safetensors"]
+            site.train(make_plan(), on=dies_at(96))
     assert_same(site.train(make_plan()), whole)
-    assert site.images_at_start() == 0
+    assert site.images_at_start() == 80
     assert site.left() == []
 
 
@@ -222,7 +233,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(fine_tuning, "time", SimpleNamespace(monotonic=found.monotonic))
+    for module in (fine_tuning, saved):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=found.monotonic))
     monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
     return found
 
@@ -262,7 +274,7 @@ def test_a_site_whose_time_is_over_before_it_began_takes_one_step(
 def test_minutes_count_what_was_spent_before_an_interruption(
     site: Site, make_plan: MakePlan, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fine_tuning, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(saved, "SAVE_SECONDS", 0.0)
     plan = make_plan(local_minutes=1)
 
     def dies(event: dict[str, Any]) -> None:
@@ -280,17 +292,17 @@ def test_minutes_count_what_was_spent_before_an_interruption(
 def test_saving_takes_at_most_a_twentieth_of_the_time(
     site: Site, make_plan: MakePlan, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved: list[int] = []
+    saves: list[int] = []
 
     def slow(path: Path, state: Any, training: Any) -> None:
-        saved.append(state.images_seen)
+        saves.append(state.images_seen)
         save_state(path, state, training)
         clock.now += 6
 
-    monkeypatch.setattr(fine_tuning, "save_state", slow)
+    monkeypatch.setattr(saved, "save_state", slow)
     site.train(make_plan(local_images=320), on=passing(clock, 10))
     # The first after SAVE_SECONDS = 60 s; each took 6 s, so that the next waits for 120 s.
-    assert saved == [48, 144, 240]
+    assert saves == [48, 144, 240]
 
 
 def test_a_proximal_term_keeps_the_model_near_the_one_that_came(site: Site, make_plan: MakePlan) -> None:
@@ -305,3 +317,33 @@ def test_rounds_and_federations_draw_other_batches_and_noise(site: Site, make_pl
     assert length(first) > 0
     for other in others:
         assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_site_that_took_no_step_has_no_update(
+    site: Site, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [0]
+
+    def spoil(state: TrainingState, _: float) -> None:
+        if state.steps >= good[0]:
+            for parameter in state.model.parameters():
+                parameter.grad = torch.full_like(parameter, math.nan)
+
+    monkeypatch.setattr(training, "add_proximal_gradients", spoil)
+    with pytest.raises(TrainingDiverged, match="in any of 5 steps"):
+        site.train(make_plan(local_images=40))
+    good[0] = 1
+    done = site.train(make_plan(local_images=40))
+    assert (done.skipped_steps, length(done.update) > 0) == (4, True)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1.1e6])
+@pytest.mark.parametrize("measured", [0, 1], ids=["before", "after"])
+def test_a_loss_beyond_all_bounds_is_divergence(
+    site: Site, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, measured: int, loss: float
+) -> None:
+    losses = [1.0, 1.0]
+    losses[measured] = loss
+    monkeypatch.setattr(fine_tuning, "denoising_loss", lambda *_, **__: losses.pop(0))
+    with pytest.raises(TrainingDiverged, match="the held-out loss is"):
+        site.train(make_plan(local_images=8))

@@ -23,7 +23,7 @@ from maskdm.protocol import RoundPlan
 from maskdm.runfolder import read_lines
 from maskdm.trainable import squared_norm
 from maskdm.wire import Encoding, check, decode, decode_bfloat16
-from maskdm_client.gate import record, release_numbers, release_outcome, release_update
+from maskdm_client.gate import record, release_again, release_numbers, release_outcome, release_update
 from maskdm_client.settings import SitePolicy, SiteSettings, load_settings
 
 REPORT = Report(
@@ -232,9 +232,22 @@ def test_of_parts_of_the_network_too_only_what_is_asked_for_and_as_long_as_is_al
 
 def test_an_update_larger_than_the_policy_allows_is_stopped(tmp_path: Path) -> None:
     audit = tmp_path / "audit.jsonl"
-    with pytest.raises(GateRefused, match="larger than the 17 bytes"):
+    with pytest.raises(GateRefused, match="would be 18 bytes, --max-upload allows 17"):
         release_update(small_update(), REPORT, PLAN, RECEIVED, SitePolicy(max_upload=17), audit)
     assert release_update(small_update(), REPORT, PLAN, RECEIVED, SitePolicy(max_upload=18), audit).arrays
+
+
+def test_what_passed_before_leaves_again_only_where_the_policy_still_allows_it(tmp_path: Path) -> None:
+    audit = tmp_path / "audit.jsonl"
+    parcel = release_update(small_update(), REPORT, PLAN, RECEIVED, POLICY, audit)
+    again = release_again(parcel, 8, SitePolicy(max_upload=18), audit)
+    assert (again.arrays, again.scalars) == (parcel.arrays, {**parcel.scalars, "exchange": 8})
+    for policy, reason in ((SitePolicy(max_upload=17), "--max-upload"), (SitePolicy(scalars=("round",)), "list")):
+        with pytest.raises(GateRefused, match=reason):
+            release_again(parcel, 8, policy, audit)
+    verdicts = [line["verdict"] for line in read_lines(audit)]
+    assert verdicts[:2] == ["released", "released"]
+    assert "released" not in verdicts[2:]
 
 
 @pytest.mark.parametrize("values", [{"scalar": ["round"]}, {"max_relative_norm": 0}])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 from numpy.typing import NDArray
 
-from maskdm.parcel import Parcel
+from maskdm.parcel import Outcome, Parcel
 from maskdm_client import mailbox
 from maskdm_client.mailbox import Mailbox
 
@@ -40,7 +40,7 @@ def test_a_request_reaches_the_worker_as_it_came(exchange: int, document: str, w
         assert box.asked() == exchange
 
 
-@given(exchange=EXCHANGES, key=st.text(), arrays=ARRAYS, scalars=SCALARS)
+@given(exchange=EXCHANGES, key=st.sampled_from(["", "0f" * 32]), arrays=ARRAYS, scalars=SCALARS)
 def test_a_reply_comes_back_bit_for_bit(
     exchange: int, key: str, arrays: dict[str, NDArray[np.generic]], scalars: dict[str, int | float]
 ) -> None:
@@ -228,3 +228,54 @@ def test_progress_that_cannot_be_read_is_none_yet(tmp_path: Path, content: str) 
     box = Mailbox(tmp_path)
     (tmp_path / "work" / "progress.json").write_text(content)
     assert box.progress(5) == (1, 0)
+
+
+def test_a_request_whose_reply_says_that_something_was_missing_is_replaced_under_the_same_number(
+    tmp_path: Path,
+) -> None:
+    box = Mailbox(tmp_path)
+    box.ask(5, "plan", b"part")
+    box.reply(5, "", Parcel({}, {"outcome": int(Outcome.DIVERGED)}))
+    box.ask(5, "plan", b"whole")
+    assert box.replied() == (5, "")
+    box.reply(5, "", Parcel({}, {"outcome": int(Outcome.UNKNOWN)}))
+    box.ask(5, "plan", b"whole")
+    request = box.request()
+    assert request is not None
+    assert (request.weights, box.replied()) == (b"whole", None)
+
+
+def test_who_only_waits_reads_no_plan_and_no_weights(tmp_path: Path) -> None:
+    box = Mailbox(tmp_path)
+    box.ask(5, "plan", b"weights")
+    box.reply(4, "key", PARCEL)
+    for name in ("request.bin", "reply.bin"):
+        path = tmp_path / "work" / name
+        path.write_bytes(path.read_bytes()[: mailbox.HEAD.size])
+    assert (box.asked(), box.replied(), box.wait(5, 0.0)) == (5, (4, "key"), None)
+
+
+@pytest.mark.parametrize(
+    ("document", "exchange", "key", "over"),
+    [
+        ('{"action": "finish"}', 5, "key", True),
+        ('{"action": "finish"}', 5, "", False),
+        ('{"action": "finish"}', 4, "key", False),
+        ('{"action": "train"}', 5, "key", False),
+        ("no plan", 5, "", False),
+    ],
+)
+def test_a_federation_is_over_when_its_final_model_was_taken(
+    tmp_path: Path, document: str, exchange: int, key: str, over: bool
+) -> None:
+    box = Mailbox(tmp_path)
+    assert not box.is_over()
+    box.ask(5, document, b"weights")
+    assert not box.is_over()
+    box.reply(exchange, key, PARCEL)
+    assert box.is_over() == over
+
+
+def test_what_others_chose_is_shown_short_and_on_one_line() -> None:
+    assert mailbox.plain("\x1b[31mred\r\nand\x07 \u202eback é") == "?[31mred??and? ?back é"
+    assert len(mailbox.plain("x" * 10_000)) == 200

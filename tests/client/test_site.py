@@ -1,5 +1,6 @@
 """A site's whole answer to a plan, in one process: what it learns, what it sends, what it keeps to itself."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
 from maskdm.runfolder import read_lines
 from maskdm.tensorfile import pack, unpack
 from maskdm.wire import decode_bfloat16
-from maskdm_client import fine_tuning, site
+from maskdm_client import fine_tuning, saved, site
 from maskdm_client.mailbox import Mailbox
+from maskdm_client.saved import Saved
 from maskdm_client.settings import SitePolicy
 from maskdm_client.site import answer
 
@@ -193,6 +195,14 @@ def test_a_plan_that_is_not_understood_is_refused(make_site: MakeSite, document:
     )
 
 
+def test_what_the_coordinator_wrote_reaches_no_terminal_as_it_is(make_site: MakeSite) -> None:
+    folder = make_site()
+    answer(json.dumps({"\x1b[2J" + 500 * "x": 1}), b"", folder)
+    (reason,) = (event["reason"] for event in events(folder, "failed"))
+    assert reason.isprintable()
+    assert len(reason) < 300
+
+
 def test_weights_that_do_not_fit_the_plan_are_refused(
     make_site: MakeSite, plan: MakePlan, weights: dict[str, Tensor]
 ) -> None:
@@ -219,13 +229,13 @@ def test_weights_that_are_not_finite_are_refused(
 def test_work_that_was_interrupted_goes_on_where_it_was_saved_and_ends_the_same(
     make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fine_tuning, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(fine_tuning, "SAVE_SHARE", 0)
+    monkeypatch.setattr(saved, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(saved, "SAVE_SHARE", 0)
     monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
     folder = make_site()
     whole = answer(*plan(), folder)
 
-    keep = fine_tuning.Saved.keep
+    keep = Saved.keep
 
     def killed(self: Any, state: Any, *rest: Any) -> None:
         keep(self, state, *rest)
@@ -233,7 +243,7 @@ def test_work_that_was_interrupted_goes_on_where_it_was_saved_and_ends_the_same(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fine_tuning.Saved, "keep", killed)
+        patch.setattr(Saved, "keep", killed)
         with pytest.raises(KeyboardInterrupt):
             answer(*plan(exchange=8), folder)
     again = answer(*plan(exchange=9), folder)
@@ -246,10 +256,10 @@ def test_work_that_was_interrupted_goes_on_where_it_was_saved_and_ends_the_same(
 def test_other_work_does_not_take_up_what_was_saved(
     make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fine_tuning, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(fine_tuning, "SAVE_SHARE", 0)
+    monkeypatch.setattr(saved, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(saved, "SAVE_SHARE", 0)
     monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
-    monkeypatch.setattr(fine_tuning.Saved, "forget", lambda self: None)
+    monkeypatch.setattr(Saved, "forget", lambda self: None)
     folder = make_site()
     answer(*plan(), folder)
     answer(*plan(round=2), folder)
@@ -315,3 +325,58 @@ def test_while_it_trains_a_site_says_in_its_mailbox_how_far_it_is(
     box.ask(7, *plan(round=2, local_images=24))
     answer(*plan(round=2, local_images=24), folder, box, 7)
     assert said == [(7, 2, 8), (7, 2, 16), (7, 2, 24)]
+
+
+def nothing_to_measure(folder: Path, _: pytest.MonkeyPatch) -> None:
+    (folder.parent / "hospital-data.npz").unlink()
+
+
+def measures_no_number(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fine_tuning, "denoising_loss", lambda *_, **__: float("nan"))
+
+
+def has_no_room(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(site, "local_images", full)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "outcome"),
+    [
+        (nothing_to_measure, Outcome.DATA_UNUSABLE),
+        (measures_no_number, Outcome.DIVERGED),
+        (has_no_room, Outcome.FAILED),
+    ],
+)
+def test_once_the_final_model_is_there_the_federation_has_ended_whatever_measuring_it_gives(
+    make_site: MakeSite,
+    plan: MakePlan,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path, pytest.MonkeyPatch], None],
+    outcome: Outcome,
+) -> None:
+    folder = make_site()
+    spoil(folder, monkeypatch)
+    box = Mailbox(folder)
+    box.ask(7, *plan(action="finish", round=2))
+    assert answer(*plan(action="finish", round=2), folder, box, 7).scalars["outcome"] == outcome
+    assert (folder / "model.safetensors").exists()
+    (finished,) = events(folder, "finished")
+    assert finished["reason"]
+    assert not events(folder, "failed")
+
+
+def test_where_nothing_can_be_said_the_work_is_done_all_the_same(
+    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    folder = make_site()
+    (folder / "events.jsonl").mkdir()
+    monkeypatch.setattr(Mailbox, "progressed", full)
+    box = Mailbox(folder)
+    box.ask(7, *plan())
+    assert answer(*plan(), folder, box, 7).scalars["outcome"] == Outcome.DONE

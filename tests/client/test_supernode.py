@@ -1,46 +1,78 @@
-"""The supervision of a site's worker; whole federations are in tests/e2e."""
+"""Flower's processes of a site, played by small scripts; the real ones are in tests/e2e."""
 
+import os
+import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from maskdm.errors import FederationError
 from maskdm_client import supernode
-from maskdm_client.supernode import MOST_RESTARTS, Worker
+from maskdm_client.supernode import SuperNode
+
+SCRIPTS = {
+    "flower-supernode": 'echo "$@"; cat "$0.says"; exec sleep 60',
+    "flower-superexec": 'echo "$@"; echo $$ > "$0.pid"; exec sleep 60',
+}
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the user is told; the process that trains is one that dies at once."""
-    told: list[str] = []
-    monkeypatch.setattr(supernode, "say", told.append)
-    monkeypatch.setattr(supernode, "sys", SimpleNamespace(executable="/bin/false"))
-    return told
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of scripts that do as Flower does."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name, lines in SCRIPTS.items():
+        (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (folder / name).chmod(0o755)
+    (folder / "flower-supernode.says").write_text("Starting\nSuperNode ID: 1\n")
+    monkeypatch.setattr(supernode, "script", lambda name: str(folder / name))
+    return folder
 
 
-def dies(worker: Worker, said: list[str], times: int) -> None:
-    """Look after it until it died so many times more."""
-    wanted = len(said) + times
-    while len(said) < wanted:
-        worker.look_after()
+@pytest.fixture
+def node(programs: Path, tmp_path: Path) -> Iterator[SuperNode]:
+    with SuperNode(tmp_path, "::1", 8000, None) as found:
+        yield found
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_worker_that_dies_is_started_again_until_that_is_no_accident(tmp_path: Path, said: list[str]) -> None:
-    with Worker(tmp_path) as worker:
-        dies(worker, said, MOST_RESTARTS)
-        with pytest.raises(FederationError, match=f"died {MOST_RESTARTS + 1} times in a row"):
-            dies(worker, said, 1)
-    assert len(said) == MOST_RESTARTS
-    assert all(str(tmp_path / "logs" / "worker.log") in line for line in said)
+def pid_of(programs: Path) -> int | None:
+    path = programs / "flower-superexec.pid"
+    return int(path.read_text()) if path.exists() and path.read_text().strip() else None
 
 
-def test_deaths_before_a_round_that_was_done_do_not_count(tmp_path: Path, said: list[str]) -> None:
-    with Worker(tmp_path) as worker:
-        for _ in range(2):
-            dies(worker, said, MOST_RESTARTS)
-            worker.has_worked()
-        dies(worker, said, 1)
-    assert len(said) == 2 * MOST_RESTARTS + 1
+def test_a_superexec_that_dies_ends_the_connection_so_that_another_one_is_made(
+    programs: Path, tmp_path: Path, node: SuperNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    until(lambda: node.is_alive() and pid_of(programs) is not None)
+    written = (tmp_path / "logs" / "supernode.log").read_text()
+    assert "--superlink [::1]:8000" in written
+    address = f"127.0.0.1:{written.split('--port ')[1].split()[0]}"
+    assert f"--runtime-api-address {address} --insecure" in (tmp_path / "logs" / "superexec.log").read_text()
+    os.kill(pid_of(programs) or 0, signal.SIGKILL)
+    until(lambda: not node.is_alive())
+    assert "superexec ended unexpectedly" in capsys.readouterr().err
+
+
+def test_a_site_is_let_in_when_this_connection_says_so_and_nothing_runs_before(programs: Path, tmp_path: Path) -> None:
+    with SuperNode(tmp_path, "127.0.0.1", 8000, None) as earlier:
+        until(earlier.is_let_in)
+    (programs / "flower-supernode.says").write_text("Starting\n")
+    with SuperNode(tmp_path, "127.0.0.1", 8000, None) as node:
+        until(lambda: (tmp_path / "logs" / "supernode.log").read_text().count("--superlink") == 2)
+        assert node.is_alive()
+        assert not node.is_let_in()
+    assert pid_of(programs) is None
+
+
+def test_a_supernode_that_ends_ends_the_connection(programs: Path, tmp_path: Path) -> None:
+    (programs / "flower-supernode").write_text("#!/bin/sh\nexit 1\n")
+    with SuperNode(tmp_path, "127.0.0.1", 8000, None) as node:
+        until(lambda: not node.is_alive())

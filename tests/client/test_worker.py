@@ -1,16 +1,22 @@
 """The process that does a site's work: every request is answered once, whatever happens between."""
 
+import errno
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from maskdm.parcel import Outcome, Parcel
 from maskdm.processes import Child
 from maskdm.runfolder import read_lines
+from maskdm.tensorfile import pack
 from maskdm_client import worker
 from maskdm_client.fine_tuning import Superseded
 from maskdm_client.mailbox import Mailbox
@@ -22,6 +28,10 @@ MakeSite = Callable[..., Path]
 
 class Idle(Exception):
     """The worker found nothing to do, and nothing more will come."""
+
+
+class Killed(BaseException):
+    """What a crash is to the code that it ends."""
 
 
 def work(folder: Path, monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], None]) -> None:
@@ -44,9 +54,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Exchanges of the requests that were worked on, rather than answered from what lay there."""
     begun: list[int] = []
 
-    def counted(document: str, weights: bytes, folder: Path, box: Mailbox, exchange: int) -> Parcel:
+    def counted(document: str, weights: bytes, folder: Path, box: Mailbox, exchange: int, key: str) -> Parcel:
         begun.append(exchange)
-        return answer(document, weights, folder, box, exchange)
+        return answer(document, weights, folder, box, exchange, key)
 
     monkeypatch.setattr(worker, "answer", counted)
     return begun
@@ -205,11 +215,11 @@ def test_a_request_that_comes_while_another_is_answered_is_next(
     box = Mailbox(folder)
     box.ask(1, *ask(exchange=1))
 
-    def answered(document: str, weights: bytes, folder: Path, box: Mailbox, exchange: int) -> Parcel:
+    def answered(document: str, weights: bytes, folder: Path, box: Mailbox, exchange: int, key: str) -> None:
         begun.append(exchange)
         if exchange == 1:
             box.ask(2, *ask(exchange=2, round=2))
-        return Parcel({}, {"outcome": 0, "round": exchange, "exchange": exchange})
+        box.reply(exchange, key, Parcel({}, {"outcome": 0, "round": exchange, "exchange": exchange}))
 
     monkeypatch.setattr(worker, "answer", answered)
     work(folder, monkeypatch)
@@ -222,11 +232,11 @@ def test_a_plan_that_contradicts_its_message_about_the_exchange_does_not_keep_th
 ) -> None:
     folder, begun = make_site(), []
 
-    def counted(document: str, weights: bytes, folder: Path, box: Mailbox, exchange: int) -> Parcel:
+    def counted(document: str, weights: bytes, folder: Path, box: Mailbox, exchange: int, key: str) -> Parcel:
         begun.append(exchange)
         if len(begun) > 1:
             raise Idle
-        return answer(document, weights, folder, box, exchange)
+        return answer(document, weights, folder, box, exchange, key)
 
     monkeypatch.setattr(worker, "answer", counted)
     Mailbox(folder).ask(1, *ask(local_images=8, exchange=2))
@@ -239,15 +249,12 @@ def test_a_worker_that_dies_in_the_middle_goes_on_where_it_was_saved(
     make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_site()
-    monkeypatch.setattr("maskdm_client.fine_tuning.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("maskdm_client.fine_tuning.SAVE_SHARE", 0)
+    monkeypatch.setattr("maskdm_client.saved.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("maskdm_client.saved.SAVE_SHARE", 0)
     monkeypatch.setattr("maskdm_client.fine_tuning.REPORT_SECONDS", 0.0)
     box = Mailbox(folder)
     box.ask(1, *ask(exchange=1))
     progressed = Mailbox.progressed
-
-    class Killed(BaseException):
-        pass
 
     def killed(self: Mailbox, exchange: int, round_number: int, images: int) -> None:
         progressed(self, exchange, round_number, images)
@@ -269,6 +276,149 @@ def test_a_worker_that_dies_in_the_middle_goes_on_where_it_was_saved(
     (folder / "work" / "reply.bin").unlink()
     work(folder, monkeypatch)  # all of it anew, in one go
     assert bytes_of(reply_to(1, folder)) == bytes_of(resumed)
+
+
+@pytest.fixture
+def saves_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskdm_client.saved.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("maskdm_client.saved.SAVE_SHARE", 0)
+    monkeypatch.setattr("maskdm_client.fine_tuning.REPORT_SECONDS", 0.0)
+
+
+def fail_to_reply(monkeypatch: pytest.MonkeyPatch, times: int, error: BaseException) -> None:
+    """Leaving a reply fails so often."""
+    reply, failed = Mailbox.reply, list[int]()
+
+    def fails(self: Mailbox, exchange: int, key: str, parcel: Parcel) -> None:
+        if len(failed) < times:
+            failed.append(exchange)
+            raise error
+        reply(self, exchange, key, parcel)
+
+    monkeypatch.setattr(Mailbox, "reply", fails)
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_lines(folder / "events.jsonl") if event["event"] == kind]
+
+
+@pytest.mark.usefixtures("saves_each_step")
+def test_a_worker_that_dies_between_training_and_reply_does_not_train_again(
+    make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site()
+    Mailbox(folder).ask(1, *ask(exchange=1))
+    fail_to_reply(monkeypatch, 1, Killed())
+    with pytest.raises(Killed):
+        worker.work(folder)
+    assert not events(folder, "round")
+    work(folder, monkeypatch)
+    assert [event["images"] for event in events(folder, "measured")] == [0, 160]
+    assert len(events(folder, "round")) == 1
+    assert reply_to(1, folder).scalars["outcome"] == Outcome.DONE
+    assert not list((folder / "work").glob("training*"))
+
+
+@pytest.mark.usefixtures("saves_each_step")
+def test_a_reply_that_finds_no_room_is_tried_again_and_that_is_said_once(
+    make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site()
+    Mailbox(folder).ask(1, *ask(exchange=1))
+    fail_to_reply(monkeypatch, 3, OSError(errno.ENOSPC, "No space left", "reply.bin"))
+    work(folder, monkeypatch, *[lambda: None] * 3)
+    assert reply_to(1, folder).scalars["outcome"] == Outcome.DONE
+    assert [event["reason"] for event in events(folder, "waiting")] == ["No space left: reply.bin"]
+    assert [event["images"] for event in events(folder, "measured")] == [0, 160, 160, 160]
+
+
+def test_what_cannot_be_written_down_is_not_left_for_the_way_out_until_it_can(
+    make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site()
+    Mailbox(folder).ask(1, *ask(local_images=8, exchange=1))
+    (folder / "audit.jsonl").mkdir()
+    replied: list[object] = []
+
+    def look() -> None:
+        replied.append(Mailbox(folder).replied())
+
+    work(folder, monkeypatch, look, look, (folder / "audit.jsonl").rmdir)
+    assert replied == [None, None]
+    assert reply_to(1, folder).scalars["outcome"] == Outcome.DONE
+    assert [line["direction"] for line in read_lines(folder / "audit.jsonl")] == ["in", "out"]
+
+
+def kill(monkeypatch: pytest.MonkeyPatch, folder: Path, times: int) -> None:
+    """So many workers die over what they are asked."""
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "answer", dies)
+        for _ in range(times):
+            with pytest.raises(Killed):
+                worker.work(folder)
+
+
+def test_work_that_ends_the_process_twice_is_given_up_and_the_next_one_is_done(
+    make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site()
+    box = Mailbox(folder)
+    box.ask(1, *ask(local_images=8, exchange=1))
+    kill(monkeypatch, folder, 2)
+    work(folder, monkeypatch)
+    assert reply_to(1, folder) == Parcel({}, {"outcome": int(Outcome.FAILED), "round": 1, "exchange": 1})
+    assert "ended 2 times over this work" in events(folder, "failed")[0]["reason"]
+    assert read_lines(folder / "audit.jsonl")[-1]["scalars"]["outcome"] == Outcome.FAILED
+    box.ask(2, *ask(local_images=8, exchange=2, round=2))
+    kill(monkeypatch, folder, 1)
+    work(folder, monkeypatch)
+    assert reply_to(2, folder).scalars["outcome"] == Outcome.DONE
+
+
+def test_starts_before_a_save_do_not_count(make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_site()
+    Mailbox(folder).ask(1, *ask(local_images=8, exchange=1))
+    for _ in range(3):
+        kill(monkeypatch, folder, 2)
+        about = folder / "work" / "training.json"
+        about.write_text("{}")
+        os.utime(about, ns=(0, time.time_ns()))
+    work(folder, monkeypatch)
+    assert reply_to(1, folder).scalars["outcome"] == Outcome.DONE
+
+
+def test_a_part_whose_rest_is_not_there_is_followed_by_the_whole_under_the_same_number(
+    make_site: MakeSite, ask: Ask, weights: dict[str, Tensor], make_plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site()
+    box, plan = Mailbox(folder), make_plan(train="norm-bias", local_images=8, exchange=1)
+    box.ask(1, plan.model_dump_json(), pack({name: weights[name].numpy() for name in plan.changed()}))
+    work(folder, monkeypatch)
+    assert reply_to(1, folder).scalars["outcome"] == Outcome.UNKNOWN
+    box.ask(1, *ask(train="norm-bias", local_images=8, exchange=1))
+    assert box.wait(1, 0.0) is None
+    work(folder, monkeypatch)
+    assert reply_to(1, folder).scalars["outcome"] == Outcome.DONE
+
+
+def test_a_reply_that_the_site_would_not_let_out_any_more_is_not_sent_again(
+    make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site()
+    box = Mailbox(folder)
+    box.ask(1, *ask(local_images=8, exchange=1))
+    work(folder, monkeypatch)
+    config = json.loads((folder / "config.json").read_text())
+    config["site"]["policy"]["max_upload"] = 1000
+    (folder / "config.json").write_text(json.dumps(config))
+    box.ask(2, *ask(local_images=8, exchange=2))
+    work(folder, monkeypatch)
+    found = reply_to(2, folder)
+    assert (found.arrays, found.scalars["outcome"]) == ({}, Outcome.TOO_LARGE)
 
 
 def test_the_process_answers_and_after_it_was_killed_knows_what_it_answered(make_site: MakeSite, ask: Ask) -> None:

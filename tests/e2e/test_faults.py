@@ -81,21 +81,22 @@ def check_whole(workplace: Path, server: Started, clients: list[Started], rounds
 
 
 def test_a_federation_outlives_the_deaths_of_its_processes_one_after_another(workplace: Path, prior: Path) -> None:
-    server, clients, _ = federation(workplace, prior, 6)
+    server, clients, _ = federation(workplace, prior, 7)
     site = workplace / "site-a"
     victims = [
         ("maskdm_client.worker", site),
         ("flwr-serverapp", workplace / "fed"),
         ("maskdm_server.door", workplace / "fed"),
+        ("flower-superexec", site),
         ("flower-supernode", site),
     ]
     for number, (process, folder) in enumerate(victims, start=1):
         wait_until(lambda n=number: training_in(workplace, "a", n), server.output)  # type: ignore[misc]
         os.kill(pid_of(process, folder), signal.SIGKILL)
         wait_until(lambda n=number: rounds_done(workplace) >= n, server.output)  # type: ignore[misc]
-    check_whole(workplace, server, clients, 6)
+    check_whole(workplace, server, clients, 7)
     asked = [e["exchange"] for e in read_lines(workplace / "fed" / "events.jsonl") if e["event"] == "sent"]
-    assert len(set(asked)) <= 6 + 1 + len(victims), "a death costs at most the round in progress"
+    assert len(set(asked)) <= 7 + 1 + len(victims), "a death costs at most the round in progress"
 
 
 def test_a_server_that_was_killed_is_taken_up_by_the_clients_that_kept_working(workplace: Path, prior: Path) -> None:
