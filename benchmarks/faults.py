@@ -3,8 +3,9 @@
     python benchmarks/faults.py --json benchmarks/results/faults.json
 
 Three honest clients, six rounds, a small model on drawn faces. Each row: rounds that had to be begun again, the final
-model's held-out loss beside undisturbed runs of three seeds (of which all randomness follows, slices included), seconds from the fault to the next journalled round, exit
-codes, and processes left over. The full disk needs root (a small tmpfs). `--only NAME` runs one row.
+model's held-out loss beside undisturbed runs of three seeds (of which all randomness follows, slices included), seconds
+from the fault to the next journalled round, exit codes, and processes left over. The full disk needs root (a small
+tmpfs). `--only NAME` runs one row.
 """
 
 import argparse
@@ -391,8 +392,13 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     prior, data = prepare(folder)
     rows: list[dict[str, Any]] = []
-    about = {"rounds": ROUNDS, "clients": CLIENTS, "local_images": LOCAL_IMAGES, "round_deadline": ROUND_DEADLINE}
-    about |= {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    about: dict[str, Any] = {
+        "rounds": ROUNDS,
+        "clients": CLIENTS,
+        "local_images": LOCAL_IMAGES,
+        "round_deadline": ROUND_DEADLINE,
+    }
+    about |= {"machine": platform.machine(), "cores": os.cpu_count(), "torch": str(torch.__version__)}
 
     def add(name: str, act: Callable[[Lab], None], lab: Lab) -> None:
         rows.append(measure(name, act, lab) | about)

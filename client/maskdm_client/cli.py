@@ -45,7 +45,7 @@ def join(
     max_upload: Annotated[
         str | None, typer.Option(help="Largest update that may leave in a round, e.g. 50MB; default: any.")
     ] = None,
-    wait: Annotated[float, typer.Option(help="Seconds to keep trying while the coordinator is not there.")] = 600,
+    wait: Annotated[float, typer.Option(help="Seconds to keep trying while the coordinator is away.")] = 600,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic of matrix products.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
