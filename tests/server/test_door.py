@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +283,28 @@ def test_each_refusal_is_told_once_and_those_of_earlier_runs_never(tmp_path: Pat
     knocking.send(MESSAGES, [offered(tree(1000), node=3)])
     assert traffic.refused() == [2, 3]
     assert traffic.refused() == []
+
+
+def test_flowers_database_waits_for_a_lock_as_long_as_writing_a_large_model_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Flower's own five seconds 100 million weights ended in "database is locked"."""
+    database = import_module("flwr.supercore.sql_mixin")
+    monkeypatch.setattr(database, "SQLITE_PRAGMAS", database.SQLITE_PRAGMAS)
+    superlink = import_module("flwr.superlink.main")
+    monkeypatch.setattr(superlink, "create_app", superlink.create_app)
+    monkeypatch.setattr("sys.argv", [])
+    found: dict[str, Any] = {}
+
+    def look() -> None:
+        with closing(sqlite3.connect(tmp_path / "superlink.db")) as connection:
+            database._set_sqlite_pragmas(connection, None)
+            for name in ("page_size", "busy_timeout", "synchronous", "secure_delete", "journal_mode"):
+                (found[name],) = connection.execute(f"PRAGMA {name}").fetchone()
+
+    monkeypatch.setattr(import_module("flwr.superlink.cli.flower_superlink"), "flower_superlink", look)
+    under_test.main([str(tmp_path), "1000"])
+    assert found == {
+        **{"page_size": 16384, "busy_timeout": 120_000, "synchronous": 0, "secure_delete": 0},
+        "journal_mode": "wal",
+    }
