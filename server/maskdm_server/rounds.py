@@ -159,8 +159,9 @@ class Rounds:
     def finish(self) -> None:
         """Choose the final model, give it to every site, learn its held-out loss, and let the sites go."""
         journal, lines = self.journal, read_lines(self._folder / "rounds.jsonl")
-        if not self._began:  # started again after the last round: those who come back shall have the model
-            self._wait(self._everybody(), min(RETURN_SECONDS, self._config.join_deadline))
+        # Those who are away for a moment, or come back after a restart of the coordinator, shall have the model too.
+        wanted = self._config.min_replies if self._began else self._everybody()
+        self._wait(wanted, min(RETURN_SECONDS, self._config.join_deadline))
         chosen = journal.number
         if self._config.patience:
             _, last = self._hand_out("measure", journal.model_path())

@@ -424,6 +424,20 @@ def test_a_federation_that_is_started_again_after_its_last_round_waits_for_its_s
     assert result_of(folder)["loss_final"] is not None
 
 
+def test_sites_that_are_away_for_a_moment_when_the_last_round_is_done_get_the_final_model_too(folder: Path) -> None:
+    """As when the SuperLink has to be started again just then."""
+    time, away_until = Time(), [0.0]
+
+    class Away(InProcess):
+        def sites(self) -> list[int]:
+            if len(read_lines(folder / "rounds.jsonl")) == 3 and not away_until[0]:
+                away_until[0] = time.now + 20
+            return super().sites() if time.now >= away_until[0] else []
+
+    federate(Away({1: learner(0.5), 2: learner(0.5)}), folder, time, min_replies=2)
+    assert (result_of(folder)["clients"], result_of(folder)["loss_final"]) == (2, 0.5)
+
+
 def test_an_older_model_is_not_published_because_nobody_measured_the_last_one(folder: Path) -> None:
     def unwilling(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
         return learner(0.5)(plan, weights) if plan.action == "train" else failing(plan, weights)
