@@ -86,7 +86,7 @@ def test_fractions_survive_their_way_exactly(
         ("federation", ["0" * 16], ["short", "0" * 17, "0" * 16 + "\n", "F" * 16, "../../../../etc/a", None, 1]),
         ("exchange", [0, 2**63 - 1], [-1, 2**63, 0.5]),
         ("action", ["train", "measure", "finish"], ["upload", "Train", "", None]),
-        ("round", [1, 2**40], [0, -1, 1.5]),
+        ("round", [1, 100_000], [0, -1, 1.5, 100_001, 10**30]),
         ("rounds", [1, 100_000], [0, 100_001]),
         ("local_images", [1, 100_000_000], [0, 100_000_001]),
         ("local_minutes", [None, 0.001, 100_000], [0, -1, 100_001, float("nan"), float("inf")]),
