@@ -265,7 +265,8 @@ class Rounds:
         if plan.train == "all":
             return None
         path, weights = scratch / "changes.safetensors", self.journal.weights()
-        layout = {name: shape for name, shape in expected_shapes(plan.model.model).items() if name in plan.changed()}
+        shapes = expected_shapes(plan.model.model)
+        layout = {name: shapes[name] for name in plan.changed()}
         atomic_write(path, chunks(fp32(layout), lambda name: weights(name).numpy()))
         return path
 
