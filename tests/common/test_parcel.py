@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.parcel import LARGEST_LOSS, REPORT_NAMES, Outcome, Parcel, Report
 
 REPORT: dict[str, Any] = {
     "outcome": 0,
@@ -56,7 +56,7 @@ def test_the_codes_of_outcomes_never_change() -> None:
 
 
 counts = st.integers(0, 2**40)
-losses = st.floats(0, allow_infinity=False)
+losses = st.floats(0, LARGEST_LOSS)
 
 
 @given(st.integers(0, 2**63 - 1), counts, counts, losses, losses)

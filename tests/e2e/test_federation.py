@@ -87,7 +87,7 @@ def test_a_client_gives_up_with_a_message_when_no_server_comes(workplace: Path) 
     command = ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}", "--wait", "1"]
     client = Started(command, workplace, "client")
     assert client.wait() == 1
-    assert f"no server at 127.0.0.1:{port} yet" in client.output()
+    assert f"no server at 127.0.0.1:{port}; trying for 1 s" in client.output()
     assert "--wait" in client.output().splitlines()[-1]
 
 
