@@ -6,7 +6,7 @@ aggregation: 10 updates of the S model, ours beside `flwr.serverapp.strategy.str
 alternating, medians; memory that aggregating takes for 3, 10 and 100 clients. round: one round of a model of 100
 million weights with two clients over a real SuperLink, beside Flower's FedAvg with clients that only send back what
 came. encodings: held-out loss after ten rounds for each. clients: 1,000 virtual ones in one process. `--only` one of
-these.
+these; the file keeps the rows of the others.
 """
 
 import argparse
@@ -360,17 +360,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", choices=PARTS)
     arguments = parser.parse_args()
-    rows = []
-    for name, act in PARTS.items():
-        if arguments.only in (None, name):
-            for row in act():
-                print(json.dumps(row), flush=True)
-                rows.append(row)
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    for row in rows:
-        row |= machine
-    if arguments.json:
-        write_json(arguments.json, rows)
+    for name in [arguments.only] if arguments.only else PARTS:
+        rows = [{"part": name} | row | machine for row in PARTS[name]()]
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        if arguments.json:  # what other parts wrote stays
+            earlier = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
+            write_json(arguments.json, [row for row in earlier if row["part"] != name] + rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 from maskdm.errors import MaskDMError
 from maskdm.protocol import RoundPlan, work_key
 from maskdm.runfolder import atomic_write
-from maskdm.tensorfile import Arrays, chunks, layout_of, unpack
+from maskdm.tensorfile import Arrays, Stored, chunks, layout_of, unpack
 from maskdm.trainable import expected_shapes
 from maskdm_client.mailbox import plain
 
@@ -74,7 +74,7 @@ def _keep(rest: Arrays, plan: RoundPlan, folder: Path) -> None:
 
 def _rest(plan: RoundPlan, folder: Path | None) -> Arrays:
     try:
-        return unpack(np.memmap(_path(plan, folder), np.uint8, "r")) if folder else {}
+        return Stored(_path(plan, folder)) if folder else {}
     except (OSError, ValueError) as error:
         raise RestMissing("only the weights that change came, and the others are not here; asking for them") from error
 

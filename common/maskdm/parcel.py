@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from maskdm.config import Frozen
-from maskdm.tensorfile import Arrays
+from maskdm.tensorfile import Arrays, layout_of, size_of
 
 Scalars = Mapping[str, int | float]
 
@@ -64,4 +64,4 @@ class Parcel:
 
     def size(self) -> int:
         """Payload in bytes."""
-        return sum(array.nbytes for array in self.arrays.values()) + 8 * len(self.scalars) + len(self.document.encode())
+        return size_of(layout_of(self.arrays)) + 8 * len(self.scalars) + len(self.document.encode())

@@ -9,7 +9,8 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from mmap import mmap
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ _MOST_SIDES = 64  # as NumPy
 
 def layout_of(arrays: Arrays) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The layout of given arrays."""
+    if isinstance(arrays, Stored):
+        return arrays.layout
     return {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
 
 
@@ -73,47 +76,93 @@ def unpack(document: Document) -> dict[str, NDArray[np.generic]]:
     Raises:
         ValueError: not a whole document of known types whose arrays fill it without gaps or overlaps.
     """
-    return _read(document)[0]
-
-
-def metadata_of(document: Document) -> dict[str, str]:
-    """What a document says about itself.
-
-    Raises:
-        ValueError: not a whole document.
-    """
-    return _read(document)[1]
-
-
-def _read(document: Document) -> tuple[dict[str, NDArray[np.generic]], dict[str, str]]:
     data = np.frombuffer(document, np.uint8)
     data.flags.writeable = False
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) < 8 or length > min(_MAX_HEADER, len(data) - 8):
+    places, _ = _read(lambda start, size: data[start : start + size].tobytes(), len(data))
+    return {
+        name: data[place.start : place.end].view(place.dtype).reshape(place.shape) for name, place in places.items()
+    }
+
+
+class Stored(Mapping[str, NDArray[np.generic]]):
+    """The arrays of a file, each read when it is asked for, into memory of its own.
+
+    What is mapped instead stays in a process's memory once it was looked at, as much as if it had been read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the header; the file must stay as it is.
+
+        Raises:
+            ValueError: as `unpack` does.
+            OSError: it cannot be read.
+        """
+        self._path = path
+        with path.open("rb") as file:
+
+            def read(start: int, size: int) -> bytes:
+                file.seek(start)
+                return file.read(size)
+
+            self._places, self.metadata = _read(read, path.stat().st_size)
+
+    @property
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Types and shapes by name."""
+        return {name: (str(place.dtype), place.shape) for name, place in self._places.items()}
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        place = self._places[name]
+        count = math.prod(place.shape)
+        array = np.fromfile(self._path, place.dtype, count, offset=place.start)
+        assert array.size == count, f"{self._path} became shorter"
+        return array.reshape(place.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class _Place(NamedTuple):
+    """Where an array lies in its document, in bytes, and what it is."""
+
+    start: int
+    end: int
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+
+
+def _read(read: Callable[[int, int], bytes], size: int) -> tuple[dict[str, _Place], dict[str, str]]:
+    """Places of the arrays of a document of so many bytes, of which `read` gives any part, and its metadata."""
+    length = int.from_bytes(read(0, 8), "little")
+    if size < 8 or length > min(_MAX_HEADER, size - 8):
         raise ValueError("not a whole safetensors document: its header is cut off")
     try:
-        text = data[8 : 8 + length].tobytes().decode()
+        text = read(8, length).decode()
         header = json.loads(text, object_pairs_hook=_unique, parse_int=_natural, parse_constant=_natural)
         metadata = header.pop(_METADATA, {})
         "".join((*header, *metadata, *metadata.values())).encode()  # refuses half of a pair
         if not all(isinstance(part, str) for pair in metadata.items() for part in pair):
             raise TypeError("its metadata is no text")
-        entries = sorted((*_place(entry), name) for name, entry in header.items())
+        entries = sorted((*_entry(entry), name) for name, entry in header.items())
     except (UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"not a safetensors document: {error}") from error
-    body, position = data[8 + length :], 0
-    arrays = {}
-    for start, end, kind, shape, name in entries:
-        itemsize = _TYPES[kind].itemsize
-        if start != position or end - start != itemsize * math.prod(shape) or (8 + length + start) % itemsize:
+    body = position = 8 + length
+    places = {}
+    for begin, stop, kind, shape, name in entries:
+        place = _Place(body + begin, body + stop, _TYPES[kind], shape)
+        itemsize = place.dtype.itemsize
+        if place.start != position or stop - begin != itemsize * math.prod(shape) or place.start % itemsize:
             raise ValueError(f"not a safetensors document: {name!r} does not lie where it should")
-        if end > len(body):
+        if place.end > size:
             raise ValueError(f"not a whole safetensors document: {name!r} is cut off")
-        arrays[name] = body[start:end].view(_TYPES[kind]).reshape(shape)
-        position = end
-    if position != len(body):
+        places[name] = place
+        position = place.end
+    if position != size:
         raise ValueError("not a safetensors document: something follows its arrays")
-    return arrays, metadata
+    return places, metadata
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -129,12 +178,14 @@ def _natural(digits: str) -> int:
     return int(digits)
 
 
-def _place(entry: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:
+def _entry(entry: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:
     """Where an array begins and ends, its type and its shape."""
     start, end = entry["data_offsets"]
     kind, shape = entry["dtype"], entry["shape"]
     if type(shape) is not list or len(shape) > _MOST_SIDES or any(type(n) is not int for n in (start, end, *shape)):
         raise ValueError("an array of unknown form")
+    if math.prod(side or 1 for side in shape) >= 2**60:  # which NumPy refuses to make even of no values
+        raise ValueError("an array of too many values")
     if kind not in _TYPES or len(entry) != 3:
         raise ValueError("an array of unknown type")
     return start, end, kind, tuple(shape)

@@ -12,7 +12,7 @@ from maskdm.checkpoint import first_problem
 from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
-from maskdm.tensorfile import Arrays, chunks, layout_of, unpack
+from maskdm.tensorfile import Arrays, Stored, chunks, layout_of
 from maskdm.trainable import delta, squared_norm
 from maskdm.wire import as_bfloat16, check, decode
 from maskdm_server.robust import Rule, robust_delta
@@ -106,7 +106,7 @@ class Update:
     @classmethod
     def held(cls, path: Path, plan: RoundPlan) -> "Update":
         """An update that was saved; its arrays stay on the disk."""
-        return cls(unpack(np.memmap(path, np.uint8, "r")), plan)
+        return cls(Stored(path), plan)
 
     def _decoded(self, name: str) -> Tensor:
         if self._plan.encoding == "bf16" and self._plan.train != "adapters":

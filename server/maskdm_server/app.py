@@ -10,10 +10,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from mmap import ACCESS_READ, MADV_DONTNEED, mmap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
@@ -27,6 +27,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_children_ids_from_object_content,
     get_object_tree,
     get_object_type_from_object_content,
+    no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
@@ -43,7 +44,7 @@ from maskdm.checkpoint import describe_checkpoint
 from maskdm.errors import MaskDMError
 from maskdm.parcel import Parcel
 from maskdm.runfolder import append_line
-from maskdm.tensorfile import unpack
+from maskdm.tensorfile import Stored, unpack
 from maskdm_server.door import CHUNK, Traffic
 from maskdm_server.federation import FederationConfig, largest_update
 from maskdm_server.link import Question, Reply
@@ -114,13 +115,14 @@ class GridLink:
         if question.weights is None:
             self._send(content, sites, question.exchange, seconds)
             return
-        document = np.memmap(self._weights_of(question), np.uint8, "r")
-        weights = Array("uint8", (int(document.size),), PACKED, b"")
-        weights.data = document.data  # read from the file as it goes
+        with self._weights_of(question).open("rb") as file:
+            document = mmap(file.fileno(), 0, access=ACCESS_READ)
+        weights = Array("uint8", (len(document),), PACKED, b"")
+        weights.data = memoryview(document)  # read from the file as it goes
         record = ArrayRecord()
         record["packed"] = weights  # the constructor would copy it
         content["weights"] = record
-        self._send(content, sites, question.exchange, seconds)
+        self._send(content, sites, question.exchange, seconds, document)
 
     def receive(self) -> Iterator[Reply]:
         self._forget_expired()
@@ -132,7 +134,9 @@ class GridLink:
         assert question.weights is not None
         return question.weights  # virtual sites keep nothing, and nothing goes over a wire
 
-    def _send(self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float) -> None:
+    def _send(
+        self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float, document: mmap | None = None
+    ) -> None:
         messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
         self._expect(sites, list(self._grid.push_messages(messages)), exchange, seconds)
 
@@ -146,12 +150,13 @@ class GridLink:
 
 
 class StreamingLink(GridLink):
-    """The same over a SuperLink, with one reply in memory at a time, and without waiting for uploads."""
+    """The same over a SuperLink, with one reply on the disk at a time, and without waiting for uploads."""
 
     def __init__(self, grid: Any, folder: Path, largest: int) -> None:
         super().__init__(grid)
         self._largest = largest
         self._traffic = Traffic(folder)
+        self._arrived = folder / ".flwr" / "arrived.safetensors"  # the update of the newest reply
         self._arriving: list[tuple[Asked, Any, Any]] = []
 
     def carried(self) -> Mapping[int, int]:
@@ -176,26 +181,29 @@ class StreamingLink(GridLink):
                 continue
             try:
                 yield self._pulled(asked, head.metadata.message_id, tree)
-            except ObjectUnavailableError:
-                # It is still being sent, which may take long; whoever counts what is carried gives it up in time.
+            except (ObjectUnavailableError, OSError):
+                # It is still being sent, which may take long, or the disk is full; whoever counts what is carried
+                # gives it up in time.
                 if asked.exchange == self._exchange or asked.until > time.time():
                     self._arriving.append((asked, head, tree))
 
-    def _send(self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float) -> None:
+    def _send(
+        self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float, document: mmap | None = None
+    ) -> None:
         run, client = self._grid.run.run_id, self._grid._runtime_client
         messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = message.object_id
-        answer = client.PushMessages(
-            PushAppMessagesRequest(
-                messages_list=[message_to_proto(remove_content_from_message(message)) for message in messages],
-                message_object_trees=[get_object_tree(message) for message in messages],
-            )
-        )
+        with no_object_id_recompute():  # every id is a hash of all that it names
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+            trees = [get_object_tree(message) for message in messages]
+            objects = {name: found for message in messages for name, found in get_all_nested_objects(message).items()}
+        heads = [message_to_proto(remove_content_from_message(message)) for message in messages]
+        answer = client.PushMessages(PushAppMessagesRequest(messages_list=heads, message_object_trees=trees))
         self._expect(sites, list(answer.message_ids), exchange, seconds)
-        objects = {name: found for message in messages for name, found in get_all_nested_objects(message).items()}
         push = make_push_object_fn_protobuf(client.PushObject, self._grid.node, run, answer.session_id)
         for start in range(0, len(answer.objects_to_push), AT_ONCE):
+            if document:  # what was read of the file is this process's memory until it says otherwise
+                document.madvise(MADV_DONTNEED)
             push_objects({name: objects[name] for name in answer.objects_to_push[start : start + AT_ONCE]}, push)
 
     def _pulled(self, asked: Asked, message_id: str, tree: Any) -> Reply:
@@ -203,13 +211,15 @@ class StreamingLink(GridLink):
 
         Raises:
             ObjectUnavailableError: it has not, as a whole.
+            OSError: e.g. a full disk; it can be pulled again.
         """
         run, client = self._grid.run.run_id, self._grid._runtime_client
         pull = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run)
         try:
             pull(message_id)  # mostly sent last, so the rest is there
-            content = _inflate(tree, pull, self._largest).content
-        except ObjectUnavailableError:
+            with self._arrived.open("wb") as file:
+                content = _inflate(tree, pull, self._largest, file).content
+        except (ObjectUnavailableError, OSError):
             raise
         except ObjectPullError:
             return Reply(asked.site, None, "its reply did not arrive whole", lost=True, exchange=asked.exchange)
@@ -218,11 +228,11 @@ class StreamingLink(GridLink):
         client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
         )
-        return _reply(asked.site, content)
+        return _reply(asked.site, content, self._arrived)
 
 
-def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int) -> Any:
-    """An object of Flower's with its children; the chunks of an array are put together as they come.
+def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int, file: BinaryIO) -> Any:
+    """An object of Flower's with its children, without the bytes of its one array, which go to a file as they come.
 
     Raises:
         ValueError: not one array in a record, or one of more than `largest` bytes.
@@ -230,39 +240,40 @@ def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int) -> Any:
     content = pull(tree.object_id)
     kind = inflatable_class_registry[get_object_type_from_object_content(content)]
     if kind in (Message, RecordDict, MetricRecord):
-        return kind.inflate(content, {child.object_id: _inflate(child, pull, largest) for child in tree.children})
+        return kind.inflate(content, {child.object_id: _inflate(child, pull, largest, file) for child in tree.children})
     if kind is not ArrayRecord:
         raise ValueError(f"{kind.__name__} has no place in a reply")
     (child,) = tree.children
     head = pull(child.object_id)
     about = json.loads(get_object_body(head, Array))
-    names, data = get_object_children_ids_from_object_content(head), bytearray()
+    names, written = get_object_children_ids_from_object_content(head), 0
     if len(about["arraychunk_ids"]) > -(-largest // CHUNK) + 1:  # each asks the SuperLink
         raise ValueError(f"more parts than {largest} bytes have")
     for place in about["arraychunk_ids"]:
         chunk = pull(names[place])
         body = memoryview(chunk)[chunk.index(HEAD_BODY_DIVIDER) + 1 :]
-        if len(data) + len(body) > largest:  # of which one chunk named often would do
+        if written + len(body) > largest:  # of which one chunk named often would do
             raise ValueError(f"more than {largest} bytes")
-        data += body
+        written += file.write(body)
     empty = Array(str(about["dtype"]), tuple(about["shape"]), str(about["stype"]), b"")
-    record = ArrayRecord.inflate(content, {child.object_id: empty})
-    for array in record.values():
-        array.data = data
-    return record
+    return ArrayRecord.inflate(content, {child.object_id: empty})
 
 
 def _lost(asked: Asked) -> Reply:
     return Reply(asked.site, None, LOST, lost=True, exchange=asked.exchange)
 
 
-def _reply(site: int, content: RecordDict) -> Reply:
-    parcel = _parcel(content)
+def _reply(site: int, content: RecordDict, arrived: Path | None = None) -> Reply:
+    parcel = _parcel(content, arrived)
     return Reply(site, parcel, "" if parcel else "its reply is none of ours")
 
 
-def _parcel(content: RecordDict) -> Parcel | None:
-    """A reply as a parcel; None where its records are not the two that a site may send."""
+def _parcel(content: RecordDict, arrived: Path | None = None) -> Parcel | None:
+    """A reply as a parcel; None where its records are not the two that a site may send.
+
+    Args:
+        arrived: where the bytes of its update lie, if not in its record.
+    """
     report, update = content.get("report"), content.get("update")
     if set(content) - {"report", "update"} or not isinstance(report, MetricRecord):
         return None
@@ -274,6 +285,6 @@ def _parcel(content: RecordDict) -> Parcel | None:
     if not isinstance(update, ArrayRecord) or set(update) != {"packed"} or update["packed"].stype != PACKED:
         return None
     try:
-        return Parcel(unpack(update["packed"].data), numbers)
+        return Parcel(Stored(arrived) if arrived else unpack(update["packed"].data), numbers)
     except ValueError:
         return None

@@ -22,7 +22,7 @@ from maskdm.checkpoint import METADATA_KEY, CheckpointMetadata, describe_checkpo
 from maskdm.config import Frozen
 from maskdm.errors import CheckpointError
 from maskdm.runfolder import atomic_write, keep_lines, read_lines
-from maskdm.tensorfile import Arrays, chunks, metadata_of, unpack
+from maskdm.tensorfile import Arrays, Stored, chunks, layout_of
 from maskdm.trainable import expected_shapes
 from maskdm_server.intake import Measured
 from maskdm_server.optimizers import Moments
@@ -72,13 +72,14 @@ class Journal:
 
     def moments(self) -> Moments:
         """Those of the server's optimiser, in memory of their own."""
-        names = [name for name in self._state() if name.startswith("moment.")]
-        return {name.removeprefix("moment."): _own(self._state()[name]) for name in names}
+        state = self._state()
+        names = [name for name in state if name.startswith("moment.")]
+        return {name.removeprefix("moment."): torch.from_numpy(state[name]) for name in names}
 
     def weights(self) -> Callable[[str], Tensor]:
         """Weights of the present model by name, each read when it is asked for, in memory of its own."""
-        arrays = _opened(self.model_path())
-        return lambda name: _own(arrays[name])
+        arrays = Stored(self.model_path())
+        return lambda name: torch.from_numpy(arrays[name])
 
     def commit(
         self,
@@ -104,7 +105,7 @@ class Journal:
             return (changed[name] if name in changed else before(name)).numpy()
 
         state = fp32({f"moment.{name}": tuple(tensor.shape) for name, tensor in moments.items()})
-        average = self._state() if self.number else _opened(self.model_path())
+        average = self._state() if self.number else Stored(self.model_path())
         prefix = "ema." if self.number else ""
         decay = min(ema, 1 - (1 + number) ** (-2 / 3))  # the ramp of Lei et al. 2023, for few rounds
         if ema:
@@ -138,7 +139,7 @@ class Journal:
 
     def _publish(self) -> None:
         state = self._state()
-        layout = fp32({n.removeprefix("ema."): a.shape for n, a in state.items() if n.startswith("ema.")})
+        layout = {n.removeprefix("ema."): kind for n, kind in layout_of(state).items() if n.startswith("ema.")}
         target = self.folder / "model.safetensors"
         if layout:
             about = self.metadata.model_copy(update={"weights": "ema"})
@@ -157,7 +158,7 @@ class Journal:
 
     def _known(self) -> Known:
         try:
-            return Known.model_validate_json(metadata_of(_mapped(self._state_path(self.number)))[METADATA_KEY])
+            return Known.model_validate_json(Stored(self._state_path(self.number)).metadata[METADATA_KEY])
         except (OSError, ValueError, KeyError, ValidationError) as error:
             raise CheckpointError(
                 f"--out: {self._state_path(self.number)} is damaged ({error}): remove the newest round's two files "
@@ -165,7 +166,7 @@ class Journal:
             ) from error
 
     def _state(self) -> Arrays:
-        return _opened(self._state_path(self.number)) if self.number else {}
+        return Stored(self._state_path(self.number)) if self.number else {}
 
     def _state_path(self, number: int) -> Path:
         return self._rounds / f"{number:06d}.state.safetensors"
@@ -196,18 +197,6 @@ def _is_torn(path: Path) -> bool:
 def fp32(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The layout of weights in a file."""
     return {name: ("float32", tuple(shape)) for name, shape in shapes.items()}
-
-
-def _mapped(path: Path) -> NDArray[np.uint8]:
-    return np.memmap(path, np.uint8, "r")
-
-
-def _opened(path: Path) -> Arrays:
-    return unpack(_mapped(path))
-
-
-def _own(array: NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(np.array(array, np.float32))
 
 
 def _link(path: Path, target: Path) -> None:

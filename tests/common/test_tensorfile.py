@@ -6,9 +6,10 @@ import mmap
 import time
 import tracemalloc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from maskdm.tensorfile import Arrays, Document, chunks, layout_of, metadata_of, pack, size_of, unpack
+from maskdm.tensorfile import Arrays, Document, Stored, chunks, layout_of, pack, size_of, unpack
 
 KINDS = ("float32", "uint32", "uint16", "int8", "uint8")
 FOREIGN = ("BOOL", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I16", "BF16", "F16", "I32", "F64", "I64", "U64", "C64")
@@ -64,6 +65,20 @@ def join(header: object, body: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + body
 
 
+@contextmanager
+def stored(document: Document) -> Iterator[Stored]:
+    """The document in a file."""
+    with NamedTemporaryFile() as file:
+        file.write(np.frombuffer(document, np.uint8).tobytes())
+        file.flush()
+        yield Stored(Path(file.name))
+
+
+def metadata_of(document: Document) -> dict[str, str]:
+    with stored(document) as found:
+        return found.metadata
+
+
 def entry(kind: object = "F32", shape: object = (1,), offsets: object = (0, 4)) -> dict[str, object]:
     return {"dtype": kind, "shape": shape, "data_offsets": offsets}
 
@@ -89,7 +104,10 @@ def test_what_is_written_is_read_again_bit_for_bit(
 ) -> None:
     document = pack(arrays, metadata)
     assert_same(unpack(document), arrays)
-    assert metadata_of(document) == metadata
+    with stored(document) as found:
+        assert_same(found, arrays)
+        assert layout_of(found) == layout_of(arrays)
+        assert found.metadata == metadata
 
 
 @given(arrays_by_name)
@@ -226,6 +244,19 @@ def test_reading_a_large_document_takes_next_to_no_memory() -> None:
     assert peak_of(unpack, document) < LITTLE_MEMORY < len(document) // 20
 
 
+def test_arrays_of_a_file_are_in_memory_one_at_a_time_and_belong_to_whoever_asked(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(pack({name: np.zeros((256, 1024), np.float32) for name in "abcdefgh"}))
+
+    def look_at_all(_: bytes) -> None:
+        for array in Stored(path).values():
+            array[:] = 1
+
+    one = 2**20
+    assert one < peak_of(look_at_all, b"") < 2 * one + 2 * LITTLE_MEMORY
+    assert not Stored(path)["a"].any()
+
+
 # What is refused: documents come from strangers.
 
 
@@ -251,7 +282,9 @@ def accepted(document: bytes) -> bool:
         with pytest.raises(ValueError, match=r".+"):
             metadata_of(document)
         return False
-    assert all(isinstance(part, str) for pair in metadata_of(document).items() for part in pair)
+    with stored(document) as same:
+        assert_same(same, found)
+        assert all(isinstance(part, str) for pair in same.metadata.items() for part in pair)
     memory = np.frombuffer(document, np.uint8)
     start = memory.ctypes.data
     for array in found.values():

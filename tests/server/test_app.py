@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,17 +162,24 @@ def objects_of(thing: Any) -> dict[str, bytes]:
     return {name: found.deflate() for name, found in get_all_nested_objects(thing).items()}
 
 
+def put_together(thing: Any, largest: int, pull: Callable[[str], bytes] | None = None) -> tuple[Any, bytes]:
+    """The same from its objects, and the bytes of its array."""
+    file = BytesIO()
+    found = _inflate(get_object_tree(thing), pull or objects_of(thing).__getitem__, largest, file)
+    return found, file.getvalue()
+
+
 @pytest.mark.parametrize("size", [0, 1, 5 * 2**20 - 200, 5 * 2**20, 11_000_000])
 def test_a_message_is_put_together_from_its_objects_as_flower_does_it(size: int) -> None:
     document = pack({"a": np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)})
     message = Message(content(packed(document)), 5, "train")
     flowers = inflate_object_from_contents(message.object_id, objects_of(message))
-    ours = _inflate(get_object_tree(message), objects_of(message).__getitem__, len(document))
+    ours, update = put_together(message, len(document))
     assert ours.metadata == flowers.metadata
     assert dict(ours.content["report"]) == dict(flowers.content["report"]) == NUMBERS
     first, second = ours.content["update"]["packed"], flowers.content["update"]["packed"]
     assert (first.dtype, first.shape, first.stype) == (second.dtype, second.shape, second.stype)
-    assert bytes(first.data) == second.data == document
+    assert update == second.data == document
 
 
 def test_chunks_that_are_alike_are_put_together_as_often_as_they_were() -> None:
@@ -179,15 +187,14 @@ def test_chunks_that_are_alike_are_put_together_as_often_as_they_were() -> None:
     document = pack({"a": np.zeros(16_000_000, np.uint8)})
     message = Message(content(packed(document)), 5, "train")
     assert len(get_object_tree(message).children[0].children[1].children[0].children) < 4
-    found = _inflate(get_object_tree(message), objects_of(message).__getitem__, len(document))
-    assert bytes(found.content["update"]["packed"].data) == document
+    assert put_together(message, len(document))[1] == document
 
 
 def test_an_update_of_the_largest_size_passes_and_a_byte_more_does_not() -> None:
     message = Message(content(packed(bytes(1000))), 5, "train")
-    assert _inflate(get_object_tree(message), objects_of(message).__getitem__, 1000)
+    assert put_together(message, 1000)
     with pytest.raises(ValueError, match="more than 999 bytes"):
-        _inflate(get_object_tree(message), objects_of(message).__getitem__, 999)
+        put_together(message, 999)
 
 
 def named_often(chunk: bytes, times: int) -> Array:
@@ -202,13 +209,13 @@ def test_one_part_that_is_named_often_makes_no_large_array() -> None:
     record["packed"] = named_often(bytes(1000), 1000)
     message = Message(content(record), 5, "train")
     with pytest.raises(ValueError, match="10000 bytes"):
-        _inflate(get_object_tree(message), objects_of(message).__getitem__, 10_000)
+        put_together(message, 10_000)
 
 
 def test_neither_does_it_outside_of_a_record() -> None:
     array = named_often(bytes(1000), 1000)
     with pytest.raises(ValueError, match="Array has no place"):
-        _inflate(get_object_tree(array), objects_of(array).__getitem__, 10_000)
+        put_together(array, 10_000)
 
 
 @pytest.mark.parametrize("chunk", [b"", b"x"])
@@ -224,7 +231,7 @@ def test_a_small_part_that_is_named_often_is_not_fetched_often(chunk: bytes) -> 
         return objects[name]
 
     with pytest.raises(ValueError, match=r"."):
-        _inflate(get_object_tree(message), pull, 100_000)
+        put_together(message, 100_000, pull)
     assert len(pulled) < 100
 
 
