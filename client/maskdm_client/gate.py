@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from maskdm.errors import GateRefused
 from maskdm.parcel import Outcome, Parcel, Report
 from maskdm.runfolder import append_line
+from maskdm.tensorfile import bytes_of
 from maskdm_client.settings import SitePolicy
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import, and most messages are a few numbers
@@ -93,7 +94,7 @@ def record(audit: Path, direction: str, round_number: int, parcel: Parcel, verdi
     digest = hashlib.sha256()
     for name, array in sorted(parcel.arrays.items()):
         digest.update(name.encode())
-        digest.update(array.tobytes())
+        digest.update(bytes_of(array))
     append_line(
         audit,
         {

@@ -6,6 +6,7 @@ ClientApp should start fast.
 """
 
 import json
+import os
 import struct
 import time
 from collections.abc import Iterable, Mapping
@@ -15,13 +16,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from maskdm.parcel import Outcome, Parcel
 from maskdm.runfolder import append_line, atomic_write, write_json
-from maskdm.tensorfile import Arrays, chunks, layout_of, unpack
+from maskdm.tensorfile import Arrays, Document, chunks, layout_of, unpack
 
 POLL_SECONDS = 0.1
 # Exchange, length of the text, key: all that is looked at while waiting.
 HEAD = struct.Struct("<QQ64s")
+ALIGNMENT = 64  # of what follows the text, whose arrays are used where they lie
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Request:
 
     exchange: int
     document: str
-    weights: bytes
+    weights: Document  # in the file that they lie in, which a newer request replaces but does not change
 
 
 class Mailbox:
@@ -77,7 +81,7 @@ class Mailbox:
         """The reply that lies there, and its exchange."""
         found = _read(self._reply, text=True, body=True)
         assert found is not None
-        arrays: Arrays = unpack(found.body) if found.body else {}
+        arrays: Arrays = unpack(found.body) if len(found.body) else {}
         return found.exchange, Parcel(arrays, json.loads(found.text))
 
     def is_over(self) -> bool:
@@ -133,12 +137,17 @@ class _Found(NamedTuple):
     exchange: int
     key: str
     text: str
-    body: bytes
+    body: Document
 
 
 def _write(path: Path, exchange: int, key: str, text: str, body: Iterable[bytes | memoryview]) -> None:
     encoded = text.encode()
-    atomic_write(path, chain([HEAD.pack(exchange, len(encoded), key.encode()), encoded], body))
+    gap = bytes(_body_at(len(encoded)) - HEAD.size - len(encoded))
+    atomic_write(path, chain([HEAD.pack(exchange, len(encoded), key.encode()), encoded, gap], body))
+
+
+def _body_at(length: int) -> int:
+    return -(-(HEAD.size + length) // ALIGNMENT) * ALIGNMENT
 
 
 def _read(path: Path, *, text: bool = False, body: bool = False) -> _Found | None:
@@ -147,6 +156,8 @@ def _read(path: Path, *, text: bool = False, body: bool = False) -> _Found | Non
         with path.open("rb") as file:
             exchange, length, key = HEAD.unpack(file.read(HEAD.size))
             written = file.read(length).decode() if text else ""
-            return _Found(exchange, key.rstrip(b"\0").decode(), written, file.read() if body else b"")
+            there = body and os.fstat(file.fileno()).st_size > _body_at(length)
+            document = np.memmap(file, np.uint8, "r", _body_at(length)).data if there else b""
+            return _Found(exchange, key.rstrip(b"\0").decode(), written, document)
     except FileNotFoundError:
         return None

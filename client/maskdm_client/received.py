@@ -7,15 +7,15 @@ folder until another federation needs the room.
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from maskdm.errors import MaskDMError
 from maskdm.protocol import RoundPlan, work_key
 from maskdm.runfolder import atomic_write
-from maskdm.tensorfile import Arrays, Stored, chunks, layout_of, unpack
+from maskdm.tensorfile import Arrays, Document, Stored, bytes_of, chunks, layout_of, unpack
 from maskdm.trainable import expected_shapes
+from maskdm.wire import as_tensor
 from maskdm_client.mailbox import plain
 
 
@@ -27,7 +27,7 @@ class RestMissing(MaskDMError):
     """Only what training changes came, and the rest is not here."""
 
 
-def key_of(document: str, packed: bytes | memoryview) -> str:
+def key_of(document: str, packed: Document) -> str:
     """The same work, asked for again under another number, has the same key; "" where it is no work that can be done.
 
     Whether the weights came whole or in part makes no difference.
@@ -37,11 +37,11 @@ def key_of(document: str, packed: bytes | memoryview) -> str:
     except ValueError:
         return ""
     names: Iterable[str] = plan.changed() if plan.action == "train" else sorted(arrays)
-    return work_key(plan, (arrays[name].reshape(-1).view(np.uint8).data for name in names if name in arrays))
+    return work_key(plan, (bytes_of(arrays[name]) for name in names if name in arrays))
 
 
-def read_weights(packed: bytes | memoryview, plan: RoundPlan, folder: Path | None) -> tuple[dict[str, Tensor], Arrays]:
-    """All weights, fp32 in memory of their own, and the arrays as they came.
+def read_weights(packed: Document, plan: RoundPlan, folder: Path | None) -> tuple[dict[str, Tensor], Arrays]:
+    """All weights, fp32 and only to be read, in the memory of what came, and the arrays as they came.
 
     Args:
         folder: where weights that never change are kept; None keeps none and completes none.
@@ -60,7 +60,7 @@ def read_weights(packed: bytes | memoryview, plan: RoundPlan, folder: Path | Non
         arrays = {**came, **_rest(plan, folder)}
     if _shapes(arrays) != expected or any(array.dtype != "float32" for array in arrays.values()):
         raise PlanRefused("the coordinator's weights do not fit the model that the plan describes")
-    weights = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    weights = {name: as_tensor(array) for name, array in arrays.items()}
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
         raise PlanRefused("the coordinator's weights are not finite")
     if folder and plan.action == "train" and arrays is came and changed != expected.keys():

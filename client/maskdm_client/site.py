@@ -22,6 +22,7 @@ from maskdm.model import Network
 from maskdm.parcel import Outcome, Parcel, Report
 from maskdm.precision import pick_device
 from maskdm.protocol import RoundPlan
+from maskdm.tensorfile import Document
 from maskdm.wire import size
 from maskdm_client.fine_tuning import Superseded, fine_tune, held_out_loss
 from maskdm_client.gate import problem_of_size, record, release_numbers, release_outcome, release_update
@@ -42,7 +43,7 @@ class TooLarge(MaskDMError):
 
 def answer(
     document: str,
-    weights: bytes | memoryview,
+    weights: Document,
     folder: Path,
     box: Mailbox | None = None,
     exchange: int = 0,

@@ -56,13 +56,17 @@ def chunks(
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        yield _bytes(array(name), layout[name])  # held by nobody while the next one is asked for
+        yield _checked(array(name), layout[name])  # held by nobody while the next one is asked for
 
 
-def _bytes(array: NDArray[np.generic], kind: tuple[str, tuple[int, ...]]) -> memoryview:
-    found = np.asarray(array, order="C")
-    assert (str(found.dtype), found.shape) == kind
-    return found.reshape(-1).view(np.uint8).data
+def _checked(array: NDArray[np.generic], kind: tuple[str, tuple[int, ...]]) -> memoryview:
+    assert (str(array.dtype), array.shape) == kind
+    return bytes_of(array)
+
+
+def bytes_of(array: NDArray[np.generic]) -> memoryview:
+    """The values of an array, row by row; not a copy where they lie so."""
+    return np.asarray(array, order="C").reshape(-1).view(np.uint8).data
 
 
 def pack(arrays: Arrays, metadata: Mapping[str, str] | None = None) -> bytes:

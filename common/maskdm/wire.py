@@ -135,9 +135,14 @@ def decode_bfloat16(bits: NDArray[np.uint16]) -> Tensor:
 
 def as_bfloat16(bits: NDArray[np.uint16]) -> Tensor:
     """uint16 bits of bfloat16 as such a tensor, which shares their memory and is only to be read."""
+    return as_tensor(bits).view(torch.bfloat16)
+
+
+def as_tensor(array: NDArray[np.generic]) -> Tensor:
+    """A tensor that shares an array's memory and is only to be read."""
     with warnings.catch_warnings():  # of memory that may not be written to
         warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(bits).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
 
 def _encode_int8(values: Tensor) -> tuple[NDArray[np.generic], NDArray[np.generic]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -130,7 +131,7 @@ class StreamingMean:
             if self.count:
                 self._sum[name].add_(difference, alpha=weight)
             else:
-                self._sum[name] = difference.float() * weight
+                self._sum[name] = difference.to(torch.float32, copy=True).mul_(weight)
         self._weight += weight
         self.count += 1
 

@@ -4,6 +4,7 @@ Over the network Flower's own push holds every message twice, its pull every rep
 for the slowest link. `StreamingLink` goes through the same calls of Flower's Runtime API object by object.
 """
 
+import ctypes
 import json
 import sys
 import time
@@ -190,6 +191,7 @@ class StreamingLink(GridLink):
     def _send(
         self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float, document: mmap | None = None
     ) -> None:
+        _give_back_memory()
         run, client = self._grid.run.run_id, self._grid._runtime_client
         messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
         with no_object_id_recompute():  # every id is a hash of all that it names
@@ -228,6 +230,7 @@ class StreamingLink(GridLink):
         client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
         )
+        _give_back_memory()
         return _reply(asked.site, content, self._arrived)
 
 
@@ -257,6 +260,12 @@ def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int, file: Binary
         written += file.write(body)
     empty = Array(str(about["dtype"]), tuple(about["shape"]), str(about["stype"]), b"")
     return ArrayRecord.inflate(content, {child.object_id: empty})
+
+
+def _give_back_memory() -> None:
+    """Have glibc let go of what was freed: messages, and whole models after a round."""
+    with suppress(AttributeError):  # other systems have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _lost(asked: Asked) -> Reply:

@@ -25,8 +25,6 @@ ANSWER_SECONDS = 300.0
 POLL_SECONDS = 0.25
 # Without a round between them, so many deaths in a row are no accident.
 MOST_RESTARTS = 5
-# glibc keeps what was freed, weights and messages in this case, until it is told to map and to unmap each of them.
-GIVE_BACK = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 
 def bundle(name: str) -> Path:
@@ -42,7 +40,6 @@ def environment(folder: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(folder.resolve() / ".flwr"),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-        **GIVE_BACK,
         **script_environment(),
     }
 
