@@ -21,11 +21,11 @@ def main(grid: Grid, context: Context) -> None:
     arrays = {f"w{n}": Array(np.zeros(parameters // parts, np.float32) + np.float32(n)) for n in range(parts)}
     while len(list(grid.get_node_ids())) < 2:
         time.sleep(0.5)
-    started = time.monotonic()
+    times = list[float]()  # before the first round, and after each
     FedAvg(fraction_evaluate=0.0, min_train_nodes=2, min_available_nodes=2).start(
-        grid, ArrayRecord(arrays), num_rounds=1
+        grid, ArrayRecord(arrays), num_rounds=2, evaluate_fn=lambda *_: times.append(time.monotonic())
     )
-    Path(os.environ["PEER_RESULT"]).write_text(json.dumps({"seconds": time.monotonic() - started}))
+    Path(os.environ["PEER_RESULT"]).write_text(json.dumps(times))
 
 
 @client.train()  # type: ignore[untyped-decorator]

@@ -136,7 +136,7 @@ def _problem(
         if not tensor.isfinite().all():
             return f"{name} is not finite"
     norm = math.sqrt(sum(squared_norm(update.__getitem__, name, plan.train) for name in plan.changed()))
-    reference = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in received.values()))
+    reference = math.sqrt(sum(squared_norm(received.__getitem__, name, "all") for name in received))
     if not norm <= policy.max_relative_norm * reference:
         return f"its norm {norm:.3g} exceeds {policy.max_relative_norm:g} of the model's {reference:.3g}"
     return None

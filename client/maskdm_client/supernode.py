@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Self
 
-from maskdm.processes import Child, free_port, script, script_environment
+from maskdm.processes import Child, flower_environment, free_port, script
 from maskdm.reporting import say
 
 # What the SuperNode writes into its log once the server has let it in.
@@ -22,13 +22,7 @@ class SuperNode:
         home = folder / ".flwr"
         home.mkdir(exist_ok=True)
         self._logs, self._let_in = folder / "logs", False
-        self._environment = {
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_HOME": str(home.resolve()),
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-            **script_environment(),
-        }
+        self._environment = flower_environment(home)
         own = free_port()
         self._runtime = f"127.0.0.1:{own}"
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

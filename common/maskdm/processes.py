@@ -74,9 +74,18 @@ def script(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def script_environment() -> dict[str, str]:
-    """PATH with this Python's scripts first: Flower starts its children by bare name."""
-    return {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+def flower_environment(home: Path) -> dict[str, str]:
+    """For Flower's processes: no calls home, and its files in a folder of ours."""
+    return {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_HOME": str(home.resolve()),
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+        # Messages are copied several times, and most of that is the kernel's handing out of small pages.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        # Flower starts its children by bare name.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -115,6 +115,10 @@ class Stored(Mapping[str, NDArray[np.generic]]):
         """Types and shapes by name."""
         return {name: (str(place.dtype), place.shape) for name, place in self._places.items()}
 
+    def move(self, path: Path) -> None:
+        """Give the file another place in the same file system."""
+        self._path = self._path.replace(path)
+
     def __getitem__(self, name: str) -> NDArray[np.generic]:
         place = self._places[name]
         count = math.prod(place.shape)

@@ -101,7 +101,10 @@ class Update:
         return float(np.sqrt(total))
 
     def save(self, path: Path) -> None:
-        """Write the update as it came, to be opened again by `held`."""
+        """Keep the update as it came, to be opened again by `held`."""
+        if isinstance(self._arrays, Stored):
+            self._arrays.move(path)
+            return
         atomic_write(path, chunks(layout_of(self._arrays), self._arrays.__getitem__))
 
     @classmethod

@@ -230,7 +230,6 @@ class StreamingLink(GridLink):
         client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
         )
-        _give_back_memory()
         return _reply(asked.site, content, self._arrived)
 
 
@@ -253,13 +252,16 @@ def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int, file: Binary
     if len(about["arraychunk_ids"]) > -(-largest // CHUNK) + 1:  # each asks the SuperLink
         raise ValueError(f"more parts than {largest} bytes have")
     for place in about["arraychunk_ids"]:
-        chunk = pull(names[place])
-        body = memoryview(chunk)[chunk.index(HEAD_BODY_DIVIDER) + 1 :]
-        if written + len(body) > largest:  # of which one chunk named often would do
+        written += _write_body(pull(names[place]), file)
+        if written > largest:  # of which one chunk named often would do
             raise ValueError(f"more than {largest} bytes")
-        written += file.write(body)
+        _give_back_memory()
     empty = Array(str(about["dtype"]), tuple(about["shape"]), str(about["stype"]), b"")
     return ArrayRecord.inflate(content, {child.object_id: empty})
+
+
+def _write_body(chunk: bytes, file: BinaryIO) -> int:
+    return file.write(memoryview(chunk)[chunk.index(HEAD_BODY_DIVIDER) + 1 :])
 
 
 def _give_back_memory() -> None:

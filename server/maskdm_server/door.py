@@ -28,8 +28,8 @@ MOST_NODES = 10_000
 REFUSAL_SECONDS = 1.0
 # Of Flower's database, which lives as long as the server and holds whole models: with Flower's settings, which wait 5 s
 # for a lock, and Debian's, which overwrite what is deleted, 100 million weights end in "database is locked".
-FIRST = (("page_size", "16384"),)  # counts only before any other
-THEN = (("busy_timeout", "120000"), ("synchronous", "OFF"), ("secure_delete", "OFF"))
+FIRST = (("page_size", "65536"),)  # counts only before any other
+THEN = (("busy_timeout", "120000"), ("synchronous", "OFF"), ("secure_delete", "OFF"), ("cache_size", "-2000"))
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -56,21 +56,23 @@ class Door:
             await self._app(scope, receive, send)
             return
         path = str(scope.get("path", ""))
-        body = bytearray()
+        parts, size = list[bytes](), 0
         try:
             while True:
                 message = await receive()
-                body += message.get("body", b"")
-                if message["type"] != "http.request" or len(body) > LARGEST_REQUEST:
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if message["type"] != "http.request" or size > LARGEST_REQUEST:
                     raise TooLarge
                 if not message.get("more_body"):
                     break
-            carrying = self._look_at(path.removeprefix(FLEET), bytes(body)) if path.startswith(FLEET) else None
+            body = b"".join(parts)
+            carrying = self._look_at(path.removeprefix(FLEET), body) if path.startswith(FLEET) else None
         except TooLarge:
             await send({"type": "http.response.start", "status": 413, "headers": []})
             await send({"type": "http.response.body", "body": b""})
             return
-        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+        whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def again() -> Message:
             nonlocal whole

@@ -67,7 +67,7 @@ class Intake:
             except UpdateRejected as reason:
                 self.rejected[site] = reason
             del self._waiting[0]
-            path.unlink()
+            path.unlink(missing_ok=True)  # whoever holds updates has taken it
         return self.rejected
 
     def _judge(self, site: int, report: Report, update: Update, measured: Measured, reference: list[Measured]) -> None:

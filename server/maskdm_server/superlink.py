@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from maskdm.errors import FederationError, UsageError
-from maskdm.processes import Child, port_is_taken, script, script_environment
+from maskdm.processes import Child, flower_environment, port_is_taken, script
 from maskdm.runfolder import LineReader, atomic_write
 from maskdm_server.signs import is_alive
 
@@ -31,17 +31,6 @@ def bundle(name: str) -> Path:
     """A Flower app bundle: inside an installed wheel, or in a checkout's deploy/."""
     installed = Path(__file__).parent / name
     return installed if installed.exists() else Path(__file__).parents[2] / "deploy" / name
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """Flower without calls home, with its files in the federation's own folder."""
-    return {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_HOME": str(folder.resolve() / ".flwr"),
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-        **script_environment(),
-    }
 
 
 class SuperLink:
@@ -70,7 +59,7 @@ class SuperLink:
         for stale in self._home.glob("superlink.db*"):  # of a run that ended with its server
             stale.unlink()
         self._restarts = 0
-        self._environment = environment(folder)
+        self._environment = flower_environment(self._home)
         self._commands = self._commands_for(host, port, largest_update)
         self._processes = {name: self._start(name) for name in self._commands}
 

@@ -305,6 +305,6 @@ def test_flowers_database_waits_for_a_lock_as_long_as_writing_a_large_model_may_
     monkeypatch.setattr(import_module("flwr.superlink.cli.flower_superlink"), "flower_superlink", look)
     under_test.main([str(tmp_path), "1000"])
     assert found == {
-        **{"page_size": 16384, "busy_timeout": 120_000, "synchronous": 0, "secure_delete": 0},
+        **{"page_size": 65536, "busy_timeout": 120_000, "synchronous": 0, "secure_delete": 0},
         "journal_mode": "wal",
     }
