@@ -5,6 +5,7 @@ for the slowest link. `StreamingLink` goes through the same calls of Flower's Ru
 """
 
 import ctypes
+import gc
 import json
 import sys
 import time
@@ -266,6 +267,7 @@ def _write_body(chunk: bytes, file: BinaryIO) -> int:
 
 def _give_back_memory() -> None:
     """Have glibc let go of what was freed: messages, and whole models after a round."""
+    gc.collect(1)  # what holds the bytes of a response is a cycle
     with suppress(AttributeError):  # other systems have no such function
         ctypes.CDLL(None).malloc_trim(0)
 
