@@ -140,9 +140,7 @@ def as_bfloat16(bits: NDArray[np.uint16]) -> Tensor:
 
 def as_tensor(array: NDArray[np.generic]) -> Tensor:
     """A tensor that shares an array's memory and is only to be read."""
-    with warnings.catch_warnings():  # of memory that may not be written to
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
+    return torch.from_numpy(array)
 
 
 def _encode_int8(values: Tensor) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
@@ -214,3 +212,8 @@ def _scale(name: str) -> str:
 
 def _index(name: str) -> str:
     return f"{name}.index"
+
+
+with warnings.catch_warnings():  # PyTorch warns once in a process of memory that may not be written to
+    warnings.simplefilter("ignore", UserWarning)
+    as_tensor(np.frombuffer(b"\0", np.uint8))

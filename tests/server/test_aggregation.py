@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from maskdm.checkpoint import CheckpointMetadata
 from maskdm.parcel import Outcome, Parcel
 from maskdm.protocol import RoundPlan
+from maskdm.tensorfile import Stored, pack
 from maskdm.trainable import Trainable, changed_weights
 from maskdm.wire import Encoding, decode, encode
 from maskdm_server.aggregation import HeldUpdates, StreamingMean, Update, UpdateRejected, check_reply
@@ -205,8 +206,10 @@ def test_updates_that_are_held_on_the_disk_are_aggregated_as_they_came(
     wanted = asking(plan, train, encoding)
     updates = [drawn(wanted, seed) for seed in range(5)]
     held = HeldUpdates(rule, 0, wanted, tmp_path)
-    for arrays in updates:
-        held.add(Update(arrays, wanted), 1)
+    for number, arrays in enumerate(updates):
+        (tmp_path / "arrived").write_bytes(pack(arrays))  # where those lie that come over a network
+        held.add(Update(Stored(tmp_path / "arrived") if number % 2 else arrays, wanted), 1)
+    assert len(list(tmp_path.glob("held-*"))) == 5
     received = [dense(arrays, wanted) for arrays in updates]
     of_all: Callable[..., Any] = np.median if rule == "median" else np.mean  # multi-Krum drops none of five with f = 0
     expected: Dense = {name: of_all([update[name] for update in received], axis=0) for name in received[0]}

@@ -1,5 +1,6 @@
 """What travels over Flower's Grid and Runtime API, and what the server makes of messages, hostile ones among them."""
 
+import errno
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -7,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import append_line
-from maskdm.tensorfile import pack, unpack
+from maskdm.tensorfile import Stored, pack, unpack
 from maskdm_server import app as under_test
 from maskdm_server.app import PACKED, GridLink, StreamingLink, _inflate, _parcel
 from maskdm_server.exchange import Exchange
@@ -480,6 +482,38 @@ def test_a_reply_that_is_still_being_sent_is_waited_for_and_others_are_not(tmp_p
     assert_good(reply)
     assert runtime.confirmed[-1] == head
     assert list(link.receive()) == []
+
+
+def test_an_update_lies_on_the_disk_until_the_next_one_comes_or_somebody_keeps_it(
+    tmp_path: Path, question: Question
+) -> None:
+    runtime, link = streaming(tmp_path)
+    link.ask([5, 7], question, 123.0)
+    for number, name in enumerate(runtime.sent):
+        runtime.answer(name, content(packed(pack({"a": np.full(3, number, np.uint16)}))))
+    kept = []
+    for reply in link.receive():
+        assert reply.parcel is not None
+        update = reply.parcel.arrays
+        assert isinstance(update, Stored)
+        assert list((tmp_path / ".flwr").glob("*.safetensors")) == [tmp_path / ".flwr" / "arrived.safetensors"]
+        update.move(tmp_path / f"kept-{reply.site}")
+        kept.append(update)
+    assert [update["a"].tolist() for update in kept] == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_a_reply_that_the_disk_has_no_room_for_is_taken_in_once_it_has(
+    tmp_path: Path, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, link = streaming(tmp_path)
+    link.ask([5], question, 123.0)
+    runtime.answer(next(iter(runtime.sent)), good())
+    with monkeypatch.context() as full:
+        full.setattr(under_test, "_write_body", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        assert list(link.receive()) == []
+        assert runtime.confirmed == []
+    (reply,) = link.receive()
+    assert_good(reply)
 
 
 def test_a_reply_of_which_a_part_is_gone_for_good_may_be_sent_again(tmp_path: Path, question: Question) -> None:

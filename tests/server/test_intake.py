@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskdm.parcel import Parcel
 from maskdm.protocol import RoundPlan
-from maskdm_server.aggregation import LARGEST_WEIGHT, StreamingMean, Update, UpdateRejected
+from maskdm_server.aggregation import LARGEST_WEIGHT, HeldUpdates, StreamingMean, Update, UpdateRejected
 from maskdm_server.intake import ENOUGH, REMEMBERED, Intake, Measured
 
 from .conftest import parcel
@@ -239,6 +239,21 @@ def test_what_could_not_be_taken_in_for_want_of_room_can_be_offered_again(
     assert set(weights_of(under_test)) == {1, 2}
     assert (mean.count, len(under_test.known)) == (2, known + 2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_updates_that_waited_are_held_for_rules_that_must_see_all_of_them(
+    plan: RoundPlan, update: Callable[..., Parcel], tmp_path: Path
+) -> None:
+    held = HeldUpdates("median", 0, plan, tmp_path)
+    under_test = Intake(plan, held, [], LIMIT, tmp_path)
+    sent = [update(1.0, seed=seed) for seed in range(ENOUGH)]  # all but the last wait
+    for site, each in enumerate(sent):
+        under_test.offer(site, each, None)
+    assert under_test.close() == {}
+    assert held.count == len(sent)
+    for name, value in held.result():
+        values = [torch.from_numpy(each.arrays[name].copy()) for each in sent]
+        assert torch.allclose(value, torch.stack(values).median(dim=0).values)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
