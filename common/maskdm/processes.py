@@ -82,7 +82,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_HOME": str(home.resolve()),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         # Messages are copied several times, and most of that is the kernel's handing out of small pages.
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
         # Flower starts its children by bare name.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
