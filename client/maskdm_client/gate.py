@@ -137,6 +137,6 @@ def _problem(
             return f"{name} is not finite"
     norm = math.sqrt(sum(squared_norm(update.__getitem__, name, plan.train) for name in plan.changed()))
     reference = math.sqrt(sum(squared_norm(received.__getitem__, name, "all") for name in received))
-    if not norm <= policy.max_relative_norm * reference:
+    if not norm <= policy.max_relative_norm * reference < math.inf:
         return f"its norm {norm:.3g} exceeds {policy.max_relative_norm:g} of the model's {reference:.3g}"
     return None

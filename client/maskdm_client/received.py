@@ -41,7 +41,7 @@ def key_of(document: str, packed: Document) -> str:
 
 
 def read_weights(packed: Document, plan: RoundPlan, folder: Path | None) -> tuple[dict[str, Tensor], Arrays]:
-    """All weights, fp32 and only to be read, in the memory of what came, and the arrays as they came.
+    """All weights, fp32 and only to be read, since they lie in what came, and the arrays as they came.
 
     Args:
         folder: where weights that never change are kept; None keeps none and completes none.

@@ -1,4 +1,4 @@
-"""Safetensors documents, written piece by piece and read in place.
+"""Safetensors documents, written piece by piece, and read in place or array by array.
 
 The `safetensors` package makes a second copy of every tensor on the way out and on the way in. A coordinator that holds
 a model of 100 million weights cannot afford either; files written here are read by that package, and the other way
@@ -7,6 +7,7 @@ round.
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from mmap import mmap
 from pathlib import Path
@@ -116,8 +117,8 @@ class Stored(Mapping[str, NDArray[np.generic]]):
         return {name: (str(place.dtype), place.shape) for name, place in self._places.items()}
 
     def move(self, path: Path) -> None:
-        """Give the file another place in the same file system."""
-        self._path = self._path.replace(path)
+        """Put the file elsewhere."""
+        self._path = Path(shutil.move(self._path, path))
 
     def __getitem__(self, name: str) -> NDArray[np.generic]:
         place = self._places[name]

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from mmap import ACCESS_READ, MADV_DONTNEED, mmap
@@ -159,7 +160,7 @@ class StreamingLink(GridLink):
         self._largest = largest
         self._traffic = Traffic(folder)
         self._arrived = folder / ".flwr" / "arrived.safetensors"  # the update of the newest reply
-        self._arriving: list[tuple[Asked, Any, Any]] = []
+        self._arriving = deque[tuple[Asked, Any, Any]]()
 
     def carried(self) -> Mapping[int, int]:
         return self._traffic.carried()
@@ -176,22 +177,23 @@ class StreamingLink(GridLink):
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 if head.metadata.reply_to_message_id in self._asked:
                     self._arriving.append((self._asked.pop(head.metadata.reply_to_message_id), head, tree))
-        arriving, self._arriving = self._arriving, []
-        for asked, head, tree in arriving:
-            if head.HasField("error"):
-                yield _lost(asked)
-                continue
+        for _ in range(len(self._arriving)):
+            asked, head, tree = arriving = self._arriving[0]
             try:
-                yield self._pulled(asked, head.metadata.message_id, tree)
-            except (ObjectUnavailableError, OSError):
-                # It is still being sent, which may take long, or the disk is full; whoever counts what is carried
-                # gives it up in time.
+                reply = _lost(asked) if head.HasField("error") else self._pulled(asked, head.metadata.message_id, tree)
+            except ObjectUnavailableError:
+                # It is still being sent, which may take long; whoever counts what is carried gives it up in time.
+                self._arriving.popleft()
                 if asked.exchange == self._exchange or asked.until > time.time():
-                    self._arriving.append((asked, head, tree))
+                    self._arriving.append(arriving)
+                continue
+            self._arriving.popleft()
+            yield reply
 
     def _send(
         self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float, document: mmap | None = None
     ) -> None:
+        self._arrived.unlink(missing_ok=True)  # also that of the last round
         _give_back_memory()
         run, client = self._grid.run.run_id, self._grid._runtime_client
         messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
@@ -214,15 +216,18 @@ class StreamingLink(GridLink):
 
         Raises:
             ObjectUnavailableError: it has not, as a whole.
-            OSError: e.g. a full disk; it can be pulled again.
+            OSError: e.g. a full disk; it can be pulled again, and what was written of it is gone.
         """
+        self._arrived.unlink(missing_ok=True)
         run, client = self._grid.run.run_id, self._grid._runtime_client
         pull = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run)
         try:
             pull(message_id)  # mostly sent last, so the rest is there
-            with self._arrived.open("wb") as file:
-                content = _inflate(tree, pull, self._largest, file).content
-        except (ObjectUnavailableError, OSError):
+            reply = _reply(asked.site, _inflate(tree, pull, self._largest, self._arrived).content, self._arrived)
+        except OSError:
+            self._arrived.unlink(missing_ok=True)
+            raise
+        except ObjectUnavailableError:
             raise
         except ObjectPullError:
             return Reply(asked.site, None, "its reply did not arrive whole", lost=True, exchange=asked.exchange)
@@ -231,11 +236,13 @@ class StreamingLink(GridLink):
         client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
         )
-        return _reply(asked.site, content, self._arrived)
+        return reply
 
 
-def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int, file: BinaryIO) -> Any:
+def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int, path: Path) -> Any:
     """An object of Flower's with its children, without the bytes of its one array, which go to a file as they come.
+
+    The file must not exist.
 
     Raises:
         ValueError: not one array in a record, or one of more than `largest` bytes.
@@ -243,7 +250,7 @@ def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int, file: Binary
     content = pull(tree.object_id)
     kind = inflatable_class_registry[get_object_type_from_object_content(content)]
     if kind in (Message, RecordDict, MetricRecord):
-        return kind.inflate(content, {child.object_id: _inflate(child, pull, largest, file) for child in tree.children})
+        return kind.inflate(content, {child.object_id: _inflate(child, pull, largest, path) for child in tree.children})
     if kind is not ArrayRecord:
         raise ValueError(f"{kind.__name__} has no place in a reply")
     (child,) = tree.children
@@ -252,11 +259,14 @@ def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int, file: Binary
     names, written = get_object_children_ids_from_object_content(head), 0
     if len(about["arraychunk_ids"]) > -(-largest // CHUNK) + 1:  # each asks the SuperLink
         raise ValueError(f"more parts than {largest} bytes have")
-    for place in about["arraychunk_ids"]:
-        written += _write_body(pull(names[place]), file)
-        if written > largest:  # of which one chunk named often would do
-            raise ValueError(f"more than {largest} bytes")
-        _give_back_memory()
+    if path.exists():
+        raise ValueError("more than one array")
+    with path.open("wb") as file:
+        for place in about["arraychunk_ids"]:
+            written += _write_body(pull(names[place]), file)
+            if written > largest:  # of which one chunk named often would do
+                raise ValueError(f"more than {largest} bytes")
+            _give_back_memory()
     empty = Array(str(about["dtype"]), tuple(about["shape"]), str(about["stype"]), b"")
     return ArrayRecord.inflate(content, {child.object_id: empty})
 

@@ -20,6 +20,7 @@ from maskdm.runfolder import LineReader, append_line
 
 CHUNK = 5 * 2**20  # Flower's own for arrays
 LARGEST_REQUEST = 2 * CHUNK
+MOST_PARTS = 1000  # in which a request is held
 OTHER_OBJECTS = 16  # of a message, besides the chunks of its one array
 WRITE_SECONDS = 1.0
 FLEET = "/v1/fleet/"
@@ -62,6 +63,8 @@ class Door:
                 message = await receive()
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
+                if len(parts) > MOST_PARTS:  # a byte at a time would take many times its memory
+                    parts = [b"".join(parts)]
                 if message["type"] != "http.request" or size > LARGEST_REQUEST:
                     raise TooLarge
                 if not message.get("more_body"):

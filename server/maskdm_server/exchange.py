@@ -77,6 +77,9 @@ class Exchange:
 
         Args:
             take: keeps a whole reply, or raises UpdateRejected.
+
+        Raises:
+            OSError: the link's, e.g. a full disk; it may be run on.
         """
         self._invite(choose())
         while True:

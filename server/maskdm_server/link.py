@@ -40,7 +40,13 @@ class Link(Protocol):
         """Send a question to each site; it is void after so many seconds."""
 
     def receive(self) -> Iterator[Reply]:
-        """Replies that arrived since the last call, one in memory at a time; does not wait."""
+        """Replies that arrived since the last call; does not wait.
+
+        One at a time is held, in memory or on the disk: its arrays may be gone when the next one is asked for.
+
+        Raises:
+            OSError: e.g. a full disk; what arrived is still there for the next call.
+        """
 
     def carried(self) -> Mapping[int, int]:
         """Bytes carried from and to each site until now: a slow upload is progress too."""

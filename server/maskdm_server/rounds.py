@@ -5,6 +5,7 @@ Knows nothing of Flower: a `Link` is all it needs.
 
 import contextlib
 import errno
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -146,7 +147,7 @@ class Rounds:
         def take(site: int, parcel: Parcel) -> None:
             self._write(lambda: intake.offer(site, parcel, standings.get(site, Standing()).declared))
 
-        exchange.run(who, take)
+        self._write(lambda: exchange.run(who, take))  # what arrives may need the disk
         for site, reason in self._write(intake.close).items():
             exchange.reject(site, str(reason))
         for site in exchange.failed.keys() | exchange.silent:
@@ -198,7 +199,7 @@ class Rounds:
         deadline = max(min(MEASURE_SECONDS, allowed), allowed / 4)
         limit = min(MEASURE_LIMIT * deadline, self._config.round_limit)
         exchange = self._exchange(plan, weights, deadline=deadline, limit=limit)
-        exchange.run(self._link.sites, take)
+        self._write(lambda: exchange.run(self._link.sites, take))
         return exchange, self._overall([(report.loss_before, report) for report in reports.values()])
 
     def _commit(
@@ -219,12 +220,14 @@ class Rounds:
 
     def _write(self, act: Callable[[], T]) -> T:
         """Do what writes to the disk; a full one is waited for, and `act` is done again."""
-        deadline = self._clock() + DISK_SECONDS
+        since = last = -math.inf
         while True:
             try:
                 return act()
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or self._clock() > deadline:
+                now = self._clock()
+                since, last = now if now - last > DISK_SECONDS else since, now
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or now - since > DISK_SECONDS:
                     raise FederationError(
                         f"{self._folder} cannot be written to ({error.strerror}): make room and run the same command "
                         f"again; the last good model was kept"

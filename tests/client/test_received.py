@@ -38,7 +38,9 @@ def at(folder: Path, question: tuple[str, bytes], exchange: int) -> Parcel:
     """What the worker of a site answers."""
     box = Mailbox(folder)
     box.ask(exchange, *question)
-    return answer(*question, folder, box, exchange)
+    request = box.request()
+    assert request is not None  # of which weights lie in a file that nobody may write to
+    return answer(request.document, request.weights, folder, box, exchange)
 
 
 def outcome(parcel: Parcel) -> Outcome:

@@ -4,11 +4,10 @@ import errno
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -166,9 +165,10 @@ def objects_of(thing: Any) -> dict[str, bytes]:
 
 def put_together(thing: Any, largest: int, pull: Callable[[str], bytes] | None = None) -> tuple[Any, bytes]:
     """The same from its objects, and the bytes of its array."""
-    file = BytesIO()
-    found = _inflate(get_object_tree(thing), pull or objects_of(thing).__getitem__, largest, file)
-    return found, file.getvalue()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "array"
+        found = _inflate(get_object_tree(thing), pull or objects_of(thing).__getitem__, largest, path)
+        return found, path.read_bytes()
 
 
 @pytest.mark.parametrize("size", [0, 1, 5 * 2**20 - 200, 5 * 2**20, 11_000_000])
@@ -212,6 +212,13 @@ def test_one_part_that_is_named_often_makes_no_large_array() -> None:
     message = Message(content(record), 5, "train")
     with pytest.raises(ValueError, match="10000 bytes"):
         put_together(message, 10_000)
+
+
+def test_a_second_array_is_not_fetched() -> None:
+    """Of one chunk, each of many arrays could name it until it is as large as an update can be."""
+    records = {name: packed(bytes(1000), name) for name in ("a", "b")}
+    with pytest.raises(ValueError, match="more than one array"):
+        put_together(Message(RecordDict(records), 5, "train"), 10_000)
 
 
 def test_neither_does_it_outside_of_a_record() -> None:
@@ -508,10 +515,18 @@ def test_a_reply_that_the_disk_has_no_room_for_is_taken_in_once_it_has(
     runtime, link = streaming(tmp_path)
     link.ask([5], question, 123.0)
     runtime.answer(next(iter(runtime.sent)), good())
+
+    def write(chunk: bytes, file: BinaryIO) -> int:
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with monkeypatch.context() as full:
-        full.setattr(under_test, "_write_body", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-        assert list(link.receive()) == []
-        assert runtime.confirmed == []
+        full.setattr(under_test, "_write_body", write)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space"):
+                list(link.receive())
+            assert runtime.confirmed == []
+            assert not (tmp_path / ".flwr" / "arrived.safetensors").exists()
     (reply,) = link.receive()
     assert_good(reply)
 

@@ -671,6 +671,38 @@ def test_a_full_disk_is_waited_for_and_the_round_counts_once(
     )
 
 
+class NoRoom(InProcess):
+    """Replies of which each finds the disk full for a while, when it arrives."""
+
+    def __init__(self, sites: dict[int, Site], time: Time, code: int, seconds: float) -> None:
+        super().__init__(sites)
+        self._time, self._code, self._seconds = time, code, seconds
+        self._until: dict[int, float] = {}  # by exchange
+
+    def receive(self) -> Iterator[Reply]:
+        exchange = len(self.asked)
+        if self._time.now < self._until.setdefault(exchange, self._time.now + self._seconds):
+            raise OSError(self._code, "there is no room")
+        yield from super().receive()
+
+
+def test_replies_that_find_no_room_are_waited_for(folder: Path, prior: dict[str, Tensor]) -> None:
+    time = Time()
+    sites: dict[int, Site] = {1: learner(0.5), 2: learner(0.5)}
+    federate(NoRoom(sites, time, errno.ENOSPC, DISK_SECONDS - 10), folder, time, rounds=2, round_deadline=2000)
+    assert {event["round"] for event in events(folder, "disk full")} == {1, 2}
+    assert [line["attempts"] for line in read_lines(folder / "rounds.jsonl")] == [1, 1]
+    assert_moved(folder, prior, 1.5)
+
+
+@pytest.mark.parametrize(("code", "waited"), [(errno.ENOSPC, DISK_SECONDS), (errno.EROFS, 0)])
+def test_replies_that_never_find_room_end_the_run(folder: Path, code: int, waited: float) -> None:
+    time = Time()
+    with pytest.raises(FederationError, match=r"there is no room.*run the same command again"):
+        federate(NoRoom({1: learner(0.5), 2: learner(0.5)}, time, code, 10 * DISK_SECONDS), folder, time)
+    assert waited <= time.now - 1000 <= waited + 10
+
+
 @pytest.mark.parametrize(
     ("code", "waited"), [(errno.ENOSPC, DISK_SECONDS), (errno.EDQUOT, DISK_SECONDS), (errno.EIO, 0)]
 )
