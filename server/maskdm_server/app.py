@@ -182,13 +182,13 @@ class StreamingLink(GridLink):
             try:
                 reply = _lost(asked) if head.HasField("error") else self._pulled(asked, head.metadata.message_id, tree)
             except ObjectUnavailableError:
-                # It is still being sent, which may take long; whoever counts what is carried gives it up in time.
-                self._arriving.popleft()
-                if asked.exchange == self._exchange or asked.until > time.time():
-                    self._arriving.append(arriving)
-                continue
+                reply = None
             self._arriving.popleft()
-            yield reply
+            if reply:
+                yield reply
+            # It is still being sent, which may take long; whoever counts what is carried gives it up in time.
+            elif asked.exchange == self._exchange or asked.until > time.time():
+                self._arriving.append(arriving)
 
     def _send(
         self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float, document: mmap | None = None
