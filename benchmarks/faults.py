@@ -63,7 +63,7 @@ class Lab:
     def serve(self) -> None:
         self.server = self.run(
             "serve",
-            *("maskdm-server", "serve", "--prior", str(self._prior), "--out", str(self.federation)),
+            *("maskdm-server", "serve", "--prior", str(self._prior), "--out", str(self.federation), "--insecure"),
             *("--port", str(self.port), "--rounds", str(ROUNDS), "--min-clients", str(CLIENTS), "--min-replies", "2"),
             *("--round-deadline", str(ROUND_DEADLINE), "--local-images", str(LOCAL_IMAGES), "--lr", "5e-4"),
             *("--seed", str(self.seed)),

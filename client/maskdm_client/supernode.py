@@ -1,12 +1,17 @@
 """Flower's two processes of a site.
 
-The SuperNode holds the connection; the SuperExec starts a ClientApp for each message that it brings.
+The SuperNode holds the connection; the SuperExec starts a ClientApp for each message that it brings. Both run no code
+but what is installed here (`maskdm_client.pinned`), and other users of this machine cannot give them work.
 """
 
 import json
+import secrets
+import shlex
+import sys
 from pathlib import Path
 from typing import Self
 
+from maskdm.kit import OpenedKit
 from maskdm.processes import Child, flower_environment, free_port, script
 from maskdm.reporting import say
 
@@ -14,24 +19,48 @@ from maskdm.reporting import say
 LET_IN = b"SuperNode ID"
 
 
+def pinned(program: str, site: Path) -> list[str]:
+    """Command of a process of Flower's that runs no code that a coordinator sends."""
+    return [sys.executable, "-m", "maskdm_client.pinned", program, str(site)]
+
+
 class SuperNode:
     """One connection; leaving the `with` ends both processes."""
 
-    def __init__(self, folder: Path, host: str, port: int, certificate: Path | None) -> None:
-        """Start the SuperNode; the SuperExec follows when there is somebody to work for."""
-        home = folder / ".flwr"
+    def __init__(self, folder: Path, host: str, port: int, kit: OpenedKit | None) -> None:
+        """Start the SuperNode; the SuperExec follows when there is somebody to work for.
+
+        Args:
+            kit: for TLS and this site's key; None connects in the clear, as nobody in particular.
+        """
+        home, site = (folder / ".flwr").resolve(), folder.resolve()
         home.mkdir(exist_ok=True)
+        home.chmod(0o700)
         self._logs, self._let_in = folder / "logs", False
         self._environment = flower_environment(home)
+        self._secret, self._programs = home / "secret", home / "bin"
+        self._secret.unlink(missing_ok=True)
+        self._secret.touch(mode=0o600)
+        self._secret.write_text(secrets.token_hex(32))
+        # The only program that the SuperExec finds by its name.
+        self._programs.mkdir(exist_ok=True)
+        program = self._programs / "flwr-clientapp"
+        program.write_text(f'#!/bin/sh\nexec {shlex.join(pinned("clientapp", site))} "$@"\n')
+        program.chmod(0o700)
         own = free_port()
         self._runtime = f"127.0.0.1:{own}"
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         arguments = ["--superlink", address, "--host", "127.0.0.1", "--port", str(own), "--isolation", "process"]
-        arguments += ["--root-certificates", str(certificate)] if certificate else ["--insecure"]
-        arguments += ["--node-config", f"site={json.dumps(str(folder.resolve()))}"]
+        arguments += ["--superexec-auth-secret-file", str(self._secret)]
+        if kit:
+            arguments += ["--root-certificates", str(kit.authority), "--auth-supernode-private-key", str(kit.key)]
+        else:
+            arguments += ["--insecure"]
+        arguments += ["--node-config", f"site={json.dumps(str(site))}"]
         self.log = self._logs / "supernode.log"
         self._earlier = self.log.stat().st_size if self.log.exists() else 0
-        self._node = self._start("supernode", arguments)
+        command = [*pinned("supernode", site), *arguments]
+        self._node = Child(command, log=self.log, environment=self._environment)
         self._executor: Child | None = None
 
     def is_let_in(self) -> bool:
@@ -47,7 +76,10 @@ class SuperNode:
         if self._node.exit_code() is not None:
             return False
         if self._executor is None and self.is_let_in():
-            self._executor = self._start("superexec", ["--runtime-api-address", self._runtime, "--insecure"])
+            command = [script("flower-superexec"), "--runtime-api-address", self._runtime, "--insecure"]
+            command += ["--superexec-auth-secret-file", str(self._secret)]
+            around = {**self._environment, "PATH": str(self._programs)}
+            self._executor = Child(command, log=self._logs / "superexec.log", environment=around)
         # A SuperNode whose ClientApp was ended with the SuperExec waits for its reply for ever.
         if self._executor and self._executor.exit_code() is not None:
             say(f"Flower's superexec ended unexpectedly (details: {self._executor.log})")
@@ -61,7 +93,3 @@ class SuperNode:
         if self._executor:
             self._executor.close()
         self._node.close()
-
-    def _start(self, name: str, arguments: list[str]) -> Child:
-        command = [script(f"flower-{name}"), *arguments]
-        return Child(command, log=self._logs / f"{name}.log", environment=self._environment)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskdm.errors import FederationError
+from maskdm.kit import OpenedKit
 from maskdm.reporting import say
 from maskdm_client.caretaker import POLL_SECONDS, Caretaker
 from maskdm_client.mailbox import Mailbox
@@ -34,12 +35,12 @@ def reachable(host: str, port: int, timeout: float = 2.0) -> bool:
         return False
 
 
-def work(folder: Path, host: str, port: int, certificate: Path | None, wait: float, check: Callable[[], None]) -> None:
+def work(folder: Path, host: str, port: int, kit: OpenedKit | None, wait: float, check: Callable[[], None]) -> None:
     """Serve one federation until it ends.
 
     Args:
         folder: the site's folder, with its settings and slice.
-        certificate: CA certificate for TLS; None connects in the clear.
+        kit: for TLS and the key of this site; None connects in the clear.
         wait: seconds to keep trying while the server cannot be reached or does not let this site in.
         check: raises when the user asked to stop.
 
@@ -55,7 +56,7 @@ def work(folder: Path, host: str, port: int, certificate: Path | None, wait: flo
                     return
                 site.pause(min(1.0, wait))
             started, joined = time.monotonic(), False
-            with SuperNode(folder, host, port, certificate) as node:
+            with SuperNode(folder, host, port, kit) as node:
                 while node.is_alive():
                     site.look()
                     if site.finished:
@@ -128,7 +129,7 @@ class Server:
         if time.monotonic() - self._kept_out_since > max(self._wait, STEADY_SECONDS):
             raise FederationError(
                 f"--server {self._host}:{self._port} answers but does not let this site in (details: {log}): "
-                f"check --kit, or give a longer --wait"
+                f"check --kit (maskdm-client doctor), or give a longer --wait"
             )
 
 

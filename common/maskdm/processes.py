@@ -80,12 +80,20 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(home.resolve()),
+        **no_proxy_for_loopback(),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
         # Messages are copied several times, and most of that is the kernel's handing out of small pages.
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
         # Flower starts its children by bare name.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+
+
+def no_proxy_for_loopback() -> dict[str, str]:
+    """An institution's proxy is for the way out; our own processes speak to each other directly."""
+    before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = ",".join(dict.fromkeys([*filter(None, before.split(",")), "127.0.0.1", "localhost"]))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 def free_port(host: str = "127.0.0.1") -> int:

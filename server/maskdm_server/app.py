@@ -51,6 +51,7 @@ from maskdm.tensorfile import Stored, unpack
 from maskdm_server.door import CHUNK, Traffic
 from maskdm_server.federation import FederationConfig, largest_update
 from maskdm_server.link import Question, Reply
+from maskdm_server.roster import Named
 from maskdm_server.rounds import run_federation
 from maskdm_server.signs import alive
 
@@ -108,6 +109,9 @@ class GridLink:
     def sites(self) -> list[int]:
         return sorted(self._grid.get_node_ids())
 
+    def name(self, site: int) -> str:
+        return str(site)
+
     def carried(self) -> Mapping[int, int]:
         return {}
 
@@ -158,20 +162,29 @@ class StreamingLink(GridLink):
     def __init__(self, grid: Any, folder: Path, largest: int) -> None:
         super().__init__(grid)
         self._largest = largest
-        self._traffic = Traffic(folder)
+        self._traffic, self._roster = Traffic(folder), Named(folder)
+        self._nodes: dict[int, int] = {}  # by site
         self._arrived = folder / ".flwr" / "arrived.safetensors"  # the update of the newest reply
         self._arriving = deque[tuple[Asked, Any, Any]]()
 
+    def sites(self) -> list[int]:
+        there = {self._roster.site(node): node for node in super().sites()}
+        self._nodes |= there
+        return sorted(there)
+
+    def name(self, site: int) -> str:
+        return self._roster.name(site)
+
     def carried(self) -> Mapping[int, int]:
-        return self._traffic.carried()
+        return {self._roster.site(node): size for node, size in self._traffic.carried().items()}
 
     def _weights_of(self, question: Question) -> Path:
         return question.changes or super()._weights_of(question)
 
     def receive(self) -> Iterator[Reply]:
         self._forget_expired()
-        for site in self._traffic.refused():
-            yield Reply(site, None, "it tried to send more than an update can be")
+        for node in self._traffic.refused():
+            yield Reply(self._roster.site(node), None, "it tried to send more than an update can be")
         if self._asked:
             found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(self._asked)))
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
@@ -196,7 +209,7 @@ class StreamingLink(GridLink):
         self._arrived.unlink(missing_ok=True)  # also that of the last round
         _give_back_memory()
         run, client = self._grid.run.run_id, self._grid._runtime_client
-        messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
+        messages = [Message(content, self._nodes.get(site, site), MessageType.TRAIN, ttl=seconds) for site in sites]
         with no_object_id_recompute():  # every id is a hash of all that it names
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id

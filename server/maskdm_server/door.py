@@ -3,16 +3,21 @@
 Flower's SuperLink takes requests and replies of any size from whoever reaches it. Here a reply of more parts than an
 update can have is refused before one of them is sent, and a request larger than Flower's own chunks by its length.
 
-    python -m maskdm_server.door FOLDER LARGEST_UPDATE [options of flower-superlink]
+Flower also serves nodes, those who submit runs, and its own executors on one port. Here only nodes are served at the
+public one; the others have a port of their own on loopback, where who submits runs must show a secret.
+
+    python -m maskdm_server.door FOLDER LARGEST_UPDATE PRIVATE_PORT [options of flower-superlink]
 """
 
 import asyncio
 import json
 import math
+import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,8 @@ LARGEST_REQUEST = 2 * CHUNK
 MOST_PARTS = 1000  # in which a request is held
 OTHER_OBJECTS = 16  # of a message, besides the chunks of its one array
 WRITE_SECONDS = 1.0
-FLEET = "/v1/fleet/"
+FLEET, CONTROL, HEALTH = "/v1/fleet/", "/v1/control/", "/health"
+SECRET = "secret"  # file that only this user can read
 # What a stranger can make us remember or write: nodes that carried something, and refusals a second.
 MOST_NODES = 10_000
 REFUSAL_SECONDS = 1.0
@@ -44,8 +50,10 @@ class TooLarge(Exception):
 class Door:
     """ASGI middleware in front of the SuperLink's fleet interface."""
 
-    def __init__(self, app: Any, folder: Path, largest_update: int) -> None:
+    def __init__(self, app: Any, folder: Path, largest_update: int, private_port: int) -> None:
         self._app, self._traffic = app, folder / "traffic.json"
+        self._private_port = private_port
+        self._secret = b"Bearer " + (folder / SECRET).read_bytes()
         self._refused = folder / "refused.jsonl"
         self._most_objects = -(-largest_update // CHUNK) + OTHER_OBJECTS
         self._carried: dict[int, int] = {}  # by node, the one that carried last at the end
@@ -57,6 +65,9 @@ class Door:
             await self._app(scope, receive, send)
             return
         path = str(scope.get("path", ""))
+        if not self._may_pass(scope, path):
+            await _answer(send, 404)
+            return
         parts, size = list[bytes](), 0
         try:
             while True:
@@ -72,8 +83,7 @@ class Door:
             body = b"".join(parts)
             carrying = self._look_at(path.removeprefix(FLEET), body) if path.startswith(FLEET) else None
         except TooLarge:
-            await send({"type": "http.response.start", "status": 413, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+            await _answer(send, 413)
             return
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
@@ -89,6 +99,13 @@ class Door:
             await send(message)
 
         await self._app(scope, again, sent)
+
+    def _may_pass(self, scope: Message, path: str) -> bool:
+        """Nodes at the public port; at the private one all that Flower takes, and who submits runs with the secret."""
+        if scope["server"][1] != self._private_port:
+            return path.startswith(FLEET) or path == HEALTH
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return not path.startswith(CONTROL) or secrets.compare_digest(given, self._secret)
 
     def _look_at(self, name: str, body: bytes) -> tuple[int, int] | None:
         """Which node carries how many bytes with a request, if any.
@@ -153,6 +170,11 @@ class Traffic:
         return [int(line["site"]) for line in self._refused.new()]
 
 
+async def _answer(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
 def _count(tree: Any, most: int) -> int:
     """Objects of a tree, or more than `most` where there are."""
     count, waiting = 0, [tree]
@@ -167,20 +189,35 @@ def main(arguments: list[str]) -> None:
     """Run Flower's SuperLink with the door in front of it."""
     import flwr.supercore.sql_mixin as database
     import flwr.superlink.main as superlink
-    from flwr.superlink.cli.flower_superlink import flower_superlink
 
-    folder, largest_update = Path(arguments[0]), int(arguments[1])
+    command: Any = import_module("flwr.superlink.cli.flower_superlink")  # hidden behind a function of its name
+    folder, largest_update, private_port = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     create = superlink.create_app
     database.SQLITE_PRAGMAS = (*FIRST, *database.SQLITE_PRAGMAS, *THEN)
 
     def create_with_door(*given: Any) -> Any:
         app = create(*given)
-        app.add_middleware(Door, folder=folder, largest_update=largest_update)
+        app.add_middleware(Door, folder=folder, largest_update=largest_update, private_port=private_port)
         return app
 
     superlink.create_app = create_with_door
-    sys.argv = ["flower-superlink", *arguments[2:]]
-    flower_superlink()
+    command.uvicorn = _Uvicorn(private_port)
+    sys.argv = ["flower-superlink", *arguments[3:]]
+    command.flower_superlink()
+
+
+class _Uvicorn:
+    """What Flower's command uses of uvicorn, listening on two ports."""
+
+    def __init__(self, private_port: int) -> None:
+        self._private_port = private_port
+
+    def run(self, app: Any, host: str, port: int, **options: Any) -> None:
+        import uvicorn
+
+        config = uvicorn.Config(app, host=host, port=port, **options)
+        private = uvicorn.Config(app, host="127.0.0.1", port=self._private_port, log_config=None)
+        uvicorn.Server(config).run(sockets=[config.bind_socket(), private.bind_socket()])
 
 
 if __name__ == "__main__":

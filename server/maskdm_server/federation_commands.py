@@ -19,7 +19,7 @@ from maskdm.runfolder import owned
 from maskdm_server.federation import FederationConfig
 from maskdm_server.inline import simulate_inline, write_settings
 from maskdm_server.options import Out, Prior, federation_options, pixel_policy, with_options
-from maskdm_server.serve import check_address, federation_config, serve
+from maskdm_server.serve import address_of, federation_config, serve
 from maskdm_server.simulate import Rows, split_by_label, split_iid, start_clients, write_shares
 
 
@@ -27,18 +27,24 @@ from maskdm_server.simulate import Rows, split_by_label, split_iid, start_client
 def serve_command(
     prior: Prior,
     out: Out,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    tls: Annotated[Path | None, typer.Option(help="Folder with ca.crt, server.crt, server.key.")] = None,
-    insecure: Annotated[bool, typer.Option(help="Listen without TLS where others can reach it.")] = False,
+    tls: Annotated[
+        Path | None, typer.Option(help="The server's folder that provision made: TLS and node keys.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="Neither encrypt nor authenticate: for one machine.")] = False,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; default: any with --tls, else 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port; default: that of the kits with --tls, else 8000.")
+    ] = None,
     federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
 ) -> None:
     """Hand a prior to institutions, gather their updates round by round, and keep the federated model."""
-    check_address(host, tls, insecure)
     load_checkpoint(prior, "--prior")
     config = cli.configure(FederationConfig, federation_config(prior, federation))
+    address, at = address_of(tls, insecure, host, port)
     with owned(out):
-        model = serve(prior, out, config, host=host, port=port, tls=tls)
+        model = serve(prior, out, config, host=address, port=at, tls=tls)
     say(f"model: {model}; samples before and after: {out / 'samples'}")
 
 

@@ -16,8 +16,9 @@ from maskdm.errors import UsageError
 from maskdm.processes import free_port, script
 from maskdm.reporting import say
 from maskdm.runfolder import LineReader
+from maskdm_server.control import Control
 from maskdm_server.serve import tell
-from maskdm_server.superlink import SuperLink, bundle
+from maskdm_server.superlink import SuperLink
 
 
 def simulate_ray(out: Path, clients: int, check: Callable[[], None]) -> None:
@@ -34,10 +35,10 @@ def simulate_ray(out: Path, clients: int, check: Callable[[], None]) -> None:
     cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     slots = min(clients, gpus or cores)
     resources = {
-        "num-supernodes": clients,
-        "client-resources-num-cpus": max(1, cores // slots),
-        "client-resources-num-gpus": 1.0 if gpus else 0.0,
-        "init-args-num-cpus": max(1, cores // slots) * slots,
+        "num_supernodes": clients,
+        "client_resources_num_cpus": max(1, cores // slots),
+        "client_resources_num_gpus": 1.0 if gpus else 0.0,
+        "init_args_num_cpus": max(1, cores // slots) * slots,
     }
     with _ray_folder() as folder:
         around = {
@@ -64,12 +65,12 @@ class Simulation(SuperLink):
 
     def _commands_for(self, host: str, port: int, largest_update: int) -> dict[str, list[str]]:
         self._environment |= self._around
+        self._private = f"{host}:{port}"
         link = [script("flower-superlink"), "--simulation", "--insecure", "--host", host, "--port", str(port)]
         return {"superlink": [*link, "--disable-runtime-dependency-installation"]}
 
-    def _run(self) -> list[str]:
-        config = " ".join(f"{name}={value}" for name, value in self._resources.items())
-        return [str(bundle("flower-simulation")), "maskdm", "--federation-config", config]
+    def _start_run(self, control: Control) -> None:
+        control.start_run("flower-simulation", self._folder, self._resources)
 
 
 @contextmanager

@@ -17,11 +17,18 @@ from maskdm.runfolder import LineReader, atomic_write, claim
 from maskdm.seeding import derive_seed
 from maskdm_server.federation import MAY_CHANGE, FederationConfig, largest_update, update_size
 from maskdm_server.pictures import draw_samples
+from maskdm_server.sites import check_folder, read_server
 from maskdm_server.superlink import SuperLink
 
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = "127.0.0.1"
 # Sites leave by themselves after the last round; those of a simulation get this long before they are ended.
 LEAVE_SECONDS = 30.0
+
+BANNER = """\
+*****************************************************************************************
+* INSECURE: nothing is encrypted, and whoever reaches this port takes part.             *
+* Use it on one machine or a closed network only; `maskdm-server provision` makes kits. *
+*****************************************************************************************"""
 
 StartSites = Callable[[], Sequence[Child]]
 
@@ -57,16 +64,15 @@ def serve(
     """
     if begin(prior, out, config, simulation or {}, sample_count):
         return conclude(out, config, sample_count)
-    if tls is None:
-        say(
-            f"WARNING: the connection is not encrypted and sites are not authenticated; {host} must be a closed network"
-        )
+    if tls is None and not simulation:
+        say(BANNER)
     largest = largest_update(config, describe_checkpoint(prior, "--prior").model)
     with Interruption() as interruption, ExitStack() as children:
         events = LineReader(out / "events.jsonl")
         link = children.enter_context(SuperLink(out, host, port, tls, largest, say))
         link.submit(interruption.check)
-        say(f"listening on {host}:{port}; clients join with: maskdm-client --data ./local --server HOST:{port}")
+        way = "--kit NAME.zip" if tls else f"--server {host}:{port}"
+        say(f"listening on {host}:{port}; clients join with: maskdm-client --data ./local {way}")
         sites = [children.enter_context(site) for site in start_sites()]
 
         def check() -> None:
@@ -168,18 +174,27 @@ def tell(event: dict[str, Any]) -> None:
         say("WARNING: no client was there at the end: the final model was not measured, and none of them has it")
 
 
-def check_address(host: str, tls: Path | None, insecure: bool) -> None:
-    """An open port without TLS must be asked for.
+def address_of(tls: Path | None, insecure: bool, host: str | None, port: int | None) -> tuple[str, int]:
+    """Where to listen: with TLS for everybody, at the port that the kits name; without on loopback, unless forced.
 
     Raises:
-        UsageError: neither --tls nor --insecure for an address that others can reach, or both; or IPv6.
+        UsageError: neither --tls nor --insecure, or both; or IPv6.
     """
-    if ":" in host:
+    if host and ":" in host:
         raise UsageError(f"--host {host} is an IPv6 address, which is not supported: give an IPv4 one or a name")
     if tls and insecure:
         raise UsageError("--tls and --insecure exclude each other: choose one")
-    if not tls and not insecure and host not in LOOPBACK:
-        raise UsageError(f"--host {host} can be reached by others: give --tls DIR, or --insecure to accept the risk")
+    if not tls and not insecure:
+        raise UsageError(
+            "--tls is missing: give the server's folder that maskdm-server provision made, e.g. kits/server, "
+            "or --insecure to try it on one machine"
+        )
+    if not tls:
+        return host or LOOPBACK, port or 8000
+    check_folder(tls)
+    known = read_server(tls)
+    assert known is not None
+    return host or "0.0.0.0", port or int(known.server.rpartition(":")[2])
 
 
 def _let_leave(sites: Sequence[Child]) -> None:

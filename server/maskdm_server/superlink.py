@@ -5,9 +5,7 @@ is a process of its own that outlives it (Flower's process isolation), and where
 journal.
 """
 
-import json
-import os
-import subprocess
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -16,21 +14,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from maskdm.errors import FederationError, UsageError
-from maskdm.processes import Child, flower_environment, port_is_taken, script
-from maskdm.runfolder import LineReader, atomic_write
+from maskdm.processes import Child, flower_environment, free_port, port_is_taken, script
+from maskdm.runfolder import LineReader
+from maskdm_server.authority import write_private
+from maskdm_server.control import Control
+from maskdm_server.door import SECRET
+from maskdm_server.roster import NODES, Roster
 from maskdm_server.signs import is_alive
 
 START_SECONDS = 90.0
-ANSWER_SECONDS = 300.0
 POLL_SECONDS = 0.25
 # Without a round between them, so many deaths in a row are no accident.
 MOST_RESTARTS = 5
-
-
-def bundle(name: str) -> Path:
-    """A Flower app bundle: inside an installed wheel, or in a checkout's deploy/."""
-    installed = Path(__file__).parent / name
-    return installed if installed.exists() else Path(__file__).parents[2] / "deploy" / name
 
 
 class SuperLink:
@@ -47,36 +42,42 @@ class SuperLink:
     ) -> None:
         """Start them.
 
+        Args:
+            tls: folder made by `provision`; None serves whoever comes, in the clear.
+
         Raises:
-            UsageError: the port is in use, or the TLS folder lacks a file.
+            UsageError: the port is in use.
         """
         if port_is_taken(host, port):
             raise UsageError(f"--port {port} on {host} is in use or not ours: choose another --port or --host")
         self._folder, self._tls, self._say = folder, tls, say
-        self._address = f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         self._home = folder / ".flwr"
         self._home.mkdir(exist_ok=True)
-        for stale in self._home.glob("superlink.db*"):  # of a run that ended with its server
-            stale.unlink()
-        self._restarts = 0
+        self._home.chmod(0o700)
+        for stale in (*self._home.glob("superlink.db*"), self._home / NODES):  # of a run that ended
+            stale.unlink(missing_ok=True)
+        write_private(self._home / SECRET, secrets.token_hex(32).encode())
+        self._private = f"127.0.0.1:{free_port()}"
+        self._roster = Roster(tls, self._home, say) if tls else None
+        self._control: Control | None = None
+        self._served, self._restarts = self._certificate(), 0
         self._environment = flower_environment(self._home)
         self._commands = self._commands_for(host, port, largest_update)
         self._processes = {name: self._start(name) for name in self._commands}
 
     def _commands_for(self, host: str, port: int, largest_update: int) -> dict[str, list[str]]:
-        link = [sys.executable, "-m", "maskdm_server.door", str(self._home.resolve()), str(largest_update)]
+        home, secret = self._home.resolve(), str(self._home.resolve() / SECRET)
+        link = [sys.executable, "-m", "maskdm_server.door", str(home), str(largest_update), _split(self._private)[1]]
         link += ["--host", host, "--port", str(port), "--isolation", "process"]
-        link += ["--database", str(self._home.resolve() / "superlink.db")]
-        link += ["--disable-runtime-dependency-installation"]
-        executor = [script("flower-superexec"), "--runtime-api-address", self._address]
+        link += ["--database", str(home / "superlink.db")]
+        link += ["--disable-runtime-dependency-installation", "--superexec-auth-secret-file", secret]
+        executor = [script("flower-superexec"), "--runtime-api-address", self._private]
+        executor += ["--superexec-auth-secret-file", secret]
         if not self._tls:
             return {"superlink": [*link, "--insecure"], "superexec": [*executor, "--insecure"]}
         for option, name in (("certfile", "server.crt"), ("keyfile", "server.key"), ("ca-certfile", "ca.crt")):
-            if not (self._tls / name).is_file():
-                raise UsageError(
-                    f"--tls {self._tls} holds no {name}: give a folder with ca.crt, server.crt and server.key"
-                )
             link += [f"--ssl-{option}", str(self._tls / name)]
+        link += ["--enable-supernode-auth"]
         return {"superlink": link, "superexec": [*executor, "--root-certificates", str(self._tls / "ca.crt")]}
 
     def __enter__(self) -> Self:
@@ -89,22 +90,26 @@ class SuperLink:
 
     def close(self) -> None:
         """End them; a second time does nothing."""
+        if self._control:
+            self._control.close()
         for process in reversed(self._processes.values()):
             process.close()
 
     def submit(self, check: Callable[[], None]) -> None:
-        """Wait until the SuperLink answers, and submit the federation's run."""
-        self._write_connection()
+        """Wait until the SuperLink answers, let the sites in, and submit the federation's run."""
         deadline = time.monotonic() + START_SECONDS
-        while not port_is_taken(*_split(self._address)):
+        host, port = _split(self._private)
+        while not port_is_taken(host, int(port)):
             check()
             if self._processes["superlink"].exit_code() is not None or time.monotonic() > deadline:
                 raise FederationError(f"the SuperLink did not start:\n{self._processes['superlink'].last_lines()}")
             time.sleep(POLL_SECONDS)
-        federation = json.dumps(str(self._folder.resolve()))
-        answer = self._flwr("run", *self._run(), "--format", "json", "-c", f"federation={federation}")
-        if "run-id" not in answer:
-            raise FederationError(f"the run was not accepted: {answer}")
+        if self._control is None:
+            certificate = self._tls / "ca.crt" if self._tls else None
+            self._control = Control(self._private, (self._home / SECRET).read_text(), certificate)
+        if self._roster:
+            self._roster.follow(self._control)
+        self._start_run(self._control)
         self._submitted = time.monotonic()
         self._lived = False
 
@@ -129,15 +134,25 @@ class SuperLink:
                     self._count_restart(f"Flower's {name} ended unexpectedly", process)
                     process.close()
                     self._processes[name] = self._start(name)
+            if self._roster and self._control:
+                self._roster.follow(self._control)
+                if self._certificate() != self._served:
+                    self._say("the server's certificate is a new one; starting the SuperLink again with it")
+                    self._processes["superlink"].close()
+                    self._served = self._certificate()
+                    self._processes["superlink"] = self._start("superlink")
             if self._server_app_is_gone():
                 last = list(self._processes.values())[-1]
                 self._count_restart("the process that runs the rounds ended unexpectedly", last)
                 self.submit(check)
             time.sleep(POLL_SECONDS)
 
-    def _run(self) -> list[str]:
-        """What is submitted, and where."""
-        return [str(bundle("flower-app")), "maskdm"]
+    def _certificate(self) -> bytes:
+        return (self._tls / "server.crt").read_bytes() if self._tls else b""
+
+    def _start_run(self, control: Control) -> None:
+        """Submit it."""
+        control.start_run("flower-app", self._folder)
 
     def _server_app_is_gone(self) -> bool:
         """Whether it lived and does not any more, or never came to life."""
@@ -156,37 +171,7 @@ class SuperLink:
         log = self._folder / "logs" / f"{name}.log"
         return Child(self._commands[name], log=log, environment=self._environment)
 
-    def _write_connection(self) -> None:
-        security = (
-            f"root-certificates = {json.dumps(str((self._tls / 'ca.crt').resolve()))}"
-            if self._tls
-            else "insecure = true"
-        )
-        text = f'[superlink]\ndefault = "maskdm"\n\n[superlink.maskdm]\naddress = "{self._address}"\n{security}\n'
-        atomic_write(self._home / "config.toml", text)
 
-    def _flwr(self, *arguments: str) -> dict[str, Any]:
-        try:
-            result = subprocess.run(
-                [script("flwr"), *arguments],
-                env={**os.environ, **self._environment},
-                capture_output=True,
-                text=True,
-                stdin=subprocess.DEVNULL,
-                timeout=ANSWER_SECONDS,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise FederationError(f"flwr {arguments[0]} did not end within {ANSWER_SECONDS:.0f} s") from error
-        start = result.stdout.find("{")
-        try:
-            document = json.JSONDecoder().raw_decode(result.stdout[start:])[0] if start >= 0 else {}
-        except ValueError:
-            document = {}
-        if not document:
-            raise FederationError(f"flwr {arguments[0]} failed: {(result.stdout + result.stderr).strip()[-800:]}")
-        return dict(document)
-
-
-def _split(address: str) -> tuple[str, int]:
+def _split(address: str) -> tuple[str, str]:
     host, _, port = address.rpartition(":")
-    return host, int(port)
+    return host, port

@@ -2,14 +2,17 @@
 
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from maskdm.kit import open_kit
 from maskdm_client import supernode
 from maskdm_client.supernode import SuperNode
+from maskdm_server.provision import provision
 
 SCRIPTS = {
     "flower-supernode": 'echo "$@"; cat "$0.says"; exec sleep 60',
@@ -27,6 +30,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).chmod(0o755)
     (folder / "flower-supernode.says").write_text("Starting\nSuperNode ID: 1\n")
     monkeypatch.setattr(supernode, "script", lambda name: str(folder / name))
+    monkeypatch.setattr(supernode, "pinned", lambda name, site: [str(folder / f"flower-{name}"), str(site)])
     return folder
 
 
@@ -76,3 +80,26 @@ def test_a_supernode_that_ends_ends_the_connection(programs: Path, tmp_path: Pat
     (programs / "flower-supernode").write_text("#!/bin/sh\nexit 1\n")
     with SuperNode(tmp_path, "127.0.0.1", 8000, None) as node:
         until(lambda: not node.is_alive())
+
+
+def test_a_superexec_finds_no_program_but_ours_and_has_the_secret_of_its_node(
+    programs: Path, tmp_path: Path, node: SuperNode
+) -> None:
+    (programs / "flower-superexec").write_text('#!/bin/sh\necho "$PATH" "$@"\nexec /bin/sleep 60\n')
+    log = tmp_path / "logs" / "superexec.log"
+    until(lambda: node.is_alive() and log.exists() and log.read_text().endswith("\n"))
+    path, *arguments = log.read_text().split()
+    assert [program.name for program in Path(path).iterdir()] == ["flwr-clientapp"]
+    secret = Path(arguments[arguments.index("--superexec-auth-secret-file") + 1])
+    assert f"--superexec-auth-secret-file {secret}" in (tmp_path / "logs" / "supernode.log").read_text()
+    assert (stat.S_IMODE(secret.stat().st_mode), len(secret.read_text())) == (0o600, 64)
+
+
+def test_a_kit_gives_authority_and_key_and_takes_away_insecure(programs: Path, tmp_path: Path) -> None:
+    (made,) = provision(tmp_path / "kits", "127.0.0.1:8000", ["a"], policy=b"")
+    opened = open_kit(made, tmp_path / ".kit")
+    with SuperNode(tmp_path, "127.0.0.1", 8000, opened) as node:
+        until(node.is_let_in)
+    written = (tmp_path / "logs" / "supernode.log").read_text()
+    assert f"--root-certificates {opened.authority} --auth-supernode-private-key {opened.key}" in written
+    assert "--insecure" not in written

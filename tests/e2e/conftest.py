@@ -5,28 +5,24 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from PIL import Image
 
 from maskdm import cli
-from maskdm.processes import free_port
+from maskdm.policy import TEMPLATE
 from maskdm_client.cli import app as client_app
 from maskdm_server.cli import app as server_app
 from maskdm_server.faces import Domain, draw_faces
+from maskdm_server.provision import provision
 
 DEADLINE = 240.0
 Run = Callable[..., tuple[int, str]]
@@ -67,12 +63,14 @@ def documented(name: str, page: str = "README.md") -> list[list[str]]:
 class Started:
     """A command in the background whose output can be read."""
 
-    def __init__(self, arguments: list[str], folder: Path, name: str, **extra: str) -> None:
+    def __init__(self, arguments: list[str], folder: Path, name: str, within: str = "", **extra: str) -> None:
+        """Start it, within a network namespace if need be."""
         self.log = folder / f"{name}.log"
-        program = str(Path(sys.executable).with_name(arguments[0]))
+        beside = Path(sys.executable).with_name(arguments[0])
+        program = str(beside) if beside.exists() else arguments[0]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [program, *arguments[1:]],
+                [*(("ip", "netns", "exec", within) if within else ()), program, *arguments[1:]],
                 cwd=folder,
                 env=environment(**extra),
                 stdin=subprocess.DEVNULL,
@@ -130,40 +128,24 @@ def write_faces(folder: Path, count: int, domain: Domain, prefix: str) -> None:
         Image.fromarray(pixels).save(folder / f"{prefix}-{number:04d}.png")
 
 
-def write_certificates(folder: Path) -> None:
-    """An authority of its own and a server certificate for loopback: ca.crt, server.crt, server.key."""
-    folder.mkdir()
-    now = datetime.now(UTC)
-    authority_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"authority {folder.name}")])
-
-    def certificate(name: x509.Name, key: ec.EllipticCurvePublicKey, is_authority: bool) -> bytes:
-        builder = x509.CertificateBuilder().subject_name(name).issuer_name(authority).public_key(key)
-        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(hours=1))
-        builder = builder.not_valid_after(now + timedelta(days=1))
-        builder = builder.add_extension(x509.BasicConstraints(is_authority, None), critical=True)
-        names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-        signed = builder.add_extension(names, critical=False).sign(authority_key, hashes.SHA256())
-        return signed.public_bytes(serialization.Encoding.PEM)
-
-    server = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server")])
-    (folder / "ca.crt").write_bytes(certificate(authority, authority_key.public_key(), True))
-    (folder / "server.crt").write_bytes(certificate(server, server_key.public_key(), False))
-    (folder / "server.key").write_bytes(
-        server_key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
+def make_kits(folder: Path, port: int, *clients: str, days: int = 90) -> Path:
+    """Kits for a server on loopback; returns the folder of all that was made."""
+    provision(folder, f"127.0.0.1:{port}", clients, days=days, policy=TEMPLATE.encode())
+    return folder
 
 
 class RecordingProxy:
-    """A TCP proxy that keeps every byte a client sends to the server."""
+    """Keeps every byte that a client sends to the server; with the server's own folder it looks into TLS."""
 
-    def __init__(self, target: int) -> None:
-        self.port = free_port()
+    def __init__(self, target: int, tls: Path | None = None) -> None:
         self.sent = bytearray()
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._target, self._in, self._out = target, None, None
+        if tls:
+            self._in = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._in.load_cert_chain(tls / "server.crt", tls / "server.key")
+            self._out = ssl.create_default_context(cafile=str(tls / "ca.crt"))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -172,13 +154,22 @@ class RecordingProxy:
                 client, _ = self._listener.accept()
             except OSError:  # closed
                 return
-            try:
-                server = socket.create_connection(("127.0.0.1", self._target))
-            except OSError:
-                client.close()
-                continue
-            threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
-            threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+            threading.Thread(target=self._connect, args=(client,), daemon=True).start()
+
+    def _connect(self, client: socket.socket) -> None:
+        try:  # a client that only looks whether somebody is there says nothing
+            client = self._in.wrap_socket(client, server_side=True) if self._in else client
+        except OSError:
+            client.close()
+            return
+        try:
+            server = socket.create_connection(("127.0.0.1", self._target))
+            server = self._out.wrap_socket(server, server_hostname="127.0.0.1") if self._out else server
+        except OSError:
+            client.close()
+            return
+        threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
+        threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, record: bool) -> None:
         try:

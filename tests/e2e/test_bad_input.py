@@ -127,15 +127,15 @@ def test_a_foreign_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:
     assert (code, "was not written by MaskDM" in error) == (2, True)
 
 
-def test_serve_refuses_a_port_in_use_and_an_open_address_without_tls(run: Run, prior: str) -> None:
+def test_serve_refuses_a_port_in_use_and_to_serve_in_the_clear_unasked(run: Run, prior: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code, error = run("maskdm-server", "serve", "--prior", prior, "--out", "fed", "--port", port)
+        code, error = run("maskdm-server", "serve", "--prior", prior, "--out", "fed", "--insecure", "--port", port)
     assert (code, f"--port {port}" in error) == (2, True)
-    code, error = run("maskdm-server", "serve", "--prior", prior, "--out", "fed2", "--host", "0.0.0.0")
-    assert (code, "--tls DIR, or --insecure" in error) == (2, True)
+    code, error = run("maskdm-server", "serve", "--prior", prior, "--out", "fed2")
+    assert (code, "or --insecure to try it on one machine" in error) == (2, True)
     code, error = run("maskdm-server", "serve", "--prior", prior, "--out", "fed3", "--tls", "nowhere")
-    assert (code, "holds no server.crt" in error) == (2, True)
+    assert (code, "holds no ca.crt" in error) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,10 @@ def test_serve_refuses_a_port_in_use_and_an_open_address_without_tls(run: Run, p
         (("--data", "nowhere"), "--data nowhere does not exist"),
         (("--data", "faces.npz", "--server", "somewhere"), "give HOST:PORT"),
         (("--data", "faces.npz", "--fraction", "0"), "--fraction 0.0"),
-        (("--data", "faces.npz", "--kit", "nowhere"), "holds no ca.crt"),
+        (("--data", "faces.npz", "--kit", "nowhere"), "give the zip that the coordinator made for you"),
+        (("--data", "faces.npz", "--kit", "faces.npz"), "--kit faces.npz is no kit"),
+        (("--data", "faces.npz", "--kit", "k.zip", "--insecure"), "--kit and --insecure exclude each other"),
+        (("--data", "faces.npz", "--server", "example.org:80"), "give the --kit that its coordinator made for you"),
     ],
 )
 def test_a_mistake_at_the_client_is_one_line(run: Run, corpus: str, arguments: tuple[str, ...], expected: str) -> None:

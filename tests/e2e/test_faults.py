@@ -28,7 +28,7 @@ def federation(workplace: Path, prior: Path, rounds: int, *options: str) -> tupl
     for site in ("a", "b"):
         write_faces(workplace / f"local-{site}", 60, "clinic", "face")
     port = free_port()
-    serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--port", str(port)]
+    serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--insecure", "--port", str(port)]
     server = Started([*serve, "--rounds", str(rounds), "--round-deadline", "20", *options], workplace, "serve")
     clients = [join(workplace, site, port) for site in ("a", "b")]
     return server, clients, port
@@ -104,7 +104,7 @@ def test_a_server_that_was_killed_is_taken_up_by_the_clients_that_kept_working(w
     wait_until(lambda: rounds_done(workplace) >= 1 and training_in(workplace, "a", 2), server.output)
     server.kill()
     wait_until(lambda: not processes_with("maskdm_server.door"), lambda: "the SuperLink lives on")
-    again = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--port", str(port)]
+    again = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--insecure", "--port", str(port)]
     server = Started([*again, "--rounds", "3", "--round-deadline", "20"], workplace, "serve-again")
     check_whole(workplace, server, clients, 3)
     assert "going on at" in clients[0].output() or len(read_lines(workplace / "site-a" / "audit.jsonl")) >= 8

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maskdm_server.superlink import bundle
+from maskdm.bundle import source
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,8 +45,8 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path: Path, public_corpus: 
 def test_a_bundle_holds_one_file_that_names_installed_code_and_no_dependency(name: str, client: str) -> None:
     import tomllib
 
-    assert [path.name for path in bundle(name).iterdir()] == ["pyproject.toml"]
-    document = tomllib.loads((bundle(name) / "pyproject.toml").read_text())
+    assert [path.name for path in source(name).iterdir()] == ["pyproject.toml"]
+    document = tomllib.loads((source(name) / "pyproject.toml").read_text())
     assert document["project"]["dependencies"] == []
     components = document["tool"]["flwr"]["app"]["components"]
     assert components == {"serverapp": "maskdm_server.app:app", "clientapp": client}

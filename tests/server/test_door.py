@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from maskdm.runfolder import read_lines
 from maskdm_server import door as under_test
-from maskdm_server.door import CHUNK, LARGEST_REQUEST, OTHER_OBJECTS, Door, Message, Traffic
+from maskdm_server.door import CHUNK, LARGEST_REQUEST, OTHER_OBJECTS, SECRET, Door, Message, Traffic
 
+PUBLIC_PORT, PRIVATE_PORT = 8000, 40000
 PUSH, PULL, MESSAGES = "/v1/fleet/push-object", "/v1/fleet/pull-object", "/v1/fleet/push-messages"
 
 
@@ -53,10 +54,19 @@ class Knocking:
 
     def __init__(self, folder: Path, largest_update: int = 20 * CHUNK) -> None:
         self.app = App()
-        self.door = Door(self.app, folder, largest_update)
+        (folder / SECRET).write_text("s3cret")
+        self.door = Door(self.app, folder, largest_update, PRIVATE_PORT)
         self.pulled = 0  # pieces of a body that were read
 
-    def send(self, path: str, pieces: Sequence[bytes], end: str = "whole", kind: str = "http") -> int:
+    def send(
+        self,
+        path: str,
+        pieces: Sequence[bytes],
+        end: str = "whole",
+        kind: str = "http",
+        port: int = PUBLIC_PORT,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+    ) -> int:
         """The status of the answer; after `pieces` the client goes away, unless the body is whole with them."""
         messages: list[Message] = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
         if messages and end == "whole":
@@ -71,7 +81,8 @@ class Knocking:
         async def send(message: Message) -> None:
             answers.append(message)
 
-        asyncio.run(self.door({"type": kind, "path": path}, receive, send))
+        scope = {"type": kind, "path": path, "server": ("127.0.0.1", port), "headers": list(headers)}
+        asyncio.run(self.door(scope, receive, send))
         return int(answers[0]["status"]) if answers else 0
 
 
@@ -113,12 +124,13 @@ def test_a_body_arrives_whole_in_however_many_pieces_it_came(knocking: Knocking,
     assert knocking.app.after[-1] == {"type": "http.disconnect"}, "what comes after it reaches the SuperLink too"
 
 
-@pytest.mark.parametrize("path", [PUSH, MESSAGES, "/v1/fleet/anything", "/v1/runtime/push-object", "/v1/control/run"])
+@pytest.mark.parametrize("path", [PUSH, MESSAGES, "/v1/fleet/anything", "/v1/runtime/push-object"])
 def test_a_body_over_the_limit_is_refused_before_all_of_it_is_read(knocking: Knocking, path: str) -> None:
-    assert knocking.send(path, [bytes(2**20)] * 1000) == 413
+    port = PUBLIC_PORT if path.startswith("/v1/fleet") else PRIVATE_PORT
+    assert knocking.send(path, [bytes(2**20)] * 1000, port=port) == 413
     assert knocking.app.bodies == []
     assert knocking.pulled <= LARGEST_REQUEST // 2**20 + 1
-    assert knocking.send(path, [bytes(LARGEST_REQUEST + 1)]) == 413
+    assert knocking.send(path, [bytes(LARGEST_REQUEST + 1)], port=port) == 413
 
 
 def test_a_chunk_of_flowers_own_passes(knocking: Knocking) -> None:
@@ -198,14 +210,49 @@ def length_of(body: bytes) -> bytes:
 def test_other_protocols_are_none_of_its_business(knocking: Knocking, tmp_path: Path, kind: str) -> None:
     knocking.send(PUSH, [bytes(LARGEST_REQUEST + 1)], kind=kind)
     assert len(knocking.app.scopes) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [SECRET]
 
 
 def test_of_other_paths_only_the_size_is_looked_at(knocking: Knocking, tmp_path: Path) -> None:
     body = pushed(5, 1000)
-    assert knocking.send("/v1/runtime/push-object", [body]) == 200
+    assert knocking.send("/v1/runtime/push-object", [body], port=PRIVATE_PORT) == 200
     assert knocking.app.bodies == [body]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [SECRET]
+
+
+@pytest.mark.parametrize("headers", [(), ((b"authorization", b"Bearer s3cret"),)])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/pull-task", "/docs", "/openapi.json", "/"),
+        *("/v1/fleet", "//v1/fleet/push-object", "/V1/fleet/push-object", "/v1/control/../fleet/push-object"),
+    ],
+)
+def test_at_the_public_port_only_nodes_are_served_whatever_secret_is_shown(
+    knocking: Knocking, path: str, headers: Sequence[tuple[bytes, bytes]]
+) -> None:
+    assert knocking.send(path, [b"x"], headers=headers) == 404
+    assert knocking.app.scopes == []
+    assert knocking.pulled == 0, "it was not even read"
+
+
+def test_whether_the_server_is_well_may_be_asked_by_everybody(knocking: Knocking) -> None:
+    assert knocking.send("/health", [b""]) == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ((), 404),
+        (((b"authorization", b"Bearer wrong"),), 404),
+        (((b"authorization", b"s3cret"),), 404),
+        (((b"authorization", b"Bearer s3cret"),), 200),
+    ],
+)
+def test_who_submits_runs_shows_the_secret_at_the_private_port(
+    knocking: Knocking, headers: Sequence[tuple[bytes, bytes]], status: int
+) -> None:
+    assert knocking.send("/v1/control/start-run", [b"x"], port=PRIVATE_PORT, headers=headers) == status
 
 
 def test_who_is_not_let_in_carries_nothing(knocking: Knocking, tmp_path: Path) -> None:
@@ -228,7 +275,8 @@ def test_strangers_cannot_make_it_remember_or_write_without_end(
 
 def test_what_each_node_carries_is_counted_both_ways(knocking: Knocking, tmp_path: Path) -> None:
     (tmp_path / "fed" / ".flwr").mkdir(parents=True)
-    knocking.door = Door(knocking.app, tmp_path / "fed" / ".flwr", CHUNK)
+    (tmp_path / "fed" / ".flwr" / SECRET).write_text("s3cret")
+    knocking.door = Door(knocking.app, tmp_path / "fed" / ".flwr", CHUNK, PRIVATE_PORT)
     traffic = Traffic(tmp_path / "fed")
     assert traffic.carried() == {}
     bodies = [pushed(5, 1000), pushed(5, 3000), pushed(2**63 + 1, 10)]
@@ -294,6 +342,7 @@ def test_flowers_database_waits_for_a_lock_as_long_as_writing_a_large_model_may_
     superlink = import_module("flwr.superlink.main")
     monkeypatch.setattr(superlink, "create_app", superlink.create_app)
     monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr(import_module("flwr.superlink.cli.flower_superlink"), "uvicorn", None)
     found: dict[str, Any] = {}
 
     def look() -> None:
@@ -303,7 +352,7 @@ def test_flowers_database_waits_for_a_lock_as_long_as_writing_a_large_model_may_
                 (found[name],) = connection.execute(f"PRAGMA {name}").fetchone()
 
     monkeypatch.setattr(import_module("flwr.superlink.cli.flower_superlink"), "flower_superlink", look)
-    under_test.main([str(tmp_path), "1000"])
+    under_test.main([str(tmp_path), "1000", "40000"])
     assert found == {
         **{"page_size": 65536, "busy_timeout": 120_000, "synchronous": 0, "secure_delete": 0},
         "journal_mode": "wal",

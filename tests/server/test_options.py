@@ -82,7 +82,8 @@ def serve(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.setattr(federation_commands, "serve", keep)
 
     def run(*options: str) -> FederationConfig:
-        arguments = ["serve", "--prior", str(folder / "prior.safetensors"), "--out", str(tmp_path / "out"), *options]
+        arguments = ["serve", "--prior", str(folder / "prior.safetensors"), "--out", str(tmp_path / "out")]
+        arguments += ["--insecure", *options]
         assert cli.run(app, "maskdm-server", arguments) == 0
         return found.pop()
 
@@ -198,7 +199,10 @@ def test_images_that_are_given_count_also_where_they_are_as_many_as_usual(
         (("--round-deadline", "0"), "--round-deadline 0"),
         (("--byzantine", "-1"), "--byzantine -1"),
         (("--local-minutes", "0"), "--local-minutes 0"),
-        (("--host", "0.0.0.0"), "can be reached by others: give --tls DIR, or --insecure"),
+        ((), "--tls is missing: give the server's folder that maskdm-server provision made"),
+        (("--host", "0.0.0.0"), "--tls is missing"),
+        (("--host", "::1", "--insecure"), "--host ::1 is an IPv6 address"),
+        (("--tls", "."), "--tls . holds no ca.crt"),
         (("--tls", ".", "--insecure"), "--tls and --insecure exclude each other"),
         (("--unknown", "1"), "--unknown"),
     ],

@@ -1,0 +1,73 @@
+"""What a coordinator sends as code is known by its hash alone."""
+
+import hashlib
+import zipfile
+from io import BytesIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskdm.bundle import PROJECT, bundle, bundle_sha256
+from maskdm_client.pinned import problem_of_bundle
+
+OURS = frozenset({bundle_sha256()})
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    packed = BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def project(component: str) -> bytes:
+    return f'[tool.flwr.app.components]\nclientapp = "{component}"\n'.encode()
+
+
+def allowed(content: bytes) -> frozenset[str]:
+    return frozenset({hashlib.sha256(content).hexdigest()})
+
+
+def test_the_bundle_of_this_version_may_run() -> None:
+    assert problem_of_bundle(bundle(), OURS) is None
+
+
+@given(st.binary(max_size=200))
+def test_nothing_else_may_run(content: bytes) -> None:
+    assert "neither kit nor policy allows" in str(problem_of_bundle(content, OURS))
+
+
+@given(st.integers(min_value=0, max_value=len(bundle()) - 1), st.integers(min_value=1, max_value=255))
+def test_no_byte_of_it_may_be_another(place: int, change: int) -> None:
+    changed = bytearray(bundle())
+    changed[place] ^= change
+    assert problem_of_bundle(bytes(changed), OURS) is not None
+
+
+def test_what_is_not_allowed_is_not_even_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object) -> None:
+        raise AssertionError("it was opened")
+
+    monkeypatch.setattr(zipfile, "ZipFile", opened)
+    assert problem_of_bundle(b"PK", OURS) is not None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        zipped({PROJECT: project("evil:app"), "evil.py": b""}),
+        zipped({PROJECT: project("maskdm_client.simulated:app")}),
+        zipped({PROJECT: b"[project]\n"}),
+        zipped({PROJECT: b"not toml ="}),
+        zipped({PROJECT: b"\xff\xfe"}),
+        zipped({PROJECT: b"tool = 1"}),
+        zipped({PROJECT: bytes(2_000_000)}),
+        zipped({"other": b""}),
+        b"no zip",
+        b"",
+    ],
+)
+def test_also_a_bundle_that_is_allowed_may_only_name_the_installed_client(content: bytes) -> None:
+    assert problem_of_bundle(content, allowed(content)) is not None
