@@ -2,14 +2,20 @@
 
 The public corpus shows bare heads. Each institution sees what the others and the public do not: a clinic surgical
 masks, a laboratory safety glasses, a workshop hard hats.
+
+    python -m maskdm_server.faces DOMAIN COUNT SIZE FOLDER     draws them as PNG files, for docker-compose.yml
 """
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from maskdm.pictures import save_png
 from maskdm.seeding import derive_seed
 
 Domain = Literal["public", "clinic", "laboratory", "workshop"]
@@ -36,6 +42,14 @@ def draw_faces(
 
     with ThreadPoolExecutor() as threads:  # NumPy works outside the interpreter's lock
         return np.concatenate(list(threads.map(part, range(0, count, chunk))))
+
+
+def write_faces(folder: Path, count: int, domain: Domain = "public", *, size: int = 32, seed: int = 0) -> None:
+    """Draw portraits of one domain as PNG files, `00000.png` and so on; nothing is drawn where all are there."""
+    if (folder / f"{count - 1:05}.png").exists():
+        return
+    for number, pixels in enumerate(draw_faces(count, domain, size=size, seed=seed)):
+        save_png(folder / f"{number:05}.png", Image.fromarray(pixels))
 
 
 def _draw(count: int, domain: Domain, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -124,3 +138,8 @@ def _draw(count: int, domain: Domain, size: int, rng: np.random.Generator) -> ND
     small = canvas.reshape(count, size, 2, size, 2, 3).mean(axis=(2, 4))
     pixels: NDArray[np.uint8] = (small.clip(0, 1) * 255).round().astype(np.uint8)
     return pixels
+
+
+if __name__ == "__main__":
+    name, number, side, path = sys.argv[1:]
+    write_faces(Path(path), int(number), {str(known): known for known in get_args(Domain)}[name], size=int(side))

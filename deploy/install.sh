@@ -1,0 +1,56 @@
+#!/bin/sh
+# Fills /opt/maskdm with what MaskDM needs, for deploy/Dockerfile: ACCELERATOR cpu or cuda, EXTRAS, TORCH_INDEX.
+# /wheels holds wheels to take first; for a CPU the build of torch is looked for there, then in TORCH_INDEX.
+set -eu
+python -m venv --without-pip /opt/maskdm
+pip() { python -m pip --python /opt/maskdm/bin/python --disable-pip-version-check "$@"; }
+loud() { printf '%s\n' '****************************************************************' "$@" \
+  '****************************************************************'; }
+
+python - >requirements.txt <<'END'
+import os, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = os.environ.get("EXTRAS", "").split()
+print("\n".join(sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])))
+END
+grep -v '^#' constraints.txt >exact.txt
+
+case $ACCELERATOR in
+  cuda) ;;
+  cpu)
+    # The versions of constraints.txt are those of the CUDA build.
+    grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt | grep -v '^#' >exact.txt
+    grep -E '^(torch|torchvision)[^a-z]' requirements.txt >torch.txt
+    grep -E '^torch[^a-z]' requirements.txt >torch-alone.txt
+    if pip install --no-deps --no-index --find-links /wheels -r torch.txt 2>/dev/null ||
+      pip install --no-deps --no-index --find-links /wheels -r torch-alone.txt 2>/dev/null; then
+      echo "torch: from the folder of wheels"
+    elif [ -n "$TORCH_INDEX" ] && pip install --no-deps --index-url "$TORCH_INDEX" -r torch.txt; then
+      echo "torch: from TORCH_INDEX"
+    else
+      loud "No build of torch for CPUs: the usual one is taken, which may bring CUDA (several GB)." \
+        "Give a folder of wheels or TORCH_INDEX, see docs/containers.md."
+    fi
+    pip freeze | grep -E '^(torch|torchvision)(==| @)' |
+      sed -E 's/^([a-z]+) @ .*\/[a-z]+-([^-]+)-.*/\1==\2/; s/%2B/+/' >>exact.txt
+    ;;
+  *) echo "ACCELERATOR is '$ACCELERATOR': give cpu or cuda" >&2; exit 2 ;;
+esac
+
+pip install --find-links /wheels --constraint exact.txt -r requirements.txt
+if [ "$ACCELERATOR" = cpu ] && ! /opt/maskdm/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)'; then
+  loud "This image holds CUDA, though ACCELERATOR is cpu: it works, and is several GB larger than it need be."
+fi
+if ! /opt/maskdm/bin/python -c 'import torchvision' 2>/dev/null; then
+  loud "The torchvision found does not fit this torch: it and timm are left out." \
+    "Without them: --layout torchvision:NAME, and feature networks for quality figures."
+  pip uninstall --quiet --yes torchvision timm
+fi
+
+# What nothing reads at run time: C++ headers, static libraries, packages' own tests; uv, which could install at run time.
+packages=$(/opt/maskdm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+rm -rf "$packages"/torch/include "$packages"/torch/share "$packages"/torch/test "$packages"/torch/lib/*.a
+find "$packages" -type d -name tests -path '*/tests' -prune -exec rm -rf {} +
+pip uninstall --quiet --yes uv
+/opt/maskdm/bin/python -c 'import torch, flwr; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
+du -sh /opt/maskdm
