@@ -4,14 +4,18 @@ It lives for one message: it leaves a plan in the mailbox of the site's worker a
 of life.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from maskdm.auditlog import AUDIT
+from maskdm.errors import GateRefused
 from maskdm.parcel import Outcome, Parcel
 from maskdm.tensorfile import pack
-from maskdm_client.gate import release_outcome, release_progress
+from maskdm_client.gate import release, release_outcome, release_progress
+from maskdm_client.incoming import record_foreign, record_plan, record_progress_question, round_in
 from maskdm_client.mailbox import Mailbox, note, plain
 from maskdm_client.settings import load_settings
 
@@ -23,10 +27,16 @@ app = ClientApp()
 
 
 @app.train()  # type: ignore[untyped-decorator]
-def train(message: Message, context: Context) -> Message:
-    """Answer one message of the coordinator."""
+@app.evaluate()  # type: ignore[untyped-decorator]
+@app.query()  # type: ignore[untyped-decorator]
+def answer(message: Message, context: Context) -> Message:
+    """Answer one message of the coordinator, which sends them all as of training: others are none of its."""
+    folder = Path(str(context.node_config["site"]))
     try:
-        parcel = carry(asked_of(message.content), Path(str(context.node_config["site"])))
+        asked = asked_of(message.content) if message.metadata.message_type == MessageType.TRAIN else None
+        if asked is None:
+            record_foreign(folder / AUDIT, size_of(message.content))
+        parcel = carry(asked, folder)
     except OSError:  # what cannot be written down does not leave, nor does the path that could not be written
         raise RuntimeError("the audit log of this site cannot be written") from None
     return message_with(parcel, message)
@@ -42,25 +52,49 @@ def message_with(parcel: Parcel, message: Message) -> Message:
 
 
 def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
-    """Hand a plan to the worker, or ask how far it is; an exception must not escape: Flower would send its text."""
+    """Hand a plan to the worker, or ask how far it is; an exception must not escape: Flower would send its text.
+
+    Raises:
+        OSError: the audit log cannot be written.
+    """
+    audit = folder / AUDIT
     if asked is None:
-        return release_outcome(Outcome.PLAN_REFUSED, 1, 0, folder / "audit.jsonl")
+        return release_outcome(Outcome.PLAN_REFUSED, 1, 0, audit)
     exchange, seconds, document, weights = asked
+    round_number = round_in(document)
+    if document:
+        record_plan(audit, exchange, document, weights)
+    else:
+        with suppress(OSError, TypeError):
+            round_number = Mailbox(folder).progress(exchange)[0]
+        record_progress_question(audit, round_number, exchange)
     try:
         box = Mailbox(folder)
         if document:
             box.ask(exchange, document, weights)
         elif box.asked() != exchange:
-            return release_outcome(Outcome.UNKNOWN, 1, exchange, folder / "audit.jsonl")
+            return release_outcome(Outcome.UNKNOWN, round_number, exchange, audit)
         parcel = box.wait(exchange, seconds)
+        policy = load_settings(folder).policy
         if parcel is None:
-            settings = load_settings(folder)
-            return release_progress(*box.progress(exchange), exchange, settings.policy, folder / "audit.jsonl")
+            return release_progress(*box.progress(exchange), exchange, policy, audit)
+        found = parcel.scalars.get("round")
+        return release(parcel, found if type(found) is int else round_number, policy, audit)
+    except GateRefused as error:
+        outcome, reason = Outcome.GATE_REFUSED, str(error)
     except Exception as error:
-        reason = f"unexpected {type(error).__name__}: {error}"
-        note(folder, {"event": "failed", "round": 1, "outcome": "FAILED", "reason": plain(reason)})
-        return release_outcome(Outcome.FAILED, 1, exchange, folder / "audit.jsonl")
-    return parcel
+        outcome, reason = Outcome.FAILED, f"unexpected {type(error).__name__}: {error}"
+    note(folder, {"event": "failed", "round": round_number, "outcome": outcome.name, "reason": plain(reason)})
+    return release_outcome(outcome, round_number, exchange, audit)
+
+
+def size_of(content: RecordDict) -> int:
+    """About how many bytes a message holds that may hold anything."""
+    values = [value for record in content.values() for value in record.values()]
+    texts = [
+        value.data if isinstance(value, Array) else value for value in values if isinstance(value, Array | str | bytes)
+    ]
+    return sum(len(text) for text in texts) + 8 * (len(values) - len(texts))
 
 
 def asked_of(content: RecordDict) -> tuple[int, float, str, bytes] | None:

@@ -112,6 +112,13 @@ def tell(event: dict[str, Any]) -> None:
         say(f"round {event['round']}: {event['images']:,}/{event['of']:,} images")
     elif kind == "waiting":
         say(f"WARNING: {event['reason']}; trying again until it can be written")
+    elif kind == "code refused":
+        say(f"WARNING: {event['reason']}; it was not unpacked, and the server is told only CODE_REFUSED")
+    elif kind == "held":
+        say(
+            f"round {event['round']}: the first update waits for your approval: maskdm-client approve --out "
+            f"{event['folder']} (or --deny)"
+        )
     elif kind == "round":
         say(
             f"round {event['round']}/{event['rounds']}: held-out loss {event['loss_before']:.4f} → "

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from maskdm import cli
+from maskdm.audit_commands import audit_log
+from maskdm.bundle import bundle_sha256
 from maskdm.config import Precision
 from maskdm.data.options import GroupCsv, GroupRegex, Upscale, Window, window_of
 from maskdm.data.packing import check_apart
@@ -13,9 +15,13 @@ from maskdm.data.prepare import prepare
 from maskdm.data.sources import open_source
 from maskdm.errors import UsageError
 from maskdm.interruption import Interruption
+from maskdm.kit import POLICY, valid_kit
+from maskdm.policy import POLICY_KEYS, load_policy
 from maskdm.precision import pick_device
 from maskdm.reporting import say
 from maskdm.runfolder import claim, owned
+from maskdm_client.address import BANNER, address_of
+from maskdm_client.approval import approve
 from maskdm_client.doctor import doctor
 from maskdm_client.local_data import choose_slice
 from maskdm_client.settings import SiteSettings
@@ -28,8 +34,15 @@ app = typer.Typer(add_completion=False, no_args_is_help=False)
 def join(
     context: typer.Context,
     data: Annotated[Path | None, typer.Option(help="Local images: a folder of any depth, a zip, .npz or .npy.")] = None,
-    server: Annotated[str, typer.Option(help="Coordinator, HOST:PORT.")] = "127.0.0.1:8000",
-    kit: Annotated[Path | None, typer.Option(help="Folder with ca.crt of the coordinator: connects by TLS.")] = None,
+    kit: Annotated[
+        Path | None,
+        typer.Option(help="Startup kit from the coordinator, zip or folder: address, TLS, this site's key."),
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Coordinator, HOST:PORT; default: the kit's, else 127.0.0.1:8000.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option(help="Connect to another machine without a kit, in the clear.")] = False,
+    policy: Annotated[Path | None, typer.Option(help="What may leave (TOML); default: the kit's policy.toml.")] = None,
     out: Annotated[Path, typer.Option(help="This site's own folder: log, audit, slice, final model.")] = Path(
         "maskdm-site"
     ),
@@ -55,10 +68,8 @@ def join(
         return
     if data is None:
         raise UsageError("--data is missing: give the folder, zip, .npz or .npy with your images")
-    host, port = _address(server)
-    certificate = kit / "ca.crt" if kit else None
-    if certificate and not certificate.is_file():
-        raise UsageError(f"--kit {kit} holds no ca.crt: give the folder that the coordinator made for you")
+    if kit and insecure:
+        raise UsageError("--kit and --insecure exclude each other: choose one")
     values = {
         "data": data.absolute(),
         "fraction": fraction,
@@ -73,17 +84,29 @@ def join(
         "device": device,
         "precision": precision,
         "threads": threads,
-        "policy": {"max_upload": max_upload and cli.size("--max-upload", max_upload)},
     }
-    settings = cli.configure(SiteSettings, values)
     open_source(data)
     check_apart(data, out)
     pick_device(device)
     with owned(out), Interruption() as interruption:
+        opened = valid_kit(kit, out / ".kit") if kit else None
+        host, port = address_of(server, opened, insecure)
+        terms = load_policy(policy or (opened.folder / POLICY if opened else None))
+        if max_upload:
+            largest = cli.size("--max-upload", max_upload)
+            terms = terms.model_copy(update={"max_bytes_per_round": min(largest, terms.max_bytes_per_round or largest)})
+        values |= {"policy": terms, "bundle": opened.kit.bundle if opened else bundle_sha256()}
+        settings = cli.configure(SiteSettings, values)
         for left in (*out.glob(".*.tmp"), *out.glob("work/.*.tmp")):  # by processes that were killed as they wrote
             left.unlink(missing_ok=True)
-        may_change = ("site.device", "site.precision", "site.threads", "site.policy.max_upload")
-        claim(out, "client", {"site": settings.model_dump(mode="json")}, may_change=may_change)
+        # Another authority is another federation, or somebody who pretends to be this one.
+        identity = {"site": settings.model_dump(mode="json"), "authority": opened.fingerprint() if opened else None}
+        claim(
+            out,
+            "client",
+            identity,
+            may_change=("site.device", "site.precision", "site.threads", "site.bundle", *POLICY_KEYS),
+        )
         chosen, found = choose_slice(settings, out, interruption.check)
         say(
             f"{found.total:,} local images; {len(chosen.train):,} to train on, {len(chosen.held_out):,} held out"
@@ -91,18 +114,13 @@ def join(
             + (f"; {len(chosen.left_out):,} left out, alike to both" if chosen.left_out else "")
             + (f"; {found.other_splits:,} left out: in folders named test or validation" if found.other_splits else "")
         )
-        if certificate is None:
-            say("WARNING: no --kit, so the connection is not encrypted: use it on one machine or a closed network only")
-        work(out, host, port, certificate, wait, interruption.check)
+        if opened is None:
+            say(BANNER)
+        work(out, host, port, opened, wait, interruption.check)
         say(f"done; the final model is {out / 'model.safetensors'}, what left is listed in {out / 'audit.jsonl'}")
-
-
-def _address(server: str) -> tuple[str, int]:
-    host, _, port = server.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"--server {server}: give HOST:PORT, e.g. maskdm.example.org:8000")
-    return host.strip("[]"), int(port)
 
 
 app.command("prepare")(prepare)
 app.command("doctor")(doctor)
+app.command("approve")(approve)
+app.add_typer(audit_log, name="audit-log")

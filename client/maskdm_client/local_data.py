@@ -58,6 +58,9 @@ def choose_slice(settings: SiteSettings, folder: Path, check: Callable[[], None]
 
     Args:
         check: called now and then; raises where the user wants to stop.
+
+    Raises:
+        DataError: there are too few images, to part them or for the site's policy.
     """
     source = with_groups(open_source(settings.data), settings.group_regex, settings.group_csv)
     before = read_slice(folder) if (folder / SLICE).exists() else Slice({}, {})
@@ -82,6 +85,9 @@ def choose_slice(settings: SiteSettings, folder: Path, check: Callable[[], None]
         )
         alike = look_alike(source, chosen, found, window=settings.window, tick=tick)
     parted = divide(chosen, found, held_out=settings.held_out, seed=settings.seed, alike=alike, earlier=earlier)
+    problem = settings.policy.problem_of_slice(len(parted.train))
+    if problem:
+        raise DataError(f"--data: {problem}: give more images, or a larger --fraction and another --out")
     if absent:
         say(f"WARNING: {absent:,} images of the recorded slice are not there now; their places are kept")
     seen = {digest.hex() for digest in found.names}

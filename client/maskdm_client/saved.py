@@ -13,6 +13,7 @@ from maskdm.training import TrainingState
 # What a crash may cost; a save takes at most a twentieth of the time between two.
 SAVE_SECONDS, SAVE_SHARE = 60.0, 20
 ABOUT = "training.json"
+STARTS = "starts.json"  # of the worker over this work, since it was last saved
 
 
 class Saved:

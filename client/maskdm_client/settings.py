@@ -6,17 +6,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from maskdm.bundle import bundle_sha256
 from maskdm.config import Frozen, Precision
-from maskdm.parcel import REPORT_NAMES
-
-
-class SitePolicy(Frozen):
-    """What may leave. Only the site can change it; what is not listed stays."""
-
-    scalars: tuple[str, ...] = REPORT_NAMES
-    # An update longer than the model itself is no fine-tuning; it is stopped here rather than at the server.
-    max_relative_norm: Annotated[float, Field(gt=0)] = 1.0
-    max_upload: Annotated[int, Field(ge=1)] | None = None  # bytes of an update; None: whatever the plan asks for
+from maskdm.kit import Digest
+from maskdm.policy import SitePolicy
 
 
 class SiteSettings(Frozen):
@@ -35,6 +28,7 @@ class SiteSettings(Frozen):
     device: str = "auto"
     precision: Precision = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
+    bundle: Digest = Field(default_factory=bundle_sha256)  # of the Flower app that may run here
     policy: SitePolicy = SitePolicy()
 
 

@@ -14,23 +14,28 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from maskdm.auditlog import AUDIT, digest_of
 from maskdm.checkpoint import first_problem, model_from, save_checkpoint
 from maskdm.data.pixels import IsColour
 from maskdm.data.preflight import compare
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
 from maskdm.model import Network
 from maskdm.parcel import Outcome, Parcel, Report
+from maskdm.policy import SitePolicy
 from maskdm.precision import pick_device
 from maskdm.protocol import RoundPlan
+from maskdm.runfolder import write_json
 from maskdm.tensorfile import Document
 from maskdm.wire import size
+from maskdm_client.allowance import PolicyRefused, check_allowance, use_allowance
+from maskdm_client.approval import HELD, NotApproved, check_not_denied, decision, wait_for_decision
 from maskdm_client.fine_tuning import Superseded, fine_tune, held_out_loss
-from maskdm_client.gate import problem_of_size, record, release_numbers, release_outcome, release_update
+from maskdm_client.gate import check_numbers, check_update, code, norms, problem_of_size, record
 from maskdm_client.local_data import LocalImages, forget_pixels, local_images
 from maskdm_client.mailbox import Mailbox, note, plain
 from maskdm_client.received import PlanRefused, RestMissing, forget_others, key_of, read_weights
 from maskdm_client.residual import Residual
-from maskdm_client.saved import Saved
+from maskdm_client.saved import STARTS, Saved
 from maskdm_client.settings import SiteSettings, load_settings
 
 Say = Callable[[dict[str, Any]], None]
@@ -49,7 +54,9 @@ def answer(
     exchange: int = 0,
     key: str = "",
 ) -> Parcel:
-    """Do what the plan asks and return what may leave; a failure leaves as a code, its reason stays in `folder`.
+    """Do what the plan asks and return what passed the gate; a failure becomes a code, its reason stays in `folder`.
+
+    Whoever carries the messages writes down what comes in, and lets out what is returned (`gate.release`).
 
     Args:
         box: where to leave the reply, to say how far the work is, and to look for a newer plan.
@@ -60,8 +67,7 @@ def answer(
         Superseded: a newer request lies in the box; this one is not worth an answer.
         OSError: the audit log cannot be written, or the disk is full: it may be tried again.
     """
-    audit, round_number = folder / "audit.jsonl", 1
-    ends = kept = False
+    round_number, ends, kept = 1, False, False
     key = key or key_of(document, weights)
     saved = Saved(folder / "work", key)
 
@@ -79,8 +85,7 @@ def answer(
         if box and plan.exchange != exchange:
             raise PlanRefused("the coordinator's plan was refused: it has another number than its message")
         exchange, round_number = plan.exchange, plan.round
-        received, came = read_weights(weights, plan, folder / "work" if box else None)
-        record(audit, "in", round_number, Parcel(came, {}, document), plan.action)
+        received, _ = read_weights(weights, plan, folder / "work" if box else None)
         settings = load_settings(folder)
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -102,7 +107,7 @@ def answer(
         outcome = _outcome(error)
         reason = str(error) if isinstance(error, MaskDMError) else plain(f"unexpected {type(error).__name__}: {error}")
         event = {"event": "failed", "round": round_number, "outcome": outcome.name, "reason": reason}
-        released = release_outcome(outcome, round_number, exchange, audit)
+        released = code(outcome, round_number, exchange)
     finally:
         if ends:
             forget_pixels(folder)
@@ -125,9 +130,11 @@ def _train(
     say: Say,
     superseded: Callable[[], bool],
 ) -> tuple[Parcel, dict[str, Any]]:
-    problem = problem_of_size(size(plan.shapes(), plan.encoding, plan.topk_share), settings.policy)
+    policy, audit = settings.policy, folder / AUDIT
+    problem = problem_of_size(size(plan.shapes(), plan.encoding, plan.topk_share), policy)
     if problem:
         raise TooLarge(problem)
+    check_allowance(folder, plan.exchange, policy)
     model, images = _prepare(plan, weights, settings, folder, say)
     done = fine_tune(model, plan, weights, images, settings, saved, say, superseded)
     report = Report(
@@ -142,7 +149,10 @@ def _train(
     )
     residual = Residual(folder / "work", plan)
     update = residual.added_to(done.update)
-    released = release_update(update, report, plan, weights, settings.policy, folder / "audit.jsonl")
+    released = check_update(update, report, plan, weights, policy, audit)
+    if policy.approve_first_round and not decision(folder, plan.federation):
+        _hold(released, plan, norms(update, plan, weights), folder, say, superseded)
+    use_allowance(folder, plan.exchange, policy)
     residual.keep(update, released.arrays)
     event = {"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")}
     return released, event
@@ -164,8 +174,40 @@ def _measure(
         seconds=round(time.monotonic() - started, 3),
         skipped_steps=0,
     )
-    released = release_numbers(report, settings.policy, folder / "audit.jsonl")
+    released = check_numbers(report, settings.policy, folder / AUDIT)
     return released, {"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": loss}
+
+
+def _hold(
+    released: Parcel,
+    plan: RoundPlan,
+    lengths: tuple[float, float],
+    folder: Path,
+    say: Say,
+    superseded: Callable[[], bool],
+) -> None:
+    """Wait until somebody at this site lets the first update of a federation leave."""
+    summary = {
+        **{name: getattr(plan, name) for name in ("federation", "round", "rounds", "train", "encoding")},
+        **{"numbers": dict(released.scalars), "bytes": released.size(), "arrays": len(released.arrays)},
+        **{"norm": lengths[0], "norm_of_model": lengths[1], "sha256": digest_of(released.arrays)},
+    }
+    write_json(folder / HELD, summary)
+    record(folder / AUDIT, "out", plan.round, "held until somebody here approves it", released)
+    say({"event": "held", "round": plan.round, "folder": str(folder)})
+    (folder / "work" / STARTS).unlink(missing_ok=True)  # whoever waits has survived the work, however often it waits
+    if not wait_for_decision(folder, plan.federation, superseded):
+        raise Superseded
+
+
+def _check_policy(policy: SitePolicy, plan: RoundPlan, folder: Path) -> None:
+    """See that anything of this site's images may leave for this federation."""
+    if policy.require_dp:
+        raise PolicyRefused(
+            "the site's policy wants training with differential privacy (require-dp), which this version does not have"
+        )
+    if policy.approve_first_round:
+        check_not_denied(folder, plan.federation)
 
 
 def _read_plan(document: str) -> RoundPlan:
@@ -178,9 +220,13 @@ def _read_plan(document: str) -> RoundPlan:
 def _prepare(
     plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
 ) -> tuple[Network, LocalImages]:
-    """The model on its device, and the slice."""
+    """The model on its device, and the slice, where the site's policy lets it take part."""
+    _check_policy(settings.policy, plan, folder)
     shape = plan.model.model
     images = local_images(settings, folder, shape.image_size, shape.channels)
+    problem = settings.policy.problem_of_slice(len(images.train))
+    if problem:
+        raise PolicyRefused(problem)
     if plan.round == 1 or plan.action == "finish":
         counts = {"train": len(images.train), "held_out": len(images.held_out)}
         say({"event": "data", "summary": images.corpus.summary(), **counts})
@@ -195,6 +241,8 @@ def _outcome(error: Exception) -> Outcome:
         (DataError, Outcome.DATA_UNUSABLE),
         (TrainingDiverged, Outcome.DIVERGED),
         (GateRefused, Outcome.GATE_REFUSED),
+        (PolicyRefused, Outcome.POLICY),
+        (NotApproved, Outcome.NOT_APPROVED),
         (PlanRefused, Outcome.PLAN_REFUSED),
         (TooLarge, Outcome.TOO_LARGE),
         (RestMissing, Outcome.UNKNOWN),

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+from maskdm.auditlog import AUDIT
 from maskdm.parcel import Parcel
+from maskdm.policy import SitePolicy
+from maskdm_client.gate import release
+from maskdm_client.incoming import record_plan
 from maskdm_client.local_data import SLICE, choose_slice
 from maskdm_client.settings import load_settings
 from maskdm_client.site import answer as answer_plan
@@ -12,4 +16,10 @@ def answer(document: str, weights: bytes, folder: Path) -> Parcel:
     """Do what a plan asks at the site of a folder, whose settings are there; its slice is chosen at the first time."""
     if not (folder / SLICE).exists():
         choose_slice(load_settings(folder), folder)
-    return answer_plan(document, weights, folder)
+    audit = folder / AUDIT
+    record_plan(audit, 0, document, weights)
+    parcel = answer_plan(document, weights, folder)
+    failed = bool(parcel.scalars["outcome"])  # a code leaves whatever the policy says, and where it cannot be read
+    return release(
+        parcel, int(parcel.scalars["round"]), SitePolicy() if failed else load_settings(folder).policy, audit
+    )

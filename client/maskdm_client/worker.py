@@ -6,14 +6,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from maskdm.auditlog import AUDIT
 from maskdm.errors import GateRefused
 from maskdm.parcel import Outcome
 from maskdm.runfolder import write_json
 from maskdm_client.fine_tuning import Superseded
-from maskdm_client.gate import release_again, release_outcome
+from maskdm_client.gate import check_again, code
 from maskdm_client.mailbox import POLL_SECONDS, Mailbox, note
 from maskdm_client.received import key_of
-from maskdm_client.saved import saved_at
+from maskdm_client.saved import STARTS, saved_at
 from maskdm_client.settings import load_settings
 from maskdm_client.site import answer
 
@@ -56,20 +57,20 @@ def _answer(box: Mailbox, done: str, folder: Path) -> None:
         # What may not leave any more is asked of the work itself, which says why.
         with suppress(GateRefused):
             policy, parcel = load_settings(folder).policy, box.take_reply()[1]
-            box.reply(request.exchange, key, release_again(parcel, request.exchange, policy, folder / "audit.jsonl"))
+            box.reply(request.exchange, key, check_again(parcel, request.exchange, policy, folder / AUDIT))
             return
     answer(request.document, request.weights, folder, box, request.exchange, key)
 
 
 def _give_up(box: Mailbox, exchange: int, folder: Path) -> None:
-    box.reply(exchange, "", release_outcome(Outcome.FAILED, 1, exchange, folder / "audit.jsonl"))
+    box.reply(exchange, "", code(Outcome.FAILED, 1, exchange))
     reason = f"the process that trains ended {MOST_STARTS} times over this work, perhaps for want of memory"
     note(folder, {"event": "failed", "round": 1, "outcome": Outcome.FAILED.name, "reason": reason})
 
 
 def _starts(folder: Path, exchange: int) -> int:
     """How many processes have begun the work on an exchange, this one among them, since it was last saved."""
-    path, now = folder / "starts.json", {"exchange": exchange, "saved": saved_at(folder)}
+    path, now = folder / STARTS, {"exchange": exchange, "saved": saved_at(folder)}
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -30,6 +30,30 @@ class Outcome(IntEnum):
     WORKING = 7  # not the end: a sign of life
     UNKNOWN = 8  # the site was asked about work that it does not know: send it again
     TOO_LARGE = 9  # the update would exceed what the site's link may carry
+    POLICY = 10  # the site's policy does not allow it to take part
+    NOT_APPROVED = 11  # a person at the site denied it
+    CODE_REFUSED = 12  # the coordinator sent other code than the site lets run
+
+    def words(self) -> str:
+        """What the code says, for the coordinator's user."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    Outcome.DONE: "it is done",
+    Outcome.DATA_UNUSABLE: "its images cannot be used",
+    Outcome.WRONG_CHANNELS: "its images are in colour, the model is not",
+    Outcome.DIVERGED: "its training diverged",
+    Outcome.GATE_REFUSED: "its gate stopped what would have left, e.g. too long an update",
+    Outcome.PLAN_REFUSED: "it did not understand the plan, or does not do such a thing",
+    Outcome.FAILED: "something failed there, its own log says what",
+    Outcome.WORKING: "it is at work",
+    Outcome.UNKNOWN: "it does not know the work that it was asked about",
+    Outcome.TOO_LARGE: "the update would be larger than it lets out: another --encoding or --train makes it smaller",
+    Outcome.POLICY: "its policy keeps it from taking part, e.g. too few images or no more rounds for today",
+    Outcome.NOT_APPROVED: "somebody there denied the first update",
+    Outcome.CODE_REFUSED: "the server sent it other code than its kit names: provision renew makes new kits",
+}
 
 
 # Of a model that is worth anything it is near 1; sums of what hostile sites say must stay finite.
@@ -41,14 +65,14 @@ class Report(Frozen):
     """The fixed list of numbers that a site returns beside its update."""
 
     outcome: Outcome = Outcome.DONE
-    round: Annotated[int, Field(ge=1, strict=True)]
+    round: Annotated[int, Field(ge=1, le=100_000, strict=True)]
     exchange: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
     examples: Annotated[int, Field(ge=1, le=2**40, strict=True)]
     images_seen: Annotated[int, Field(ge=0, le=2**40, strict=True)]
     loss_before: Loss
     loss_after: Loss
-    seconds: Annotated[float, Field(ge=0, strict=True)]
-    skipped_steps: Annotated[int, Field(ge=0, strict=True)]
+    seconds: Annotated[float, Field(ge=0, le=1e9, strict=True)]
+    skipped_steps: Annotated[int, Field(ge=0, le=2**40, strict=True)]
 
 
 REPORT_NAMES = tuple(Report.model_fields)

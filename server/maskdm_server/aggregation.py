@@ -40,7 +40,8 @@ def check_reply(parcel: Parcel, plan: RoundPlan, declared: int | None = None) ->
         raise UpdateRejected("it holds a number that was not asked for")  # whose name a stranger chose
     code = parcel.scalars.get("outcome")
     if code != Outcome.DONE and code in list(Outcome):
-        raise UpdateRejected(f"the site reports {Outcome(int(code)).name}")
+        outcome = Outcome(int(code))
+        raise UpdateRejected(f"the site reports {outcome.name}: {outcome.words()}")
     try:
         report = Report.model_validate(dict(parcel.scalars))
     except ValidationError as error:

@@ -9,6 +9,7 @@ import typer
 from click.core import ParameterSource
 
 from maskdm import cli
+from maskdm.audit_commands import audit_log
 from maskdm.config import (
     SIZES,
     USUAL_PREDICTION,
@@ -39,6 +40,7 @@ from maskdm_server.federation_commands import serve_command, simulate
 from maskdm_server.options import Device, Out, PrecisionOption, Seed, pixel_policy
 from maskdm_server.pretrain import Run
 from maskdm_server.pretrain import pretrain as train_prior
+from maskdm_server.provision_commands import app as provision_app
 from maskdm_server.sample_command import sample
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The coordinator of a MaskDM federation.")
@@ -166,6 +168,8 @@ app.command("prepare")(prepare)
 app.command("sample")(sample)
 app.command("serve")(serve_command)
 app.command("simulate")(simulate)
+app.add_typer(provision_app, name="provision")
+app.add_typer(audit_log, name="audit-log")
 
 
 @app.command("demo")

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maskdm.parcel import Outcome, Parcel
+from maskdm.auditlog import NOTHING, Message, message_of
+from maskdm.parcel import REPORT_NAMES, Outcome, Parcel
 from maskdm.protocol import RoundPlan
+from maskdm.tensorfile import Stored
 from maskdm_server.aggregation import UpdateRejected
 from maskdm_server.link import Link, Question, Reply
 
@@ -23,6 +25,7 @@ MOST_QUESTIONS = 5
 DOWNLOAD = 4
 
 Say = Callable[[dict[str, Any]], None]
+Record = Callable[[str, str, int, str, Message], None]  # direction, peer, round, verdict, what was sent
 Clock = Callable[[], float]
 
 
@@ -50,6 +53,7 @@ class Exchange:
         deadline: float,
         limit: float,
         say: Say,
+        record: Record,
         clock: Clock = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
         changes: Path | None = None,
@@ -58,14 +62,17 @@ class Exchange:
         """Prepare it; nothing is sent yet.
 
         Args:
+            record: writes a message, or what became of it, into the audit log; it may wait for room.
             changes: what of the weights training changes; sites of `have_rest` are sent no more than that.
         """
         self._link, self._plan, self._weights = link, plan, weights
         self._changes, self._have_rest = changes, set(have_rest) if changes else set[int]()
         self._deadline, self._limit, self._say, self._clock, self._pause = deadline, limit, say, clock, pause
+        self._record = record
         self._wait = min(HEARTBEAT_SECONDS, deadline / 3)
         self._document = plan.model_dump_json()
         self._asked: dict[int, Asked] = {}
+        self._sent: dict[Path, Message] = {}  # by the file of the weights
         self._started = clock()
         self.failed: dict[int, str] = {}
         self.accepted: set[int] = set()
@@ -122,6 +129,8 @@ class Exchange:
                 # A download may take long, and while bytes are carried the site is waited for.
                 self._link.ask(those, question, DOWNLOAD * self._patience())
                 self.bytes_down += len(those) * ((changes or self._weights).stat().st_size + len(self._document))
+                for site in those:
+                    self._note("out", site, f"sent: {self._plan.action}", self._message_with(changes or self._weights))
         for site in sites:
             asked = self._asked.setdefault(site, Asked(self._clock(), questions=0))
             asked.questions += 1
@@ -131,33 +140,50 @@ class Exchange:
         """How long a message may be under way: a site that is silent for longer is not waited for."""
         return self._deadline + 2 * self._wait
 
+    def _message_with(self, weights: Path) -> Message:
+        """What goes down with the plan; the weights are hashed once, one array in memory at a time."""
+        if weights not in self._sent:
+            parcel = Parcel(Stored(weights), {"exchange": self._plan.exchange}, self._document)
+            self._sent[weights] = message_of(parcel)
+        return self._sent[weights]
+
+    def _note(self, direction: str, site: int, verdict: str, message: Message = NOTHING) -> None:
+        self._record(direction, self._link.name(site), self._plan.round, verdict, message)
+
     def _hear(self, reply: Reply, take: Callable[[int, Parcel], None]) -> None:
         site, asked, parcel = reply.site, self._asked.get(reply.site), reply.parcel
         ours = self._plan.exchange
         answered = reply.exchange if parcel is None else parcel.scalars.get("exchange")
+        message = described(parcel) if parcel is not None else NOTHING  # before its arrays are taken elsewhere
+        unchecked = replace(message, arrays={})  # whose names a stranger chose
         if parcel is not None:
             self.bytes_up += parcel.size()
         if asked is None or (answered is not None and answered != ours):
             self.late += 1
-            self._say({"event": "late", "round": self._plan.round, "site": str(site)})
+            self._note("in", site, "late", unchecked)
+            self._say({"event": "late", "round": self._plan.round, "site": self._link.name(site)})
         elif site in self.accepted:
-            return
+            self._note("in", site, "accepted before", unchecked)
         elif parcel is None:
             if reply.lost and asked.questions < MOST_QUESTIONS:
+                self._note("in", site, f"lost: {reply.problem}")
                 asked.gone_since = asked.gone_since or self._clock()
             else:
                 self._fail(site, asked, reply.problem)
         elif parcel.scalars.get("outcome") == Outcome.WORKING:
+            self._note("in", site, "working", unchecked)
             self._encourage(site, asked, parcel)
         elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
+            self._note("in", site, "unknown", unchecked)
             self._have_rest.discard(site)
             self._ask([site])
         else:
             try:
                 take(site, parcel)
             except UpdateRejected as reason:
-                self._fail(site, asked, str(reason))
+                self._fail(site, asked, str(reason), unchecked)
             else:
+                self._note("in", site, "accepted", message)
                 asked.over = True
                 self.accepted.add(site)
                 self.silent.discard(site)
@@ -168,10 +194,10 @@ class Exchange:
         if isinstance(images, int) and asked.images < images <= self._plan.largest_images():
             asked.images, asked.heard, asked.gone_since = images, self._clock(), None
             total = sum(other.images for other in self._asked.values())
-            self._say(
-                {"event": "working", "round": self._plan.round, "site": str(site), "images": images, "all": total}
-            )
+            name = self._link.name(site)
+            self._say({"event": "working", "round": self._plan.round, "site": name, "images": images, "all": total})
         self._link.ask([site], Question(self._plan.exchange, self._wait), self._patience())
+        self._note("out", site, "how far", message_of(Parcel({}, {"exchange": self._plan.exchange})))
 
     def _give_up(self) -> None:
         """Stop waiting for those who made no progress for too long, and for those who went away."""
@@ -196,15 +222,24 @@ class Exchange:
     def _silence(self, site: int, asked: Asked, reason: str) -> None:
         asked.over = True
         self.silent.add(site)
-        self._say({"event": "silent", "round": self._plan.round, "site": str(site), "reason": reason})
+        self._note("in", site, f"silent: {reason}")
+        self._say({"event": "silent", "round": self._plan.round, "site": self._link.name(site), "reason": reason})
 
     def reject(self, site: int, reason: str) -> None:
         """Take back what was taken in."""
         self.accepted.discard(site)
         self._fail(site, self._asked[site], reason)
 
-    def _fail(self, site: int, asked: Asked, reason: str) -> None:
+    def _fail(self, site: int, asked: Asked, reason: str, message: Message = NOTHING) -> None:
         asked.over = True
         self.silent.discard(site)
         self.failed[site] = reason
-        self._say({"event": "rejected", "round": self._plan.round, "site": str(site), "reason": reason})
+        self._note("in", site, f"rejected: {reason}", message)
+        self._say({"event": "rejected", "round": self._plan.round, "site": self._link.name(site), "reason": reason})
+
+
+def described(parcel: Parcel) -> Message:
+    """A stranger's reply, of whose numbers those are written down that JSON and a reader can bear."""
+    known = {name: parcel.scalars[name] for name in REPORT_NAMES if name in parcel.scalars}
+    readable = {name: value for name, value in known.items() if isinstance(value, int | float) and abs(value) < 2**63}
+    return replace(message_of(replace(parcel, scalars=readable)), bytes=parcel.size())

@@ -32,6 +32,9 @@ class InlineLink:
     def sites(self) -> list[int]:
         return list(range(1, len(self._folders) + 1))
 
+    def name(self, site: int) -> str:
+        return str(site)
+
     def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
         self._asked += [(site, question) for site in sites]
 

@@ -36,6 +36,9 @@ class Link(Protocol):
     def sites(self) -> Sequence[int]:
         """Sites that are there now."""
 
+    def name(self, site: int) -> str:
+        """What a site is called where people read of it: the name in its kit, or its number."""
+
     def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
         """Send a question to each site; it is void after so many seconds."""
 

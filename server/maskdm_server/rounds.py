@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
+from maskdm import auditlog
+from maskdm.auditlog import Message
 from maskdm.checkpoint import CheckpointMetadata, describe_checkpoint
 from maskdm.config import MaskConfig
 from maskdm.errors import FederationError
@@ -153,7 +155,8 @@ class Rounds:
         for site in exchange.failed.keys() | exchange.silent:
             standings[site] = standings.get(site, Standing()).failed(number)
             if standings[site].rests_until > number + 1:
-                self.say({"event": "rests", "round": number, "site": str(site), "until": standings[site].rests_until})
+                until, name = standings[site].rests_until, self._link.name(site)
+                self.say({"event": "rests", "round": number, "site": name, "until": until})
         for site, (report, _) in intake.reports.items():
             standings[site] = standings.get(site, Standing()).answered(report.examples)
 
@@ -235,6 +238,11 @@ class Rounds:
                 self.say({"event": "disk full", "round": self._number, "seconds": DISK_SECONDS})
                 self._pause(min(5.0, DISK_SECONDS))
 
+    def _record(self, direction: str, peer: str, round_number: int, verdict: str, message: Message) -> None:
+        """One line of FED's audit log; room for it is waited for: a log that is to be believed has no gaps."""
+        about = (direction, peer, round_number, verdict, message)
+        self._write(lambda: auditlog.record(self._folder / auditlog.AUDIT, *about))
+
     def _line(self, plan: RoundPlan, exchanges: list[Exchange], intake: Intake, seconds: float) -> dict[str, Any]:
         """Of rounds.jsonl: what came of a round, and what all attempts at it cost."""
         reports = [report for report, _ in intake.reports.values()]
@@ -275,7 +283,7 @@ class Rounds:
 
     def _exchange(self, plan: RoundPlan, weights: Path | None = None, **more: Any) -> Exchange:
         usual = {"deadline": self._config.round_deadline, "limit": self._config.round_limit}
-        shared = {"say": self.say, "clock": self._clock, "pause": self._pause}
+        shared = {"say": self.say, "record": self._record, "clock": self._clock, "pause": self._pause}
         return Exchange(self._link, plan, weights or self.journal.model_path(), **(usual | shared | more))
 
     def _plan(self, action: Literal["train", "measure", "finish"], number: int) -> RoundPlan:

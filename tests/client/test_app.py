@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from maskdm.parcel import Outcome, Parcel, Report
+from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.policy import SitePolicy
 from maskdm.runfolder import read_lines
 from maskdm.tensorfile import pack, unpack
 from maskdm_client import app as client_app
 from maskdm_client import simulated
 from maskdm_client.app import LONGEST_PLAN, LONGEST_WAIT, PACKED, asked_of
 from maskdm_client.mailbox import Mailbox
-from maskdm_client.settings import SitePolicy
 
 MakeSite = Callable[..., Path]
 
@@ -48,10 +48,10 @@ def without_weights(**changes: Any) -> RecordDict:
     return RecordDict({"plan": question(**{"document": "", **changes})})
 
 
-def answered(content: RecordDict, folder: Path, **run_config: str) -> Any:
+def answered(content: RecordDict, folder: Path, kind: str = "train", **run_config: str) -> Any:
     """The content of the reply, as Flower would get it."""
     context = Context(1, 2, {"site": str(folder), "partition-id": 0}, RecordDict({}), run_config)
-    message = Message(content, metadata=Metadata(1, "", 1, 2, "", "", time.time(), 3600.0, "train"))
+    message = Message(content, metadata=Metadata(1, "", 1, 2, "", "", time.time(), 3600.0, kind))
     reply = (simulated.app if run_config else client_app.app)(message, context)
     assert not reply.has_error()
     return reply.content
@@ -97,9 +97,19 @@ FOREIGN = {
 def test_a_foreign_message_is_answered_with_a_code_and_nothing_else(content: RecordDict, tmp_path: Path) -> None:
     refused = {"outcome": int(Outcome.PLAN_REFUSED), "round": 1, "exchange": 0}
     assert numbers_alone(answered(content, tmp_path)) == refused
-    (line,) = read_lines(tmp_path / "audit.jsonl")
-    assert (line["direction"], line["scalars"]) == ("out", refused)
+    came, left = read_lines(tmp_path / "audit.jsonl")
+    assert (came["direction"], came["verdict"]) == ("in", "refused: not what a coordinator sends")
+    assert (left["direction"], left["scalars"]) == ("out", refused)
     assert Mailbox(tmp_path).asked() is None
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "query"])
+def test_a_message_of_another_kind_is_foreign_whatever_it_holds(kind: str, make_site: MakeSite) -> None:
+    folder = make_site()
+    refused = {"outcome": int(Outcome.PLAN_REFUSED), "round": 1, "exchange": 0}
+    assert numbers_alone(answered(with_weights(), folder, kind)) == refused
+    assert [line["direction"] for line in read_lines(folder / "audit.jsonl")] == ["in", "out"]
+    assert Mailbox(folder).asked() is None
 
 
 VALUES = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.text(max_size=3), st.binary(max_size=3))
@@ -156,15 +166,16 @@ def test_a_site_that_needs_longer_says_how_far_it_is(make_site: MakeSite) -> Non
     Mailbox(folder).progressed(5, 3, 64)
     assert numbers_alone(answered(without_weights(), folder)) == working | {"round": 3, "images_seen": 64}
     lines = read_lines(folder / "audit.jsonl")
-    assert [line["scalars"].get("images_seen") for line in lines] == [0, 64]
-    assert [line["round"] for line in lines] == [1, 3]
+    assert [line["verdict"] for line in lines] == ["no plan", "released", "how far", "released"]
+    assert [line["scalars"].get("images_seen") for line in lines] == [None, 0, None, 64]
+    assert [line["round"] for line in lines] == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("listed", [(), ("round",), ("exchange", "images_seen"), ("loss_before",)])
 def test_a_sign_of_life_holds_of_its_numbers_those_that_the_policy_lists(
     make_site: MakeSite, listed: tuple[str, ...]
 ) -> None:
-    folder = make_site(policy=SitePolicy(scalars=listed))
+    folder = make_site(policy=SitePolicy(metrics=listed))
     numbers = {"round": 1, "exchange": 5, "images_seen": 0}
     allowed = {name: number for name, number in numbers.items() if name in listed}
     assert numbers_alone(answered(with_weights(), folder)) == {"outcome": int(Outcome.WORKING)} | allowed
@@ -178,7 +189,8 @@ def test_a_question_about_work_that_never_came_is_answered_as_unknown(make_site:
         unknown = {"outcome": int(Outcome.UNKNOWN), "round": 1, "exchange": 5}
         assert numbers_alone(answered(without_weights(), folder)) == unknown
         assert Mailbox(folder).asked() == asked
-    assert len(read_lines(folder / "audit.jsonl")) == 3
+    directions = [line["direction"] for line in read_lines(folder / "audit.jsonl")]
+    assert directions == ["in", "out"] * 3
 
 
 REPORT = Report(
@@ -217,6 +229,77 @@ def test_a_reply_leaves_bit_for_bit_as_the_gate_released_it_as_often_as_it_is_as
         assert {name: (array.dtype, array.shape, array.tobytes()) for name, array in sent.items()} == {
             name: (array.dtype, array.shape, array.tobytes()) for name, array in arrays.items()
         }
+    came, left, came_again, left_again = read_lines(folder / "audit.jsonl")
+    assert [line["direction"] for line in (came, left, came_again, left_again)] == ["in", "out", "in", "out"]
+    assert (left["verdict"], left["round"], left["peer"]) == ("released", 3, "coordinator")
+    assert left["arrays"] == {"a": [3, 5], "a.scale": [7], "b": []}
+    for name in ("bytes", "scalars", "arrays", "sha256"):
+        assert left_again[name] == left[name], "every repetition is written down"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+GOOD_NUMBERS = REPORT.model_dump(mode="json")
+NUMBERS = st.one_of(
+    JSON,
+    st.dictionaries(st.sampled_from([*REPORT_NAMES, "patient", "/data/scan 7.dcm"]), JSON, max_size=4),
+    st.tuples(st.dictionaries(st.sampled_from(REPORT_NAMES), JSON, max_size=2)).map(lambda few: GOOD_NUMBERS | few[0]),
+)
+LEFT = st.dictionaries(
+    st.sampled_from(["head.weight", "a", "../scan.dcm", "C:\\scan", "Jane Doe", ""]),
+    st.sampled_from([np.zeros((2, 3), np.uint16), np.zeros(3, np.uint8), np.zeros((), np.float32)]),
+    max_size=2,
+)
+
+
+@given(numbers=NUMBERS, arrays=LEFT)
+@example(numbers=GOOD_NUMBERS, arrays={"head.weight": np.zeros((2, 3), np.uint16)})
+@example(numbers=GOOD_NUMBERS, arrays={"../scan.dcm": np.zeros((2, 3), np.uint16)})
+@example(numbers=GOOD_NUMBERS | {"skipped_steps": 2**62}, arrays={})
+def test_whatever_lies_there_as_a_reply_only_what_the_policy_lists_or_a_code_leaves(
+    tmp_path_factory: pytest.TempPathFactory, numbers: Any, arrays: dict[str, Any]
+) -> None:
+    """As if something at the site had made a reply past the gate of the worker."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "config.json").write_text('{"site": {"data": "pictures"}}')
+    box = Mailbox(folder)
+    box.ask(5, DOCUMENT, PACKED_WEIGHTS)
+    text = json.dumps(numbers).encode()
+    body = pack(arrays) if arrays else b""
+    gap = bytes(-(80 + len(text)) % 64)
+    head = (5).to_bytes(8, "little") + len(text).to_bytes(8, "little") + bytes(64)
+    (folder / "work" / "reply.bin").write_bytes(head + text + (gap + body if body else b""))
+    found = answered(without_weights(), folder)
+    left = dict(found["report"])
+    assert set(left) <= set(REPORT_NAMES)
+    assert all(type(value) in (int, float) for value in left.values())
+    if left["outcome"] == Outcome.DONE:
+        assert left == numbers
+        assert Report.model_validate(left)
+        sent = unpack(found["update"]["packed"].data) if arrays else {}
+        assert {name: array.tobytes() for name, array in sent.items()} == {n: a.tobytes() for n, a in arrays.items()}
+        assert not set(sent) & {"../scan.dcm", "C:\\scan", "Jane Doe", ""}
+        assert all(array.dtype != np.uint8 for array in sent.values())
+    else:
+        assert set(found) == {"report"}
+        assert set(left) <= {"outcome", "round", "exchange"} or left["outcome"] == Outcome.WORKING
+    last = read_lines(folder / "audit.jsonl")[-1]
+    assert (last["verdict"], last["scalars"]) == ("released", left)
+
+
+def test_a_reply_that_the_policy_does_not_allow_any_more_stays(make_site: MakeSite) -> None:
+    folder = make_site(policy=SitePolicy(max_bytes_per_round=5))
+    box = Mailbox(folder)
+    box.ask(5, DOCUMENT, PACKED_WEIGHTS)
+    box.reply(5, "key", Parcel({"a": np.zeros(3, np.uint16)}, REPORT.model_dump(mode="json")))
+    refused = {"outcome": int(Outcome.GATE_REFUSED), "round": 1, "exchange": 5}
+    assert numbers_alone(answered(without_weights(), folder)) == refused
+    _, stopped, left = read_lines(folder / "audit.jsonl")
+    assert "max-bytes-per-round allows 5" in stopped["verdict"]
+    assert (stopped["bytes"], stopped["arrays"], left["scalars"]) == (0, {}, refused)
 
 
 def test_a_reply_of_an_earlier_exchange_is_not_sent_for_a_newer_one(make_site: MakeSite) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
@@ -19,12 +20,24 @@ from maskdm.checkpoint import CheckpointMetadata
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.errors import GateRefused
 from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.policy import SitePolicy
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import read_lines
 from maskdm.trainable import squared_norm
 from maskdm.wire import Encoding, check, decode, decode_bfloat16
-from maskdm_client.gate import record, release_again, release_numbers, release_outcome, release_update
-from maskdm_client.settings import SitePolicy, SiteSettings, load_settings
+from maskdm_client.gate import (
+    CODE,
+    check_again,
+    check_numbers,
+    check_update,
+    code,
+    problem_of,
+    record,
+    release,
+    release_outcome,
+    release_progress,
+)
+from maskdm_client.settings import SiteSettings, load_settings
 
 REPORT = Report(
     round=3, exchange=7, examples=10, images_seen=64, loss_before=1.0, loss_after=0.5, seconds=2.0, skipped_steps=0
@@ -67,7 +80,7 @@ def small_update() -> dict[str, Tensor]:
 
 
 def test_an_expected_update_leaves_as_it_is_with_its_numbers(tmp_path: Path) -> None:
-    parcel = release_update(small_update(), REPORT, PLAN, RECEIVED, POLICY, tmp_path / "audit.jsonl")
+    parcel = check_update(small_update(), REPORT, PLAN, RECEIVED, POLICY, tmp_path / "audit.jsonl")
     assert parcel.arrays.keys() == RECEIVED.keys()
     for array in parcel.arrays.values():
         assert str(array.dtype) == "uint16"
@@ -93,9 +106,10 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
         (changed(**{"head.bias": torch.tensor([0, float("inf"), 0])}), POLICY, "head.bias is not finite"),
         (changed(**{"head.bias": torch.full((3,), 2.0)}), POLICY, "its norm 3.48 exceeds 1 of the model's 3"),
         (small_update(), SitePolicy(max_relative_norm=0.1), "its norm 0.375 exceeds 0.1 of the model's 3"),
+        (small_update(), SitePolicy(max_norm=0.25), "its norm 0.375 exceeds the 0.25 of the policy's max-norm"),
         (
             small_update(),
-            SitePolicy(scalars=tuple(name for name in REPORT_NAMES if name != "seconds")),
+            SitePolicy(metrics=tuple(name for name in REPORT_NAMES if name != "seconds")),
             "seconds is not in the policy's list of numbers",
         ),
     ],
@@ -105,35 +119,38 @@ def test_anything_unexpected_is_stopped_and_the_refusal_is_written_down(
 ) -> None:
     audit = tmp_path / "audit.jsonl"
     with pytest.raises(GateRefused) as refused:
-        release_update(update, REPORT, PLAN, RECEIVED, policy, audit)
-    assert str(refused.value) == f"the gate stopped the update of round 3: {reason}"
+        check_update(update, REPORT, PLAN, RECEIVED, policy, audit)
+    assert str(refused.value) == f"the gate stopped what would have left in round 3: {reason}"
     (line,) = read_lines(audit)
     assert line["verdict"] == reason
     assert (line["direction"], line["round"]) == ("out", 3)
-    assert (line["bytes"], line["arrays"], line["scalars"]) == (0, [], {})
+    assert (line["bytes"], line["arrays"], line["scalars"]) == (0, {}, {})
 
 
 def test_the_audit_line_of_a_release_describes_exactly_what_left(tmp_path: Path) -> None:
     audit = tmp_path / "audit.jsonl"
-    parcel = release_update(small_update(), REPORT, PLAN, RECEIVED, POLICY, audit)
+    parcel = check_update(small_update(), REPORT, PLAN, RECEIVED, POLICY, audit)
+    assert not audit.exists(), "it has not left"
+    assert release(parcel, 3, POLICY, audit) == parcel
     (line,) = read_lines(audit)
     digest = hashlib.sha256()
     for name in sorted(parcel.arrays):
         digest.update(name.encode() + parcel.arrays[name].tobytes())
     assert line["sha256"] == digest.hexdigest()
     assert line["verdict"] == "released"
-    assert line["arrays"] == ["head.bias", "head.weight"]
+    assert line["arrays"] == {"head.bias": [3], "head.weight": [2, 3]}
     assert line["scalars"] == dict(parcel.scalars)
     assert line["bytes"] == parcel.size() == 2 * 9 + 8 * len(REPORT_NAMES)
 
 
 def test_numbers_alone_leave_without_arrays_and_obey_the_policy(tmp_path: Path) -> None:
-    parcel = release_numbers(REPORT, POLICY, tmp_path / "audit.jsonl")
+    parcel = check_numbers(REPORT, POLICY, tmp_path / "audit.jsonl")
     assert parcel.arrays == {}
     assert set(parcel.scalars) == set(REPORT_NAMES)
     with pytest.raises(GateRefused, match="examples is not in the policy's list"):
-        release_numbers(REPORT, SitePolicy(scalars=("round",)), tmp_path / "audit.jsonl")
-    assert len(read_lines(tmp_path / "audit.jsonl")) == 2
+        check_numbers(REPORT, SitePolicy(metrics=("outcome", "round", "exchange")), tmp_path / "audit.jsonl")
+    (line,) = read_lines(tmp_path / "audit.jsonl")
+    assert line["verdict"] == "examples is not in the policy's list of numbers"
 
 
 def test_a_failure_leaves_as_a_code_alone(tmp_path: Path) -> None:
@@ -145,9 +162,131 @@ def test_a_failure_leaves_as_a_code_alone(tmp_path: Path) -> None:
 
 
 def test_what_comes_in_is_written_down_too(tmp_path: Path) -> None:
-    record(tmp_path / "audit.jsonl", "in", 1, Parcel({}, {}, "plan"), "train")
+    record(tmp_path / "audit.jsonl", "in", 1, "train", Parcel({}, {}, "plan"))
     (line,) = read_lines(tmp_path / "audit.jsonl")
     assert (line["direction"], line["verdict"], line["bytes"]) == ("in", "train", 4)
+
+
+# Whatever a program at a site might hand to the gate.
+ANYTHING: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.sampled_from(
+            [10**400, 2**63, -1, np.float64(0.5), np.int64(1), np.zeros(3), b"bytes", Path("/data/scan.dcm")]
+        ),
+        st.floats(),
+        st.text(max_size=5),
+    ),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+KEYS = st.sampled_from(
+    [*REPORT_NAMES, "patient", "/data/Jane Doe/scan.dcm", "Traceback (most recent call last):", 7, None]
+)
+SCALARS = st.one_of(
+    st.dictionaries(KEYS, ANYTHING, max_size=5),
+    st.dictionaries(KEYS, ANYTHING, max_size=1).map(lambda one: REPORT.model_dump(mode="json") | one),
+    st.sets(st.sampled_from(REPORT_NAMES)).map(lambda few: {n: v for n, v in NUMBERS.items() if n in few}),
+    ANYTHING,
+)
+ARRAY_NAMES = st.sampled_from(
+    ["head.weight", "head.bias", "scan 7.dcm", "/data/scan.dcm", "label:positive", "é", "", 3]
+)
+DTYPES = st.sampled_from(["uint16", "float32", "float64", "uint8", "int8", "U9", "object", "bool", "complex64"])
+ARRAYS = st.one_of(
+    st.just({}),
+    st.just({"head.weight": np.zeros((2, 3), np.uint16), "head.bias": np.zeros(3, np.uint16)}),
+    st.dictionaries(
+        ARRAY_NAMES,
+        st.builds(np.zeros, st.sampled_from([(2, 3), (3,), (), (0,), (1000,)]), DTYPES) | ANYTHING,
+        max_size=3,
+    ),
+    ANYTHING,
+)
+NUMBERS = REPORT.model_dump(mode="json")
+EXPECTED = {"head.weight": ("uint16", (2, 3)), "head.bias": ("uint16", (3,))}
+
+
+@given(
+    scalars=SCALARS,
+    arrays=ARRAYS,
+    document=st.sampled_from(["", "Traceback (most recent call last):"]),
+    listed=st.sets(st.sampled_from(REPORT_NAMES)) | st.just(set(REPORT_NAMES)),
+)
+@example(
+    NUMBERS, {"head.weight": np.zeros((2, 3), np.uint16), "head.bias": np.zeros(3, np.uint16)}, "", set(REPORT_NAMES)
+)
+@example(
+    NUMBERS, {"head.weight": np.zeros((3, 2), np.uint16), "head.bias": np.zeros(3, np.uint16)}, "", set(REPORT_NAMES)
+)
+@example(NUMBERS, {}, "", set(REPORT_NAMES))
+@example(NUMBERS, {}, "DIAGNOSIS", set(REPORT_NAMES))
+def test_whatever_is_handed_to_the_gate_what_leaves_is_exactly_what_the_policy_lists_or_a_code(
+    scalars: Any, arrays: Any, document: str, listed: set[str]
+) -> None:
+    policy = SitePolicy(metrics=tuple(listed), max_bytes_per_round=1000)
+    with tempfile.TemporaryDirectory() as folder:
+        audit = Path(folder) / "audit.jsonl"
+        try:
+            left = release(Parcel(arrays, scalars, document), 3, policy, audit)
+        except GateRefused:
+            (line,) = read_lines(audit)
+            assert (line["bytes"], line["scalars"], line["arrays"]) == (0, {}, {})
+            release_outcome(Outcome.GATE_REFUSED, 3, 7, audit)
+            assert read_lines(audit)[-1]["scalars"] == {"outcome": 4, "round": 3, "exchange": 7}
+            return
+        assert left.document == ""
+        assert all(type(value) in (int, float) and math.isfinite(value) for value in left.scalars.values())
+        if left.scalars["outcome"] in (Outcome.DONE, Outcome.WORKING):
+            assert set(left.scalars) - {"outcome"} <= listed
+        else:
+            assert set(left.scalars) <= set(CODE)
+        # A number is out of its range where the others make a report and it does not.
+        Report.model_validate(NUMBERS | {n: v for n, v in left.scalars.items() if n != "outcome"})
+        for name, array in left.arrays.items():
+            assert left.scalars["outcome"] == Outcome.DONE
+            assert name in ("head.weight", "head.bias")
+            assert str(array.dtype) in ("uint16", "float32", "int8")
+        assert sum(array.nbytes for array in left.arrays.values()) <= 1000
+        if problem_of(left, policy, EXPECTED) is None:
+            assert {name: (str(a.dtype), a.shape) for name, a in left.arrays.items()} == EXPECTED
+        (line,) = read_lines(audit)
+        assert (line["verdict"], line["scalars"], set(line["arrays"])) == ("released", left.scalars, set(left.arrays))
+
+
+@pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome not in (Outcome.DONE, Outcome.WORKING)])
+def test_a_code_leaves_whatever_the_policy_lists_and_nothing_rides_on_it(tmp_path: Path, outcome: Outcome) -> None:
+    audit, nothing = tmp_path / "audit.jsonl", SitePolicy(metrics=())
+    assert release(code(outcome, 3, 7), 3, nothing, audit).scalars["outcome"] == outcome
+    for more in ({"examples": 10}, {"loss_before": 0.5}):
+        with pytest.raises(GateRefused, match="list of numbers"):
+            release(Parcel({}, {**code(outcome, 3, 7).scalars, **more}), 3, POLICY, audit)
+    with pytest.raises(GateRefused, match="no answer"):
+        release(Parcel({"a": np.zeros(3, np.uint16)}, code(outcome, 3, 7).scalars), 3, POLICY, audit)
+
+
+@pytest.mark.parametrize("listed", [(), ("round", "images_seen"), REPORT_NAMES])
+def test_of_a_sign_of_life_only_what_is_listed_leaves_and_no_more_than_it_may_hold(
+    tmp_path: Path, listed: tuple[str, ...]
+) -> None:
+    audit, policy = tmp_path / "audit.jsonl", SitePolicy(metrics=listed)
+    numbers = {"round": 3, "exchange": 7, "images_seen": 64}
+    expected = {"outcome": 7} | {name: value for name, value in numbers.items() if name in listed}
+    assert release_progress(3, 64, 7, policy, audit).scalars == expected
+    if "images_seen" in listed:
+        with pytest.raises(GateRefused, match="images_seen is out of its range"):
+            release_progress(3, -1, 7, policy, audit)
+
+
+def test_nothing_in_a_plan_loosens_the_policy(tmp_path: Path) -> None:
+    """Whatever a coordinator wants, of the plan's fields none is one of the policy's."""
+    assert not RoundPlan.model_fields.keys() & SitePolicy.model_fields.keys()
+    document = json.loads(PLAN.model_dump_json())
+    for key in (*SitePolicy.model_fields, "policy", "max-relative-norm"):
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            RoundPlan.model_validate(document | {key: 10.0})
 
 
 NAMES = st.sampled_from([*RECEIVED, "head.weigth", "images", "labels", ""])
@@ -171,16 +310,17 @@ def test_whatever_an_update_holds_it_is_stopped_or_leaves_as_it_was_asked_for_an
     with tempfile.TemporaryDirectory() as folder:
         audit = Path(folder) / "audit.jsonl"
         try:
-            parcel = release_update(update, REPORT, asked, RECEIVED, POLICY, audit)
+            parcel = check_update(update, REPORT, asked, RECEIVED, POLICY, audit)
         except GateRefused:
-            assert read_lines(audit)[-1]["verdict"] != "released"
+            assert len(read_lines(audit)) == 1
         else:
-            assert read_lines(audit)[-1]["verdict"] == "released"
+            release(parcel, 3, POLICY, audit)
             check(parcel.arrays, asked.shapes(), encoding, asked.topk_share)
             shapes = asked.shapes()
             sent = torch.cat([decode(parcel.arrays, name, shapes[name], encoding).flatten() for name in shapes])
             assert float(sent.norm()) <= 3 * (1 + 2**-6)
-        assert len(read_lines(audit)) == 1
+            (line,) = read_lines(audit)
+            assert line["verdict"] == "released"
 
 
 @given(
@@ -217,9 +357,9 @@ def test_of_parts_of_the_network_too_only_what_is_asked_for_and_as_long_as_is_al
     with tempfile.TemporaryDirectory() as folder:
         audit = Path(folder) / "audit.jsonl"
         try:
-            parcel = release_update(update, REPORT, asked, weights, POLICY, audit)
+            parcel = check_update(update, REPORT, asked, weights, POLICY, audit)
         except GateRefused:
-            assert read_lines(audit)[-1]["verdict"] != "released"
+            assert len(read_lines(audit)) == 1
             assert spoilt or exponents[0] >= -1 or exponents[1] >= -1
         else:
             assert not spoilt
@@ -232,25 +372,26 @@ def test_of_parts_of_the_network_too_only_what_is_asked_for_and_as_long_as_is_al
 
 def test_an_update_larger_than_the_policy_allows_is_stopped(tmp_path: Path) -> None:
     audit = tmp_path / "audit.jsonl"
-    with pytest.raises(GateRefused, match="would be 18 bytes, --max-upload allows 17"):
-        release_update(small_update(), REPORT, PLAN, RECEIVED, SitePolicy(max_upload=17), audit)
-    assert release_update(small_update(), REPORT, PLAN, RECEIVED, SitePolicy(max_upload=18), audit).arrays
+    with pytest.raises(GateRefused, match=r"would be 18 bytes, .*max-bytes-per-round allows 17"):
+        check_update(small_update(), REPORT, PLAN, RECEIVED, SitePolicy(max_bytes_per_round=17), audit)
+    assert check_update(small_update(), REPORT, PLAN, RECEIVED, SitePolicy(max_bytes_per_round=18), audit).arrays
 
 
 def test_what_passed_before_leaves_again_only_where_the_policy_still_allows_it(tmp_path: Path) -> None:
     audit = tmp_path / "audit.jsonl"
-    parcel = release_update(small_update(), REPORT, PLAN, RECEIVED, POLICY, audit)
-    again = release_again(parcel, 8, SitePolicy(max_upload=18), audit)
+    parcel = check_update(small_update(), REPORT, PLAN, RECEIVED, POLICY, audit)
+    again = check_again(parcel, 8, SitePolicy(max_bytes_per_round=18), audit)
     assert (again.arrays, again.scalars) == (parcel.arrays, {**parcel.scalars, "exchange": 8})
-    for policy, reason in ((SitePolicy(max_upload=17), "--max-upload"), (SitePolicy(scalars=("round",)), "list")):
+    for policy, reason in (
+        (SitePolicy(max_bytes_per_round=17), "--max-upload"),
+        (SitePolicy(metrics=("round",)), "list"),
+    ):
         with pytest.raises(GateRefused, match=reason):
-            release_again(parcel, 8, policy, audit)
-    verdicts = [line["verdict"] for line in read_lines(audit)]
-    assert verdicts[:2] == ["released", "released"]
-    assert "released" not in verdicts[2:]
+            check_again(parcel, 8, policy, audit)
+    assert [line["bytes"] for line in read_lines(audit)] == [0, 0]
 
 
-@pytest.mark.parametrize("values", [{"scalar": ["round"]}, {"max_relative_norm": 0}])
+@pytest.mark.parametrize("values", [{"metric": ["round"]}, {"metrics": ["patient"]}, {"max_relative_norm": 0}])
 def test_a_policy_with_a_mistake_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SitePolicy.model_validate(values)

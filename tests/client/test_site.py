@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint
-from maskdm.errors import TrainingDiverged
+from maskdm.errors import DataError, TrainingDiverged
 from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.policy import SitePolicy
 from maskdm.runfolder import read_lines
 from maskdm.tensorfile import pack, unpack
 from maskdm.wire import decode_bfloat16
 from maskdm_client import fine_tuning, saved, site
+from maskdm_client.local_data import choose_slice
 from maskdm_client.mailbox import Mailbox
 from maskdm_client.saved import Saved
-from maskdm_client.settings import SitePolicy
-from maskdm_client.site import answer
+from maskdm_client.settings import load_settings
+from maskdm_client.virtual import answer
 
 MakePlan = Callable[..., tuple[str, bytes]]
 MakeSite = Callable[..., Path]
@@ -267,8 +269,8 @@ def test_other_work_does_not_take_up_what_was_saved(
 
 
 def test_a_site_refuses_before_it_trains_what_its_link_may_not_carry(make_site: MakeSite, plan: MakePlan) -> None:
-    folder = make_site(policy=SitePolicy(max_upload=1000))
-    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.TOO_LARGE, "--max-upload allows 1,000")
+    folder = make_site(policy=SitePolicy(max_bytes_per_round=1000))
+    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.TOO_LARGE, "max-bytes-per-round allows 1,000")
     assert not events(folder, "measured")
 
 
@@ -278,7 +280,7 @@ def test_the_size_that_may_leave_is_that_of_the_update_to_the_byte(make_site: Ma
     needed = sum(array.nbytes for array in sent.arrays.values())
     config = json.loads((folder / "config.json").read_text())
     for allowed, outcome in ((needed, Outcome.DONE), (needed - 1, Outcome.TOO_LARGE)):
-        config["site"]["policy"]["max_upload"] = allowed
+        config["site"]["policy"]["max_bytes_per_round"] = allowed
         (folder / "config.json").write_text(json.dumps(config))
         assert answer(*plan(local_images=8), folder).scalars["outcome"] == outcome
 
@@ -286,7 +288,7 @@ def test_the_size_that_may_leave_is_that_of_the_update_to_the_byte(make_site: Ma
 def test_a_model_that_is_only_measured_is_neither_trained_nor_kept(
     make_site: MakeSite, plan: MakePlan, weights: dict[str, Tensor]
 ) -> None:
-    folder = make_site(policy=SitePolicy(max_upload=1))  # numbers are no update
+    folder = make_site(policy=SitePolicy(max_bytes_per_round=1))  # numbers are no update
     first = answer(*plan(action="measure"), folder)
     other = answer(*plan({name: 0.5 * tensor for name, tensor in weights.items()}, action="measure"), folder)
     for parcel in (first, other):
@@ -323,8 +325,69 @@ def test_while_it_trains_a_site_says_in_its_mailbox_how_far_it_is(
     folder = make_site()
     box = Mailbox(folder)
     box.ask(7, *plan(round=2, local_images=24))
-    answer(*plan(round=2, local_images=24), folder, box, 7)
+    site.answer(*plan(round=2, local_images=24), folder, box, 7)
     assert said == [(7, 2, 8), (7, 2, 16), (7, 2, 24)]
+
+
+@pytest.mark.parametrize("action", ["train", "measure", "finish"])
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (SitePolicy(min_images=33), "32 images to train on are fewer than the 33 of the site's policy"),
+        (SitePolicy(require_dp=True), "require-dp), which this version does not have"),
+    ],
+)
+def test_a_site_that_its_policy_keeps_out_answers_every_plan_with_a_code(
+    make_site: MakeSite, plan: MakePlan, action: str, policy: SitePolicy, reason: str
+) -> None:
+    folder = make_site(policy=policy)
+    parcel = answer(*plan(action=action, round=2), folder)
+    assert parcel == Parcel({}, {"outcome": int(Outcome.POLICY), "round": 2, "exchange": 7})
+    (event,) = events(folder, "finished" if action == "finish" else "failed")
+    assert reason in event["reason"]
+    assert not events(folder, "measured")
+    assert (folder / "model.safetensors").exists() == (action == "finish"), "what comes in may stay"
+
+
+def test_as_many_images_as_the_policy_wants_are_enough(make_site: MakeSite, plan: MakePlan) -> None:
+    folder = make_site(policy=SitePolicy(min_images=32))
+    assert answer(*plan(local_images=8), folder).scalars["outcome"] == Outcome.DONE
+
+
+def test_updates_are_counted_before_they_leave_and_one_too_many_is_not_even_made(
+    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site(policy=SitePolicy(max_rounds_per_day=2))
+    counted: list[int] = []
+    reply = Mailbox.reply
+
+    def replied(self: Mailbox, exchange: int, key: str, parcel: Parcel) -> None:
+        counted.append(len(json.loads((folder / "releases.json").read_text())))
+        reply(self, exchange, key, parcel)
+
+    monkeypatch.setattr(Mailbox, "reply", replied)
+    box = Mailbox(folder)
+    outcomes = []
+    for number, action in ((1, "train"), (2, "measure"), (3, "train"), (4, "train"), (5, "finish")):
+        asked = plan(local_images=8, exchange=number, round=number, action=action)
+        box.ask(number, *asked)
+        outcomes.append(site.answer(*asked, folder, box, number).scalars["outcome"])
+    assert counted == [1, 1, 2, 2, 2]
+    assert outcomes == [Outcome.DONE, Outcome.DONE, Outcome.DONE, Outcome.POLICY, Outcome.DONE], (
+        "numbers are no updates"
+    )
+    assert len(events(folder, "measured")) == 3
+    (failed,) = events(folder, "failed")
+    assert "max-rounds-per-day" in failed["reason"]
+
+
+def test_a_site_with_too_few_images_for_its_policy_does_not_join(make_site: MakeSite) -> None:
+    different = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    folder = make_site(different, policy=SitePolicy(min_images=39), fraction=1)
+    (folder / "slice.json").unlink()
+    with pytest.raises(DataError, match=r"fewer than the 39 .*\(min-images\): give more images"):
+        choose_slice(load_settings(folder), folder)
+    assert not (folder / "slice.json").exists()
 
 
 def nothing_to_measure(folder: Path, _: pytest.MonkeyPatch) -> None:
@@ -361,7 +424,7 @@ def test_once_the_final_model_is_there_the_federation_has_ended_whatever_measuri
     spoil(folder, monkeypatch)
     box = Mailbox(folder)
     box.ask(7, *plan(action="finish", round=2))
-    assert answer(*plan(action="finish", round=2), folder, box, 7).scalars["outcome"] == outcome
+    assert site.answer(*plan(action="finish", round=2), folder, box, 7).scalars["outcome"] == outcome
     assert (folder / "model.safetensors").exists()
     (finished,) = events(folder, "finished")
     assert finished["reason"]
@@ -379,4 +442,4 @@ def test_where_nothing_can_be_said_the_work_is_done_all_the_same(
     monkeypatch.setattr(Mailbox, "progressed", full)
     box = Mailbox(folder)
     box.ask(7, *plan())
-    assert answer(*plan(), folder, box, 7).scalars["outcome"] == Outcome.DONE
+    assert site.answer(*plan(), folder, box, 7).scalars["outcome"] == Outcome.DONE

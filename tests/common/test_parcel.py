@@ -52,7 +52,14 @@ def test_the_codes_of_outcomes_never_change() -> None:
         "WORKING": 7,
         "UNKNOWN": 8,
         "TOO_LARGE": 9,
+        "POLICY": 10,
+        "NOT_APPROVED": 11,
+        "CODE_REFUSED": 12,
     }
+
+
+def test_every_code_has_words_of_its_own() -> None:
+    assert len({outcome.words() for outcome in Outcome}) == len(Outcome)
 
 
 counts = st.integers(0, 2**40)
@@ -100,7 +107,10 @@ def test_what_is_no_count_and_no_measure_is_refused(name: str, value: object) ->
         {"examples": 0},
         {"examples": 2**40 + 1},
         {"images_seen": 2**40 + 1},
-        {"outcome": 10},
+        {"outcome": 13},
+        {"round": 100_001},
+        {"skipped_steps": 2**40 + 1},
+        {"seconds": 1e10},
         {"skipped_steps": 0.5},
         {"seconds": 10**400},
     ],

@@ -51,6 +51,9 @@ class InProcess:
     def sites(self) -> list[int]:
         return sorted(self._sites)
 
+    def name(self, site: int) -> str:
+        return str(site)
+
     def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
         assert question.weights is not None
         plan = RoundPlan.model_validate_json(question.document)

@@ -462,7 +462,15 @@ def test_an_error_that_answers_an_earlier_exchange_is_none_of_this_one(
         assert question.weights is not None
         said: list[dict[str, Any]] = []
         exchange = Exchange(
-            link, current, question.weights, deadline=60, limit=70, say=said.append, clock=time.clock, pause=time.pause
+            link,
+            current,
+            question.weights,
+            deadline=60,
+            limit=70,
+            say=said.append,
+            record=lambda *line: None,
+            clock=time.clock,
+            pause=time.pause,
         )
         if number == 1:
             exchange.run(link.sites, lambda site, parcel: None)

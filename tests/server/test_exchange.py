@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskdm.auditlog import Message
 from maskdm.parcel import Outcome, Parcel
 from maskdm.protocol import RoundPlan
 from maskdm.tensorfile import pack
@@ -50,6 +51,9 @@ class Scripted:
     def sites(self) -> list[int]:
         return [site for site in self._behaviours if self._there(site, self.passed())]
 
+    def name(self, site: int) -> str:
+        return f"{site}"
+
     def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
         self.seconds.add(seconds)
         for site in sites:
@@ -73,7 +77,8 @@ class Held:
 
     def __init__(self, plan: RoundPlan, weights: Path, link: Scripted, time: Time, **options: Any) -> None:
         self.link, self.taken, self.said = link, list[tuple[float, int]](), list[dict[str, Any]]()
-        values = {"deadline": 60.0, "limit": 5000.0, **options}
+        self.recorded: list[tuple[str, str, str, Message]] = []
+        values = {"deadline": 60.0, "limit": 5000.0, "record": self.record, **options}
         self.exchange = Exchange(
             link, plan, weights, **values, say=self.said.append, clock=time.clock, pause=time.pause
         )
@@ -81,6 +86,9 @@ class Held:
     def run(self) -> Exchange:
         self.exchange.run(self.link.sites, self.take)
         return self.exchange
+
+    def record(self, direction: str, peer: str, round_number: int, verdict: str, message: Message) -> None:
+        self.recorded.append((direction, peer, verdict, message))
 
     def take(self, site: int, parcel: Parcel) -> None:
         code = parcel.scalars["outcome"]
@@ -403,7 +411,7 @@ def test_who_has_the_rest_is_sent_only_what_changes_until_it_says_that_it_has_no
     start: Callable[..., Held], plan: RoundPlan, weights: Path, tmp_path: Path
 ) -> None:
     changes = tmp_path / "changes.safetensors"
-    changes.write_bytes(b"less")
+    changes.write_bytes(pack({"a": np.zeros(1, np.float32)}))
 
     def forgetful(question: Question) -> Sequence[tuple[float, Parcel]]:
         return [(1, code(plan, Outcome.UNKNOWN) if question.changes else done(plan))]
@@ -415,7 +423,9 @@ def test_who_has_the_rest_is_sent_only_what_changes_until_it_says_that_it_has_no
     asked = [(site, question.changes) for _, site, question in held.link.asked]
     assert asked == [(1, changes), (2, changes), (3, None), (2, None)]
     assert all(question.weights == weights for _, _, question in held.link.asked)
-    assert exchange.bytes_down == 2 * 4 + 2 * weights.stat().st_size + 4 * len(plan.model_dump_json())
+    assert exchange.bytes_down == 2 * changes.stat().st_size + 2 * weights.stat().st_size + 4 * len(
+        plan.model_dump_json()
+    )
 
 
 def test_signs_of_life_are_wanted_often_however_long_the_deadline_is(start: Callable[..., Held]) -> None:

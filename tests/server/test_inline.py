@@ -186,7 +186,7 @@ def test_a_client_without_usable_images_is_rejected_and_the_others_go_on(
     (line,) = read_lines(out / "rounds.jsonl")
     assert (line["clients"], line["rejected"]) == (2, 1)
     reasons = [event["reason"] for event in read_lines(out / "events.jsonl") if event["event"] == "rejected"]
-    assert "the site reports WRONG_CHANNELS" in reasons
+    assert "the site reports WRONG_CHANNELS: its images are in colour, the model is not" in reasons
 
 
 @pytest.mark.parametrize(
