@@ -77,8 +77,8 @@ def doctor(
     source = open_source(data)
     check_apart(data, out)
     os.environ.update(no_proxy_for_loopback())
-    with owned(out):
-        opened, of_kit = _kit(kit, out)
+    with owned(out), tempfile.TemporaryDirectory(dir=out, prefix=".kit-") as private:  # a key has no place in a report
+        opened, of_kit = _kit(kit, Path(private))
         terms, of_policy = checks.policy(policy, opened)
         shape = _shape(metadata.model if metadata else opened.kit.model if opened else None, image_size, source)
         values = {"image_size": shape.image_size, "channels": shape.channels, "upscale": upscale}
@@ -100,8 +100,8 @@ def doctor(
     return 1 if red else 0
 
 
-def _kit(path: Path | None, out: Path) -> tuple[OpenedKit | None, Check]:
-    return checks.kit(path, out / ".kit", datetime.now(UTC)) if path else (None, skipped("kit", "no --kit was given"))
+def _kit(path: Path | None, folder: Path) -> tuple[OpenedKit | None, Check]:
+    return checks.kit(path, folder, datetime.now(UTC)) if path else (None, skipped("kit", "no --kit was given"))
 
 
 def _bundle(opened: OpenedKit | None, terms: SitePolicy | None) -> Check:

@@ -1,5 +1,6 @@
 """One question to several sites: who is waited for and how long, who is asked again, and what still counts."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskdm.auditlog import Message
+from maskdm.auditlog import Message, digest_of, message_of
 from maskdm.parcel import Outcome, Parcel
 from maskdm.protocol import RoundPlan
-from maskdm.tensorfile import pack
+from maskdm.tensorfile import pack, unpack
 from maskdm_server.aggregation import UpdateRejected
 from maskdm_server.exchange import LOST_SECONDS, MOST_QUESTIONS, Exchange
 from maskdm_server.link import Question, Reply
@@ -52,7 +53,7 @@ class Scripted:
         return [site for site in self._behaviours if self._there(site, self.passed())]
 
     def name(self, site: int) -> str:
-        return f"{site}"
+        return str(site)
 
     def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
         self.seconds.add(seconds)
@@ -426,6 +427,87 @@ def test_who_has_the_rest_is_sent_only_what_changes_until_it_says_that_it_has_no
     assert exchange.bytes_down == 2 * changes.stat().st_size + 2 * weights.stat().st_size + 4 * len(
         plan.model_dump_json()
     )
+
+
+class Named(Scripted):
+    """A link whose sites have kits with names."""
+
+    def name(self, site: int) -> str:
+        return f"hospital-{site}"
+
+
+def test_every_message_is_recorded_under_the_name_of_its_site_with_what_became_of_it(
+    plan: RoundPlan, weights: Path
+) -> None:
+    time, old = Time(), plan.model_copy(update={"exchange": plan.exchange - 1})
+    of_third = iter([[(1, code(plan, Outcome.UNKNOWN))], [(1, done(old)), (2, done(plan)), (3, done(plan))]])
+    sites: dict[int, Behaviour] = {
+        1: Worker(plan, 30, lambda seconds: int(seconds)),
+        2: lambda question: [(1, code(plan, Outcome.DIVERGED))],
+        3: lambda question: next(of_third),
+        4: lambda question: [(1, Reply(4, None, "its reply cannot be read"))],
+        5: never,
+    }
+    held = Held(plan, weights, Named(time, sites, there=lambda site, passed: site != 5 or passed < 9), time)
+    held.run()
+    sent = ("out", "sent: train")
+    expected = {
+        "hospital-1": [sent, ("in", "working"), ("out", "how far"), ("in", "accepted")],
+        "hospital-2": [sent, ("in", "rejected: the site reports DIVERGED")],
+        "hospital-3": [sent, ("in", "unknown"), sent, ("in", "late"), ("in", "accepted"), ("in", "accepted before")],
+        "hospital-4": [sent, ("in", "rejected: its reply cannot be read")],
+        "hospital-5": [sent, ("in", "silent: the connection to it was lost")],
+    }
+    for name, told in expected.items():
+        assert [line[0::2] for line in held.recorded if line[1] == name] == [
+            (direction, verdict) for direction, verdict in told
+        ]
+    assert {line["site"] for line in held.said if "site" in line} == expected.keys(), "events know them by name too"
+
+
+def test_a_site_that_was_lost_and_one_that_is_taken_back_are_recorded(
+    start: Callable[..., Held], plan: RoundPlan
+) -> None:
+    answers = iter([gone(1), done(plan)])
+    held = start({1: lambda question: [(5, next(answers))]})
+    held.run().reject(1, "too long")
+    verdicts = [verdict for _, _, verdict, _ in held.recorded]
+    assert verdicts == ["sent: train", "lost: the site was lost", "sent: train", "accepted", "rejected: too long"]
+
+
+def test_what_is_recorded_of_a_message_is_the_same_at_both_ends(
+    start: Callable[..., Held], plan: RoundPlan, weights: Path
+) -> None:
+    update = {"b": np.arange(6, dtype=np.uint16).reshape(2, 3), "a": np.ones(3, np.float32)}
+    left = Parcel(update, numbers(plan))
+    held = start({1: lambda question: [(1, left)]})
+    held.run()
+    (_, _, _, sent), (_, _, _, came) = held.recorded
+    assert came == message_of(left)
+    assert (came.arrays, came.sha256) == ({"a": (3,), "b": (2, 3)}, digest_of(update))
+    document = plan.model_dump_json()
+    assert sent == message_of(Parcel(unpack(weights.read_bytes()), {"exchange": plan.exchange}, document))
+
+
+STRANGE: dict[str, Any] = {
+    "outcome": 3,
+    "round": math.nan,
+    "exchange": 77,
+    "loss_before": math.inf,
+    "/data/scan.dcm": 1,
+}
+
+
+def test_of_what_a_stranger_sends_neither_names_nor_what_is_no_number_is_recorded(
+    start: Callable[..., Held], plan: RoundPlan
+) -> None:
+    update = {"/data/scan.dcm": np.zeros(3, np.uint16)}
+    held = start({1: lambda question: [(1, Parcel(update, STRANGE))]})
+    held.run()
+    _, _, verdict, message = held.recorded[-1]
+    assert verdict.startswith("rejected")
+    assert (message.scalars, message.arrays) == ({"outcome": 3, "exchange": 77}, {})
+    assert (message.bytes, message.sha256) == (6 + 8 * len(STRANGE), digest_of(update))
 
 
 def test_signs_of_life_are_wanted_often_however_long_the_deadline_is(start: Callable[..., Held]) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm import runfolder
+from maskdm import auditlog, runfolder
+from maskdm.auditlog import verify
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint, sha256_of
 from maskdm.errors import FederationError, Interrupted
 from maskdm.parcel import REPORT_NAMES, Outcome, Parcel
@@ -669,6 +670,68 @@ def test_a_full_disk_is_waited_for_and_the_round_counts_once(
     assert sorted(path.name for path in (folder / "rounds").iterdir()) == sorted(
         path.name for path in (whole / "rounds").iterdir()
     )
+
+
+def test_every_message_of_a_federation_is_in_its_audit_log(folder: Path, prior: dict[str, Tensor]) -> None:
+    federate(InProcess({1: learner(0.5), 2: failing}), folder, rounds=1)
+    lines = read_lines(folder / "audit.jsonl")
+    assert [(line["peer"], line["direction"], line["round"], line["verdict"].split(":")[0]) for line in lines] == [
+        *(("1", "out", 1, "sent"), ("2", "out", 1, "sent"), ("1", "in", 1, "accepted"), ("2", "in", 1, "rejected")),
+        *(("1", "out", 1, "sent"), ("2", "out", 1, "sent"), ("1", "in", 1, "accepted"), ("2", "in", 1, "rejected")),
+    ]
+    assert [line["verdict"] for line in lines if line["direction"] == "out"] == 2 * ["sent: train"] + 2 * [
+        "sent: finish"
+    ]
+    assert set(lines[0]["arrays"]) == set(lines[2]["arrays"]) == set(prior)
+    assert (lines[2]["scalars"]["examples"], lines[3]["scalars"]["outcome"]) == (10, Outcome.DATA_UNUSABLE)
+    assert "DATA_UNUSABLE: its images cannot be used" in lines[3]["verdict"]
+    size = sum(line["bytes"] for line in lines if line["direction"] == "in")
+    assert size == result_of(folder)["bytes_up"]
+    assert not verify(folder / "audit.jsonl").problem
+
+
+def test_an_update_that_is_rejected_after_it_had_to_wait_is_recorded_as_such(folder: Path) -> None:
+    federate(InProcess({1: learner(0.1), 2: learner(0.1 * 1000)}), folder, rounds=1)
+    verdicts = [line["verdict"] for line in read_lines(folder / "audit.jsonl") if line["peer"] == "2"]
+    assert verdicts[:2] == ["sent: train", "accepted"]
+    assert verdicts[2].startswith("rejected: its norm")
+
+
+def test_a_continued_federation_goes_on_in_the_same_log(folder: Path) -> None:
+    sites: dict[int, Site] = {1: learner(0.5), 2: learner(0.5)}
+    federate(InProcess(sites), folder, rounds=1)
+    lines = len(read_lines(folder / "audit.jsonl"))
+    federate(InProcess(sites), folder, rounds=2)
+    assert len(read_lines(folder / "audit.jsonl")) == 2 * lines
+    assert not verify(folder / "audit.jsonl").problem
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds"), [(errno.ENOSPC, 100), (errno.ENOSPC, 10 * DISK_SECONDS), (errno.EROFS, 0)]
+)
+def test_room_for_a_line_of_the_audit_log_is_waited_for_as_for_the_journal(
+    folder: Path, prior: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, code: int, seconds: float
+) -> None:
+    time, append = Time(), auditlog.append
+    since: list[float] = []
+
+    def refuse(path: Path, entry: Any) -> None:
+        if entry["verdict"] == "accepted":
+            since.append(time.now)
+            if code == errno.EROFS or time.now < since[0] + seconds:
+                raise OSError(code, "there is no room")
+        append(path, entry)
+
+    monkeypatch.setattr(auditlog, "append", refuse)
+    sites: dict[int, Site] = {1: learner(0.5), 2: learner(0.5)}
+    if seconds == 100:
+        federate(InProcess(sites), folder, time, rounds=1, round_deadline=2000)
+        assert_moved(folder, prior, 0.5)
+        verdicts = [line["verdict"] for line in read_lines(folder / "audit.jsonl") if line["round"] == 1]
+        assert verdicts.count("accepted") == 4, "of the round and of the farewell, each once"
+    else:
+        with pytest.raises(FederationError, match=r"there is no room.*run the same command again"):
+            federate(InProcess(sites), folder, time, rounds=1, round_deadline=2000)
 
 
 class NoRoom(InProcess):
