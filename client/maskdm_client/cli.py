@@ -114,6 +114,9 @@ def join(
             + (f"; {len(chosen.left_out):,} left out, alike to both" if chosen.left_out else "")
             + (f"; {found.other_splits:,} left out: in folders named test or validation" if found.other_splits else "")
         )
+        problem = terms.problem_of_slice(len(chosen.train))
+        if problem:
+            raise UsageError(f"--data {data}: {problem}")
         if opened is None:
             say(BANNER)
         work(out, host, port, opened, wait, interruption.check)

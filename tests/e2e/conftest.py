@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -157,16 +158,18 @@ class RecordingProxy:
             threading.Thread(target=self._connect, args=(client,), daemon=True).start()
 
     def _connect(self, client: socket.socket) -> None:
-        try:  # a client that only looks whether somebody is there says nothing
-            client = self._in.wrap_socket(client, server_side=True) if self._in else client
-        except OSError:
-            client.close()
-            return
         try:
             server = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:  # whoever looks whether somebody is there shall see that nobody is
+            client.close()
+            self.close()
+            return
+        try:
+            client = self._in.wrap_socket(client, server_side=True) if self._in else client
             server = self._out.wrap_socket(server, server_hostname="127.0.0.1") if self._out else server
         except OSError:
             client.close()
+            server.close()
             return
         threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
         threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
@@ -184,6 +187,8 @@ class RecordingProxy:
             sink.close()
 
     def close(self) -> None:
+        with suppress(OSError):  # it is closed
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 

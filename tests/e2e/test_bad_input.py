@@ -149,9 +149,13 @@ def test_serve_refuses_a_port_in_use_and_to_serve_in_the_clear_unasked(run: Run,
         (("--data", "faces.npz", "--kit", "faces.npz"), "--kit faces.npz is no kit"),
         (("--data", "faces.npz", "--kit", "k.zip", "--insecure"), "--kit and --insecure exclude each other"),
         (("--data", "faces.npz", "--server", "example.org:80"), "give the --kit that its coordinator made for you"),
+        (("--data", "faces.npz", "--policy", "strict.toml"), "images to train on"),
+        (("--data", "faces.npz", "--policy", "typo.toml"), "typo.toml: unknown key 'min-image'"),
     ],
 )
 def test_a_mistake_at_the_client_is_one_line(run: Run, corpus: str, arguments: tuple[str, ...], expected: str) -> None:
+    Path("strict.toml").write_text("min-images = 1000\n")
+    Path("typo.toml").write_text("min-image = 1000\n")
     code, error = run("maskdm-client", *arguments)
     assert code == 2
     assert expected in error.splitlines()[-1]
