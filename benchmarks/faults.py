@@ -227,13 +227,13 @@ def worker_killed(lab: Lab) -> None:
 def client_app_killed(lab: Lab) -> None:
     lab.start()
     lab.until_training(1, 3)
-    lab.fault(lambda: lab.kill("flwr-clientapp", "site-1"))
+    lab.fault(lambda: lab.kill("maskdm_client.pinned clientapp", "site-1"))
 
 
 def supernode_killed(lab: Lab) -> None:
     lab.start()
     lab.until_training(1, 3)
-    lab.fault(lambda: lab.kill("flower-supernode", "site-1"))
+    lab.fault(lambda: lab.kill("maskdm_client.pinned supernode", "site-1"))
 
 
 def site_executor_killed(lab: Lab) -> None:

@@ -88,7 +88,7 @@ def test_a_federation_outlives_the_deaths_of_its_processes_one_after_another(wor
         ("flwr-serverapp", workplace / "fed"),
         ("maskdm_server.door", workplace / "fed"),
         ("flower-superexec", site),
-        ("flower-supernode", site),
+        ("maskdm_client.pinned\0supernode", site),
     ]
     for number, (process, folder) in enumerate(victims, start=1):
         wait_until(lambda n=number: training_in(workplace, "a", n), server.output)  # type: ignore[misc]
