@@ -3,16 +3,18 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fast check format clean
+.PHONY: demo test fast slow check format clean
 
 demo: .venv/run
 	$(BIN)/maskdm-server demo --out maskdm-demo
 
-test: .venv/test
-	$(BIN)/python -m pytest
+test: fast slow
 
 fast: .venv/test
 	$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/test
+	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 check: .venv/test
 	$(BIN)/ruff format --check .

@@ -7,32 +7,36 @@ pip() { python -m pip --python /opt/maskdm/bin/python --disable-pip-version-chec
 loud() { printf '%s\n' '****************************************************************' "$@" \
   '****************************************************************'; }
 
+# torch_from WHERE…: a build of torch, with its torchvision if there is one; the tested versions if they are there.
+torch_from() {
+  for wanted in '--constraint constraints.txt -r torch.txt' '-r torch.txt' '-r torch-alone.txt'; do
+    pip install --no-deps "$@" $wanted && return
+  done
+  return 1
+}
+
 python - >requirements.txt <<'END'
 import os, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = os.environ.get("EXTRAS", "").split()
 print("\n".join(sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])))
 END
+grep -E '^(torch|torchvision)[^a-z]' requirements.txt >torch.txt
+grep -E '^torch[^a-z]' requirements.txt >torch-alone.txt
 grep -v '^#' constraints.txt >exact.txt
 
 case $ACCELERATOR in
   cuda) ;;
   cpu)
-    # The versions of constraints.txt are those of the CUDA build.
-    grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt | grep -v '^#' >exact.txt
-    grep -E '^(torch|torchvision)[^a-z]' requirements.txt >torch.txt
-    grep -E '^torch[^a-z]' requirements.txt >torch-alone.txt
-    if pip install --no-deps --no-index --find-links /wheels -r torch.txt 2>/dev/null ||
-      pip install --no-deps --no-index --find-links /wheels -r torch-alone.txt 2>/dev/null; then
-      echo "torch: from the folder of wheels"
-    elif [ -n "$TORCH_INDEX" ] && pip install --no-deps --index-url "$TORCH_INDEX" -r torch.txt; then
-      echo "torch: from TORCH_INDEX"
+    if torch_from --no-index --find-links /wheels 2>/dev/null ||
+      { [ -n "$TORCH_INDEX" ] && torch_from --index-url "$TORCH_INDEX"; }; then
+      # The versions in constraints.txt are those of the build with CUDA; what was found takes their place.
+      grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' constraints.txt | grep -v '^#' >exact.txt
+      pip freeze | sed -E 's/^([a-z]+) @ .*\/[a-z]+-([^-]+)-.*/\1==\2/; s/%2B/+/' >>exact.txt
     else
       loud "No build of torch for CPUs: the usual one is taken, which may bring CUDA (several GB)." \
         "Give a folder of wheels or TORCH_INDEX, see docs/containers.md."
     fi
-    pip freeze | grep -E '^(torch|torchvision)(==| @)' |
-      sed -E 's/^([a-z]+) @ .*\/[a-z]+-([^-]+)-.*/\1==\2/; s/%2B/+/' >>exact.txt
     ;;
   *) echo "ACCELERATOR is '$ACCELERATOR': give cpu or cuda" >&2; exit 2 ;;
 esac
@@ -47,7 +51,7 @@ if ! /opt/maskdm/bin/python -c 'import torchvision' 2>/dev/null; then
   pip uninstall --quiet --yes torchvision timm
 fi
 
-# What nothing reads at run time: C++ headers, static libraries, packages' own tests; uv, which could install at run time.
+# What nothing reads at run time: C++ headers, static libraries, packages' own tests; and uv, which installs.
 packages=$(/opt/maskdm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 rm -rf "$packages"/torch/include "$packages"/torch/share "$packages"/torch/test "$packages"/torch/lib/*.a
 find "$packages" -type d -name tests -path '*/tests' -prune -exec rm -rf {} +

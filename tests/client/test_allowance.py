@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = time.time()
-        monkeypatch.setattr(allowance.time, "time", lambda: self.now)
+        monkeypatch.setattr(allowance, "time", SimpleNamespace(time=lambda: self.now))
 
 
 @pytest.fixture

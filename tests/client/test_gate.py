@@ -167,6 +167,7 @@ def test_what_comes_in_is_written_down_too(tmp_path: Path) -> None:
     assert (line["direction"], line["verdict"], line["bytes"]) == ("in", "train", 4)
 
 
+NUMBERS = REPORT.model_dump(mode="json")
 # Whatever a program at a site might hand to the gate.
 ANYTHING: st.SearchStrategy[Any] = st.recursive(
     st.one_of(
@@ -205,7 +206,6 @@ ARRAYS = st.one_of(
     ),
     ANYTHING,
 )
-NUMBERS = REPORT.model_dump(mode="json")
 EXPECTED = {"head.weight": ("uint16", (2, 3)), "head.bias": ("uint16", (3,))}
 
 

@@ -61,7 +61,7 @@ def test_a_log_of_no_lines_is_whole(path: Path) -> None:
 
 
 def test_a_line_says_what_a_message_held_and_when_it_went(path: Path) -> None:
-    arrays = {"b": np.zeros((2, 3), np.uint16), "a": np.ones((), np.float32)}
+    arrays: dict[str, Any] = {"b": np.zeros((2, 3), np.uint16), "a": np.ones((), np.float32)}
     record(path, "out", "coordinator", 3, "released", message_of(Parcel(arrays, {"round": 3, "outcome": 0})))
     (entry,) = entries(path)
     assert {name: entry[name] for name in ("direction", "peer", "round", "verdict", "bytes")} == {

@@ -103,7 +103,10 @@ def test_a_server_that_was_killed_is_taken_up_by_the_clients_that_kept_working(w
     server, clients, port = federation(workplace, prior, 3)
     wait_until(lambda: rounds_done(workplace) >= 1 and training_in(workplace, "a", 2), server.output)
     server.kill()
-    wait_until(lambda: not processes_with("maskdm_server.door"), lambda: "the SuperLink lives on")
+    wait_until(
+        lambda: not any("maskdm_server.door" in line for line in processes_with(str(workplace))),
+        lambda: "the SuperLink lives on",
+    )
     again = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--insecure", "--port", str(port)]
     server = Started([*again, "--rounds", "3", "--round-deadline", "20"], workplace, "serve-again")
     check_whole(workplace, server, clients, 3)

@@ -478,7 +478,7 @@ def test_a_site_that_was_lost_and_one_that_is_taken_back_are_recorded(
 def test_what_is_recorded_of_a_message_is_the_same_at_both_ends(
     start: Callable[..., Held], plan: RoundPlan, weights: Path
 ) -> None:
-    update = {"b": np.arange(6, dtype=np.uint16).reshape(2, 3), "a": np.ones(3, np.float32)}
+    update: dict[str, Any] = {"b": np.arange(6, dtype=np.uint16).reshape(2, 3), "a": np.ones(3, np.float32)}
     left = Parcel(update, numbers(plan))
     held = start({1: lambda question: [(1, left)]})
     held.run()
