@@ -61,6 +61,9 @@ class Door:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass a request on, once all of it is there and nothing is wrong with it."""
+        if scope["type"] == "websocket":  # nobody here speaks it
+            await send({"type": "websocket.close"})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

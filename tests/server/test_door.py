@@ -83,7 +83,7 @@ class Knocking:
 
         scope = {"type": kind, "path": path, "server": ("127.0.0.1", port), "headers": list(headers)}
         asyncio.run(self.door(scope, receive, send))
-        return int(answers[0]["status"]) if answers else 0
+        return int(answers[0].get("status", 0)) if answers else 0
 
 
 @pytest.fixture
@@ -206,11 +206,16 @@ def length_of(body: bytes) -> bytes:
     return bytes([*out, number])
 
 
-@pytest.mark.parametrize("kind", ["lifespan", "websocket"])
-def test_other_protocols_are_none_of_its_business(knocking: Knocking, tmp_path: Path, kind: str) -> None:
-    knocking.send(PUSH, [bytes(LARGEST_REQUEST + 1)], kind=kind)
+def test_the_superlinks_own_start_and_end_are_none_of_its_business(knocking: Knocking, tmp_path: Path) -> None:
+    knocking.send("", [], kind="lifespan")
     assert len(knocking.app.scopes) == 1
     assert [path.name for path in tmp_path.iterdir()] == [SECRET]
+
+
+@pytest.mark.parametrize("port", [PUBLIC_PORT, PRIVATE_PORT])
+def test_a_websocket_is_closed(knocking: Knocking, port: int) -> None:
+    knocking.send("/v1/control/start-run", [], kind="websocket", port=port)
+    assert knocking.app.scopes == []
 
 
 def test_of_other_paths_only_the_size_is_looked_at(knocking: Knocking, tmp_path: Path) -> None:
