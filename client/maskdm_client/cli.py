@@ -94,6 +94,8 @@ def join(
         terms = load_policy(policy or (opened.folder / POLICY if opened else None))
         if max_upload:
             largest = cli.size("--max-upload", max_upload)
+            if largest < 1:
+                raise UsageError(f"--max-upload {max_upload}: give at least one byte")
             terms = terms.model_copy(update={"max_bytes_per_round": min(largest, terms.max_bytes_per_round or largest)})
         values |= {"policy": terms, "bundle": opened.kit.bundle if opened else bundle_sha256()}
         settings = cli.configure(SiteSettings, values)
@@ -114,9 +116,6 @@ def join(
             + (f"; {len(chosen.left_out):,} left out, alike to both" if chosen.left_out else "")
             + (f"; {found.other_splits:,} left out: in folders named test or validation" if found.other_splits else "")
         )
-        problem = terms.problem_of_slice(len(chosen.train))
-        if problem:
-            raise UsageError(f"--data {data}: {problem}")
         if opened is None:
             say(BANNER)
         work(out, host, port, opened, wait, interruption.check)

@@ -17,9 +17,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from maskdm.auditlog import AUDIT
 from maskdm.bundle import PROJECT
 from maskdm.parcel import Outcome
 from maskdm_client.gate import release_outcome
+from maskdm_client.incoming import record_foreign
 from maskdm_client.mailbox import note
 from maskdm_client.settings import load_settings
 
@@ -79,12 +81,11 @@ def run_clientapp(site: Path) -> None:
         return lambda *_: refuse if problem else _installed()
 
     def refuse(message: Any, context: Any) -> Any:
-        from maskdm_client.app import asked_of, message_with
+        from maskdm_client.app import asked_of, message_with, size_of
 
-        asked = asked_of(message.content)
-        return message_with(
-            release_outcome(Outcome.CODE_REFUSED, 1, asked[0] if asked else 0, site / "audit.jsonl"), message
-        )
+        asked, audit = asked_of(message.content), site / AUDIT
+        record_foreign(audit, size_of(message.content))
+        return message_with(release_outcome(Outcome.CODE_REFUSED, 1, asked[0] if asked else 0, audit), message)
 
     runtime.install_from_fab = look
     runtime.get_load_client_app_fn = load
