@@ -2,7 +2,7 @@
 # Tries the containers for real, with nothing but Docker: builds them, runs a small federation from nothing to its model,
 # stops a client and kills the server on the way, and tries whoever must be refused.
 #
-#   deploy/smoke.sh                      about six minutes on two cores, without the time that pip needs
+#   deploy/smoke.sh                      about five minutes on two idle cores, once pip has its packages
 #   MASKDM_WHEELS=DIR deploy/smoke.sh    takes wheels from a folder first, e.g. a build of torch for CPUs
 #   TORCH_INDEX=URL deploy/smoke.sh      or looks for that build in a package index
 #

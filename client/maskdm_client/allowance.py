@@ -19,20 +19,23 @@ class PolicyRefused(MaskDMError):
     """The site's policy does not allow it to take part."""
 
 
-def check_allowance(folder: Path, exchange: int, policy: SitePolicy) -> None:
+def check_allowance(folder: Path, work: str, policy: SitePolicy) -> None:
     """See that one more update may leave today.
+
+    Args:
+        work: key of plan and weights, the same where the same work is asked for again.
 
     Raises:
         PolicyRefused: it may not.
     """
     allowed = policy.max_rounds_per_day
-    if allowed is not None and len(_before(exchange, _of_today(folder))) >= allowed:
+    if allowed is not None and len(_before(work, _of_today(folder))) >= allowed:
         raise PolicyRefused(
             f"the site's policy allows {allowed} updates in 24 hours, and so many left (max-rounds-per-day)"
         )
 
 
-def use_allowance(folder: Path, exchange: int, policy: SitePolicy) -> None:
+def use_allowance(folder: Path, work: str, policy: SitePolicy) -> None:
     """Count the update that is about to leave; one that is made again after a crash counts once.
 
     Raises:
@@ -41,21 +44,21 @@ def use_allowance(folder: Path, exchange: int, policy: SitePolicy) -> None:
     """
     if policy.max_rounds_per_day is None:
         return
-    check_allowance(folder, exchange, policy)
-    write_json(folder / RELEASES, [*_before(exchange, _of_today(folder)), (time.time(), exchange)])
+    check_allowance(folder, work, policy)
+    write_json(folder / RELEASES, [*_before(work, _of_today(folder)), (time.time(), work)])
 
 
-def _before(exchange: int, releases: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """Without the last one where it is of this very exchange."""
-    return releases[:-1] if releases and releases[-1][1] == exchange else releases
+def _before(work: str, releases: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Without the last one where it is of this very work. Its number would not do: the coordinator chooses that."""
+    return releases[:-1] if work and releases and releases[-1][1] == work else releases
 
 
-def _of_today(folder: Path) -> list[tuple[float, int]]:
-    """When updates left, and in which exchange; those of a clock that went ahead count too."""
+def _of_today(folder: Path) -> list[tuple[float, str]]:
+    """When updates left, and of which work; those of a clock that went ahead count too."""
     try:
         read = json.loads((folder / RELEASES).read_text())
-        found = [(float(when), int(of)) for when, of in read]
-        if not isinstance(read, list) or not all(math.isfinite(when) for when, _ in found):
+        found = [(float(when), of) for when, of in read]
+        if not isinstance(read, list) or not all(math.isfinite(when) and isinstance(of, str) for when, of in found):
             raise ValueError("no list of times")
     except FileNotFoundError:
         return []

@@ -91,7 +91,7 @@ def answer(
             torch.set_num_threads(settings.threads)
         if plan.action == "train":
             forget_others(plan, folder / "work")
-            released, event = _train(plan, received, settings, folder, saved, say, superseded)
+            released, event = _train(plan, received, settings, folder, saved, key, say, superseded)
         else:
             if plan.action == "finish":
                 ends = True
@@ -127,6 +127,7 @@ def _train(
     settings: SiteSettings,
     folder: Path,
     saved: Saved,
+    key: str,
     say: Say,
     superseded: Callable[[], bool],
 ) -> tuple[Parcel, dict[str, Any]]:
@@ -134,7 +135,7 @@ def _train(
     problem = problem_of_size(size(plan.shapes(), plan.encoding, plan.topk_share), policy)
     if problem:
         raise TooLarge(problem)
-    check_allowance(folder, plan.exchange, policy)
+    check_allowance(folder, key, policy)
     model, images = _prepare(plan, weights, settings, folder, say)
     done = fine_tune(model, plan, weights, images, settings, saved, say, superseded)
     report = Report(
@@ -152,7 +153,7 @@ def _train(
     released = check_update(update, report, plan, weights, policy, audit)
     if policy.approve_first_round and not decision(folder, plan.federation):
         _hold(released, plan, norms(update, plan, weights), folder, say, superseded)
-    use_allowance(folder, plan.exchange, policy)
+    use_allowance(folder, key, policy)
     residual.keep(update, released.arrays)
     event = {"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")}
     return released, event
@@ -200,8 +201,12 @@ def _hold(
         raise Superseded
 
 
-def _check_policy(policy: SitePolicy, plan: RoundPlan, folder: Path) -> None:
-    """See that anything of this site's images may leave for this federation."""
+def check_policy(policy: SitePolicy, plan: RoundPlan, folder: Path) -> None:
+    """See that anything of this site's images may leave for this federation.
+
+    Raises:
+        PolicyRefused, NotApproved: it may not.
+    """
     if policy.require_dp:
         raise PolicyRefused(
             "the site's policy wants training with differential privacy (require-dp), which this version does not have"
@@ -221,7 +226,7 @@ def _prepare(
     plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
 ) -> tuple[Network, LocalImages]:
     """The model on its device, and the slice, where the site's policy lets it take part."""
-    _check_policy(settings.policy, plan, folder)
+    check_policy(settings.policy, plan, folder)
     shape = plan.model.model
     images = local_images(settings, folder, shape.image_size, shape.channels)
     problem = settings.policy.problem_of_slice(len(images.train))

@@ -8,6 +8,7 @@ one is for two people to compare by its fingerprint.
 import base64
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -140,7 +141,7 @@ def _read(path: Path) -> dict[str, bytes]:
         raise UsageError(f"--kit {path} holds no {missing}: give the zip that the coordinator made for you") from error
     except KeyError as error:
         raise UsageError(f"--kit {path} is no kit: {error.args[0]}") from error
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise UsageError(f"--kit {path} cannot be read ({error}): give the zip that the coordinator made") from error
 
 

@@ -168,7 +168,8 @@ class StreamingLink(GridLink):
         self._arriving = deque[tuple[Asked, Any, Any]]()
 
     def sites(self) -> list[int]:
-        there = {self._roster.site(node): node for node in super().sites()}
+        # Of a site with two keys, the younger one.
+        there = {self._roster.site(node): node for node in sorted(super().sites(), key=self._roster.age)}
         self._nodes |= there
         return sorted(there)
 
@@ -183,7 +184,7 @@ class StreamingLink(GridLink):
 
     def receive(self) -> Iterator[Reply]:
         self._forget_expired()
-        for node in self._traffic.refused():
+        for node in set(self._traffic.refused()) & set(self._nodes.values()):  # strangers may say any number
             yield Reply(self._roster.site(node), None, "it tried to send more than an update can be")
         if self._asked:
             found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(self._asked)))

@@ -53,6 +53,13 @@ class Control:
             raise FederationError("the run was not accepted: see logs/superlink.log")
         return int(answer.run_id)
 
+    def nodes(self) -> dict[bytes, int]:
+        """Who is let in: nodes by their public keys (PEM)."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+
+        found = self._call("the nodes could not be listed", self._client.ListNodes, ListNodesRequest()).nodes_info
+        return {bytes(node.public_key): int(node.node_id) for node in found if node.status != "unregistered"}
+
     def register(self, name: str, public_key: bytes) -> int:
         """Let a node in; returns its number."""
         from flwr.proto.control_pb2 import RegisterNodeRequest

@@ -10,6 +10,7 @@ from maskdm.errors import UsageError
 from maskdm.kit import fingerprint
 from maskdm.policy import TEMPLATE, load_policy
 from maskdm.reporting import say
+from maskdm.runfolder import owned
 from maskdm_server.provision import provision, renew, revoke
 
 app = typer.Typer(add_completion=False)
@@ -37,7 +38,8 @@ def provision_command(
         raise UsageError("--client is missing: give a name for each client, e.g. --client hospital-a")
     model = describe_checkpoint(prior, "--prior").model if prior else None
     text = _policy(policy)
-    made = provision(out, server, client or [], names=san or [], days=days, policy=text, model=model)
+    with owned(out):  # two at a time would lose what one of them changed
+        made = provision(out, server, client or [], names=san or [], days=days, policy=text, model=model)
     _tell(out, made)
     for name in [name for name in client or [] if out / f"{name}.zip" not in made]:
         say(f"{name} has a kit already; provision renew --client {name} makes a new one")
@@ -51,7 +53,10 @@ def renew_command(
     policy: Policy = None,
 ) -> None:
     """Make a new server certificate and new kits; the old keys stay valid until they expire."""
-    _tell(out, renew(out, client or [], days=days, policy=_policy(policy)))
+    text = _policy(policy)
+    with owned(out):
+        made = renew(out, client or [], days=days, policy=text)
+    _tell(out, made)
 
 
 @app.command("revoke")
@@ -59,7 +64,8 @@ def revoke_command(
     name: Annotated[str, typer.Argument(help="The client to let in no more.")], out: Kits = Path("kits")
 ) -> None:
     """Let a client in no more; a running server sees it within seconds."""
-    revoke(out, name)
+    with owned(out):
+        revoke(out, name)
     say(f"{name} is let in no more; a server that uses {out / 'server'} ends its connection within seconds")
 
 

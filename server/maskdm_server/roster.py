@@ -8,8 +8,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-
 from maskdm.errors import FederationError, UsageError
 from maskdm.runfolder import write_json
 from maskdm.seeding import derive_seed
@@ -35,8 +33,7 @@ class Roster:
         """
         self._list, self._path, self._say = folder / SITES, home / NODES, say
         self._sites = read_sites(self._list)
-        self._nodes: dict[str, tuple[int, Site]] = {}  # by public key
-        self._written: dict[str, str] = {}
+        self._let_in: list[Site] | None = None
         self._looked, self._problem = -math.inf, ""
 
     def follow(self, control: Control) -> None:
@@ -45,22 +42,32 @@ class Roster:
             return
         self._looked, now = time.monotonic(), datetime.now(UTC)
         try:
-            self._sites, self._problem = read_sites(self._list), ""
+            self._sites = read_sites(self._list)
         except UsageError as error:  # somebody is editing it; whoever was in stays in
             self._tell(str(error))
-        valid = {site.public_key: site for site in self._sites if site.is_valid(now)}
+            return
+        valid = [site for site in self._sites if site.is_valid(now)]
+        if valid == self._let_in:
+            return
         try:
-            for key in self._nodes.keys() - valid.keys():
-                control.unregister(self._nodes[key][0])
-                self._say(f"{self._nodes.pop(key)[1].name} is let in no more: its kit was revoked or has expired")
-            for key in [key for key in valid if key not in self._nodes]:
-                self._nodes[key] = control.register(valid[key].name, _pem(key)), valid[key]
-        except FederationError as error:  # a SuperLink that is being started again; it keeps who was registered
+            self._make_so(control, valid)
+        except (FederationError, OSError) as error:  # a SuperLink that is being started again, a full disk: next time
             self._tell(str(error))
-        names = {str(node): site.name for node, site in self._nodes.values()}
-        if names != self._written:
-            write_json(self._path, names)
-            self._written = names
+        else:
+            self._let_in, self._problem = valid, ""
+
+    def _make_so(self, control: Control, valid: list[Site]) -> None:
+        """Whatever was done before, and whether its answer came or not: what the SuperLink has is looked at first."""
+        there, wanted = control.nodes(), {site.pem(): site for site in valid}
+        known = {site.pem(): site.name for site in self._sites}
+        for key in there.keys() - wanted.keys():
+            control.unregister(there[key])
+            self._say(f"{known.get(key, 'a site')} is let in no more: its kit was revoked or has expired")
+        names = {}
+        for key, site in wanted.items():
+            node = there.get(key) or control.register(site.name, key)
+            names[str(node)] = site.name
+        write_json(self._path, names)
 
     def _tell(self, problem: str) -> None:
         if problem != self._problem:
@@ -82,6 +89,11 @@ class Named:
             self._read()
         return self._sites.get(node, node)
 
+    def age(self, node: int) -> int:
+        """Larger for a node that was let in later."""
+        self.site(node)
+        return list(self._sites).index(node) if node in self._sites else -1
+
     def name(self, site: int) -> str:
         """The name in a site's kit, or its number."""
         return self._names.get(site, str(site))
@@ -91,8 +103,3 @@ class Named:
             for node, name in json.loads(self._path.read_text()).items():
                 self._sites[int(node)] = derive_seed("site", name)
                 self._names[derive_seed("site", name)] = name
-
-
-def _pem(public_key: str) -> bytes:
-    key = serialization.load_ssh_public_key(public_key.encode())
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
-from pydantic import AwareDatetime, ValidationError
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from pydantic import AwareDatetime, ValidationError, field_validator
 
 from maskdm.config import Frozen, ModelConfig
 from maskdm.errors import UsageError
@@ -23,6 +25,20 @@ class Site(Frozen):
     issued: AwareDatetime
     expires: AwareDatetime
     revoked: AwareDatetime | None = None
+
+    @field_validator("public_key")
+    @classmethod
+    def _can_be_read(cls, value: str) -> str:
+        try:
+            serialization.load_ssh_public_key(value.encode())
+        except UnsupportedAlgorithm as error:
+            raise ValueError(f"no key that is known here: {error}") from error
+        return value
+
+    def pem(self) -> bytes:
+        """The public key as Flower knows it."""
+        key = serialization.load_ssh_public_key(self.public_key.encode())
+        return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
     def is_valid(self, now: datetime) -> bool:
         """Whether whoever has the key may join."""

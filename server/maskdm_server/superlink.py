@@ -6,6 +6,7 @@ journal.
 """
 
 import secrets
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -136,19 +137,32 @@ class SuperLink:
                     self._processes[name] = self._start(name)
             if self._roster and self._control:
                 self._roster.follow(self._control)
-                if self._certificate() != self._served:
-                    self._say("the server's certificate is a new one; starting the SuperLink again with it")
-                    self._processes["superlink"].close()
-                    self._served = self._certificate()
-                    self._processes["superlink"] = self._start("superlink")
+                self._take_new_certificate()
             if self._server_app_is_gone():
                 last = list(self._processes.values())[-1]
                 self._count_restart("the process that runs the rounds ended unexpectedly", last)
                 self.submit(check)
             time.sleep(POLL_SECONDS)
 
+    def _take_new_certificate(self) -> None:
+        now = self._certificate()
+        if now in (b"", self._served):
+            return
+        self._say("the server's certificate is a new one; starting the SuperLink again with it")
+        self._served = now
+        self._processes["superlink"].close()
+        self._processes["superlink"] = self._start("superlink")
+
     def _certificate(self) -> bytes:
-        return (self._tls / "server.crt").read_bytes() if self._tls else b""
+        """The certificate that lies there, with its key; nothing while they are being replaced."""
+        if not self._tls:
+            return b""
+        try:
+            certificate = (self._tls / "server.crt").read_bytes()
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._tls / "server.crt", self._tls / "server.key")
+        except OSError:  # ssl's errors are of this kind
+            return b""
+        return certificate
 
     def _start_run(self, control: Control) -> None:
         """Submit it."""

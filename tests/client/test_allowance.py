@@ -27,38 +27,45 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_as_many_updates_leave_in_24_hours_as_the_policy_says(tmp_path: Path, clock: Clock) -> None:
-    use_allowance(tmp_path, 1, TWICE)
+    use_allowance(tmp_path, "1", TWICE)
     clock.now += DAY / 2
-    use_allowance(tmp_path, 2, TWICE)
+    use_allowance(tmp_path, "2", TWICE)
     for refused in (check_allowance, use_allowance):
         with pytest.raises(PolicyRefused, match="allows 2 updates in 24 hours"):
-            refused(tmp_path, 3, TWICE)
+            refused(tmp_path, "3", TWICE)
     clock.now += DAY / 2 + 1
-    use_allowance(tmp_path, 3, TWICE)
+    use_allowance(tmp_path, "3", TWICE)
     with pytest.raises(PolicyRefused):
-        use_allowance(tmp_path, 4, TWICE)
+        use_allowance(tmp_path, "4", TWICE)
 
 
 def test_an_update_that_is_made_again_after_a_crash_counts_once_and_an_earlier_one_anew(tmp_path: Path) -> None:
-    for exchange in (1, 2, 2, 2):
-        use_allowance(tmp_path, exchange, TWICE)
-    check_allowance(tmp_path, 2, TWICE)
+    for work in ("1", "2", "2", "2"):
+        use_allowance(tmp_path, work, TWICE)
+    check_allowance(tmp_path, "2", TWICE)
     with pytest.raises(PolicyRefused):
-        use_allowance(tmp_path, 1, TWICE)
+        use_allowance(tmp_path, "1", TWICE)
+
+
+def test_work_without_a_key_counts_each_time(tmp_path: Path) -> None:
+    use_allowance(tmp_path, "", TWICE)
+    use_allowance(tmp_path, "", TWICE)
+    with pytest.raises(PolicyRefused):
+        use_allowance(tmp_path, "", TWICE)
 
 
 def test_a_clock_that_was_put_back_gives_no_more(tmp_path: Path, clock: Clock) -> None:
-    use_allowance(tmp_path, 1, TWICE)
-    use_allowance(tmp_path, 2, TWICE)
+    use_allowance(tmp_path, "1", TWICE)
+    use_allowance(tmp_path, "2", TWICE)
     clock.now -= 10 * DAY
     with pytest.raises(PolicyRefused):
-        use_allowance(tmp_path, 3, TWICE)
+        use_allowance(tmp_path, "3", TWICE)
 
 
 def test_what_is_kept_does_not_grow(tmp_path: Path, clock: Clock) -> None:
     sizes = []
-    for exchange in range(10**18, 10**18 + 40):
-        use_allowance(tmp_path, exchange, TWICE)
+    for number in range(40):
+        use_allowance(tmp_path, f"{number:064}", TWICE)
         sizes.append((tmp_path / RELEASES).stat().st_size)
         clock.now += DAY
     assert max(sizes) < 200
@@ -69,16 +76,16 @@ def test_where_nobody_knows_what_left_nothing_leaves(tmp_path: Path, content: st
     (tmp_path / RELEASES).write_text(content)
     for refused in (check_allowance, use_allowance):
         with pytest.raises(PolicyRefused, match=r"releases\.json is damaged"):
-            refused(tmp_path, 1, TWICE)
+            refused(tmp_path, "1", TWICE)
 
 
 def test_what_cannot_be_counted_does_not_leave(tmp_path: Path) -> None:
     (tmp_path / RELEASES).mkdir()
     with pytest.raises(OSError, match="directory"):
-        use_allowance(tmp_path, 1, TWICE)
+        use_allowance(tmp_path, "1", TWICE)
 
 
 def test_without_a_limit_nothing_is_kept(tmp_path: Path) -> None:
-    use_allowance(tmp_path, 1, SitePolicy())
-    check_allowance(tmp_path, 1, SitePolicy())
+    use_allowance(tmp_path, "1", SitePolicy())
+    check_allowance(tmp_path, "1", SitePolicy())
     assert not list(tmp_path.iterdir())

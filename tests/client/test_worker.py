@@ -20,6 +20,7 @@ from maskdm.processes import Child
 from maskdm.runfolder import read_lines
 from maskdm.tensorfile import pack
 from maskdm_client import worker
+from maskdm_client.approval import APPROVALS
 from maskdm_client.fine_tuning import Superseded
 from maskdm_client.mailbox import Mailbox
 from maskdm_client.site import answer
@@ -402,20 +403,30 @@ def test_a_part_whose_rest_is_not_there_is_followed_by_the_whole_under_the_same_
     assert reply_to(1, folder).scalars["outcome"] == Outcome.DONE
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "outcome"),
+    [
+        ("max_bytes_per_round", 1000, Outcome.TOO_LARGE),
+        ("require_dp", True, Outcome.POLICY),
+        ("approve_first_round", True, Outcome.NOT_APPROVED),
+    ],
+)
 def test_a_reply_that_the_site_would_not_let_out_any_more_is_not_sent_again(
-    make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
+    make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch, key: str, value: int, outcome: Outcome
 ) -> None:
     folder = make_site()
     box = Mailbox(folder)
     box.ask(1, *ask(local_images=8, exchange=1))
     work(folder, monkeypatch)
     config = json.loads((folder / "config.json").read_text())
-    config["site"]["policy"]["max_bytes_per_round"] = 1000
+    config["site"]["policy"][key] = value
     (folder / "config.json").write_text(json.dumps(config))
+    plan = json.loads(ask(local_images=8, exchange=2)[0])
+    (folder / APPROVALS).write_text(json.dumps({plan["federation"]: {"approved": False}}))
     box.ask(2, *ask(local_images=8, exchange=2))
     work(folder, monkeypatch)
     found = reply_to(2, folder)
-    assert (found.arrays, found.scalars["outcome"]) == ({}, Outcome.TOO_LARGE)
+    assert (found.arrays, found.scalars["outcome"]) == ({}, outcome)
 
 
 def test_the_process_answers_and_after_it_was_killed_knows_what_it_answered(make_site: MakeSite, ask: Ask) -> None:

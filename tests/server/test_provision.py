@@ -179,3 +179,14 @@ def test_what_the_server_is_told_can_be_read_back(tmp_path: Path) -> None:
     (tmp_path / "server" / "sites.json").write_text(json.dumps({"sites": [{"name": "x"}]}))
     with pytest.raises(UsageError, match=r"sites\.json"):
         read_sites(tmp_path / "server" / "sites.json")
+
+
+def test_a_list_with_a_key_that_cannot_be_read_is_a_mistake(tmp_path: Path) -> None:
+    make(tmp_path, "a")
+    path = tmp_path / "server" / "sites.json"
+    for key in ("", "ssh-foo AAAA", "ecdsa-sha2-nistp384 AAAA"):
+        document = json.loads(path.read_text())
+        document["sites"][0]["public_key"] = key
+        path.write_text(json.dumps(document))
+        with pytest.raises(UsageError, match=r"sites\.json"):
+            read_sites(path)

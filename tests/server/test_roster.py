@@ -14,29 +14,35 @@ from maskdm_server.sites import SITES, read_sites, write_sites
 
 
 class Control:
-    """Flower's control interface, played."""
+    """Flower's control interface, played: what it did may be done though its answer was lost."""
 
     def __init__(self) -> None:
-        self.nodes: dict[int, str] = {}
-        self.away = False
-        self._next = 0
+        self.keys: dict[bytes, int] = {}
+        self.called: dict[int, str] = {}
+        self.away = self.loses_answers = False
+
+    def nodes(self) -> dict[bytes, int]:
+        self._check(self.away)
+        return dict(self.keys)
 
     def register(self, name: str, public_key: bytes) -> int:
-        self._check()
+        self._check(self.away or public_key in self.keys)
         assert public_key.startswith(b"-----BEGIN PUBLIC KEY-----")
-        self._next += 1
-        self.nodes[self._next] = name
-        return self._next
+        self.keys[public_key] = len(self.called) + 1
+        self.called[self.keys[public_key]] = name
+        self._check(self.loses_answers)
+        return self.keys[public_key]
 
     def unregister(self, node: int) -> None:
-        self._check()
-        del self.nodes[node]
+        self._check(self.away or node not in self.keys.values())
+        self.keys = {key: number for key, number in self.keys.items() if number != node}
+        self._check(self.loses_answers)
 
     def names(self) -> list[str]:
-        return sorted(self.nodes.values())
+        return sorted(self.called[node] for node in self.keys.values())
 
-    def _check(self) -> None:
-        if self.away:
+    def _check(self, fails: bool) -> None:
+        if fails:
             raise FederationError("the SuperLink is away")
 
 
@@ -64,7 +70,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 def test_those_on_the_list_are_let_in_and_known_by_name(place: Place) -> None:
     assert place.control.names() == ["a", "b"]
     names = {int(node): name for node, name in json.loads((place.federation / ".flwr" / NODES).read_text()).items()}
-    assert names == place.control.nodes
+    assert names == {node: place.control.called[node] for node in place.control.keys.values()}
 
 
 def test_who_is_revoked_is_put_out_and_who_is_new_let_in(place: Place) -> None:
@@ -103,6 +109,30 @@ def test_a_superlink_that_is_away_is_told_later(place: Place) -> None:
     assert place.control.names() == ["b"]
 
 
+def test_an_answer_that_was_lost_jams_nothing(place: Place) -> None:
+    place.control.loses_answers = True
+    revoke(place.kits, "a")
+    provision(place.kits, None, ["c", "d"], policy=b"")
+    for _ in range(6):
+        place.follow()
+    assert place.control.names() == ["b", "c", "d"]
+    names = json.loads((place.federation / ".flwr" / NODES).read_text())
+    assert sorted(names.values()) == ["b", "c", "d"]
+
+
+def test_a_disk_that_is_full_is_told_and_tried_again(place: Place) -> None:
+    path = place.federation / ".flwr" / NODES
+    path.unlink()
+    path.mkdir()
+    revoke(place.kits, "a")
+    place.follow()
+    assert place.control.names() == ["b"]
+    assert place.said[-1].startswith("WARNING")
+    path.rmdir()
+    place.follow()
+    assert list(json.loads(path.read_text()).values()) == ["b"]
+
+
 def test_it_looks_every_few_seconds_only(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(under_test, "LOOK_SECONDS", 1e9)
     revoke(place.kits, "a")
@@ -117,17 +147,18 @@ def test_a_list_that_cannot_be_read_at_the_start_is_a_mistake(tmp_path: Path) ->
 
 
 def test_a_site_is_the_same_with_another_key_and_after_a_restart(place: Place) -> None:
-    named = Named(place.federation)
-    before = {place.control.nodes[node]: named.site(node) for node in place.control.nodes}
+    named, called = Named(place.federation), place.control.called
+    before = {called[node]: named.site(node) for node in called}
     assert len(set(before.values())) == 2
     assert {named.name(site) for site in before.values()} == {"a", "b"}
     renew(place.kits, ["a"], policy=b"")
     place.follow()
-    after = {node: named.site(node) for node in place.control.nodes}
-    assert {after[node] for node, name in place.control.nodes.items() if name == "a"} == {before["a"]}
+    old, new = sorted(node for node, name in called.items() if name == "a")
+    assert named.site(old) == named.site(new) == before["a"]
+    assert named.age(old) < named.age(new)
     assert Named(place.federation).site(1) == named.site(1)
 
 
 def test_without_kits_a_site_is_its_node(tmp_path: Path) -> None:
     named = Named(tmp_path)
-    assert (named.site(2**63), named.name(5)) == (2**63, "5")
+    assert (named.site(2**63), named.name(5), named.age(5)) == (2**63, "5", -1)
