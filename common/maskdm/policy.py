@@ -65,7 +65,8 @@ metrics = [
     "outcome", "round", "exchange", "examples", "images_seen", "loss_before", "loss_after", "seconds", "skipped_steps",
 ]
 
-# Longest update: a share of the norm of the model that came, and, where it is given, an absolute norm (L2).
+# Longest update: a share of the norm of the model that came, and, where it is given, an absolute norm (L2). The
+# coordinator chooses the model, so max-norm is the limit that it cannot move.
 max-relative-norm = 1.0
 # max-norm = 10.0
 

@@ -15,8 +15,8 @@ from maskdm_client.supernode import SuperNode
 from maskdm_server.provision import provision
 
 SCRIPTS = {
-    "flower-supernode": 'echo "$@"; cat "$0.says"; exec sleep 60',
-    "flower-superexec": 'echo "$@"; echo $$ > "$0.pid"; exec sleep 60',
+    "flower-supernode": 'echo "$@"; cat "$0.says"; exec /bin/sleep 60',
+    "flower-superexec": 'echo "$@"; echo $$ > "$0.pid"; exec /bin/sleep 60',
 }
 
 
@@ -60,7 +60,9 @@ def test_a_superexec_that_dies_ends_the_connection_so_that_another_one_is_made(
     assert "--superlink [::1]:8000" in written
     address = f"127.0.0.1:{written.split('--port ')[1].split()[0]}"
     assert f"--runtime-api-address {address} --insecure" in (tmp_path / "logs" / "superexec.log").read_text()
-    os.kill(pid_of(programs) or 0, signal.SIGKILL)
+    executor = pid_of(programs)
+    assert executor
+    os.kill(executor, signal.SIGKILL)
     until(lambda: not node.is_alive())
     assert "superexec ended unexpectedly" in capsys.readouterr().err
 
