@@ -209,7 +209,7 @@ def one_round() -> list[dict[str, Any]]:
         "--out",
         str(folder / "fed"),
     ]
-    command += ["--rounds", "2", "--local-images", "1", "--batch-size", "1", "--fraction", "0.1"]
+    command += ["--rounds", "2", "--local-images", "1", "--batch-size", "1", "--fraction", "0.2"]
     subprocess.run(command, check=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
     watch.stop = True
     events = read_lines(folder / "fed" / "events.jsonl")
