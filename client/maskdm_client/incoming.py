@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ ACTIONS = ("train", "measure", "finish")
 
 def record_plan(audit: Path, exchange: int, document: str, weights: bytes) -> None:
     """Write down a plan with its weights, which nobody has looked at yet."""
-    action = _plan_in(document).get("action")
+    plan = _plan_in(document)
+    action = plan.get("action")
     verdict = action if action in ACTIONS else "no plan"
     try:
         message = message_of(Parcel(unpack(weights), {"exchange": exchange}, document))
@@ -25,7 +27,7 @@ def record_plan(audit: Path, exchange: int, document: str, weights: bytes) -> No
         verdict += ", weights that cannot be read"
         size = len(document.encode()) + len(weights)
         message = Message(size, {"exchange": exchange}, {}, hashlib.sha256(weights).hexdigest())
-    _record(audit, round_in(document), verdict, message)
+    _record(audit, _round_of(plan), verdict, message)
 
 
 def record_progress_question(audit: Path, round_number: int, exchange: int) -> None:
@@ -40,7 +42,11 @@ def record_foreign(audit: Path, size: int) -> None:
 
 def round_in(document: str) -> int:
     """The round that a plan says it is of; 1 where it says none."""
-    number = _plan_in(document).get("round")
+    return _round_of(_plan_in(document))
+
+
+def _round_of(plan: Mapping[str, Any]) -> int:
+    number = plan.get("round")
     return number if type(number) is int and 1 <= number <= 100_000 else 1
 
 

@@ -8,17 +8,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from maskdm.kit import OpenedKit
+from maskdm.processes import NO_CALLS_HOME
 from maskdm_client.checks import Check
 
 NAME = "node key"
 SECONDS = 20.0
-# Flower reads these as it is imported: no calls home.
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 def node_key(host: str, port: int, kit: OpenedKit) -> Check:
     """Show the site's key to the server."""
-    os.environ.update(QUIET)
+    os.environ.update(NO_CALLS_HOME)
     import httpx
     from flwr.supercore.error import ApiErrorCode, FlowerError
 

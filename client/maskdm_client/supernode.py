@@ -14,6 +14,7 @@ from typing import Self
 from maskdm.kit import OpenedKit
 from maskdm.processes import Child, flower_environment, free_port, script
 from maskdm.reporting import say
+from maskdm.runfolder import atomic_write
 
 # What the SuperNode writes into its log once the server has let it in.
 LET_IN = b"SuperNode ID"
@@ -39,9 +40,7 @@ class SuperNode:
         self._logs, self._let_in = folder / "logs", False
         self._environment = flower_environment(home)
         self._secret, self._programs = home / "secret", home / "bin"
-        self._secret.unlink(missing_ok=True)
-        self._secret.touch(mode=0o600)
-        self._secret.write_text(secrets.token_hex(32))
+        atomic_write(self._secret, secrets.token_hex(32), private=True)
         # The only program that the SuperExec finds by its name.
         self._programs.mkdir(exist_ok=True)
         program = self._programs / "flwr-clientapp"

@@ -5,19 +5,19 @@ where a loss of power tore lines, of everything from the last whole line up to h
 write all of it anew, or cut off its end: only a hash that was noted elsewhere tells.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from maskdm.parcel import Parcel
+from maskdm.runfolder import append_whole
 from maskdm.tensorfile import Arrays, bytes_of, layout_of
 
 AUDIT = "audit.jsonl"
@@ -70,18 +70,9 @@ def record(path: Path, direction: str, peer: str, round_number: int, verdict: st
 def append(path: Path, entry: Mapping[str, Any]) -> None:
     """Append one chained line, whole or not at all; other processes may do so too. Raises as `record` does."""
     with path.open("a+b", buffering=0) as file, _locked(file, fcntl.LOCK_EX):
-        before = os.fstat(file.fileno()).st_size
-        number, previous, torn = _end(file, before)
+        number, previous, torn = _end(file, os.fstat(file.fileno()).st_size)
         text = json.dumps({"number": number, "previous": previous, **entry}, ensure_ascii=False, allow_nan=False)
-        line = b"\n" * torn + text.encode() + b"\n"
-        try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(file.fileno())
-        except OSError:
-            with suppress(OSError):  # what stays is a torn line
-                os.ftruncate(file.fileno(), before)
-            raise
+        append_whole(file, b"\n" * torn + text.encode() + b"\n", synced=True)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from maskdm.config import Frozen, ModelConfig
 from maskdm.errors import UsageError
+from maskdm.runfolder import atomic_write
 
 KIT, SIGNATURE, POLICY = "kit.json", "kit.sig", "policy.toml"
 AUTHORITY, KEY, PUBLIC_KEY, README = "ca.crt", "client.key", "client.pub", "README.md"
@@ -31,7 +32,8 @@ LARGEST_FILE = 1_000_000  # bytes
 # How far two clocks may lie apart before a kit counts as made in the future.
 SKEW = timedelta(minutes=10)
 
-SiteName = Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+SITE_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+SiteName = Annotated[str, Field(pattern=f"^{SITE_NAME}$")]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -108,9 +110,7 @@ def open_kit(path: Path, folder: Path) -> OpenedKit:
     for name, content in files.items():
         target = folder / name
         if not target.exists() or target.read_bytes() != content:
-            target.unlink(missing_ok=True)
-            target.touch(mode=0o600)
-            target.write_bytes(content)
+            atomic_write(target, content, private=True)
     return OpenedKit(kit, folder, hashlib.sha256(files[POLICY]).hexdigest() == kit.policy)
 
 

@@ -12,6 +12,8 @@ from typing import Self
 from maskdm import guard
 
 GRACE_SECONDS = 10.0
+# Flower reads these as it is imported.
+NO_CALLS_HOME = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 class Child:
@@ -77,8 +79,7 @@ def script(name: str) -> str:
 def flower_environment(home: Path) -> dict[str, str]:
     """For Flower's processes: no calls home, and its files in a folder of ours."""
     return {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        **NO_CALLS_HOME,
         "FLWR_HOME": str(home.resolve()),
         **no_proxy_for_loopback(),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",

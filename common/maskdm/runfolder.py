@@ -5,24 +5,29 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from maskdm.errors import UsageError
 
 
-def atomic_write(path: Path, content: bytes | str | Iterable[bytes | memoryview]) -> None:
+def atomic_write(path: Path, content: bytes | str | Iterable[bytes | memoryview], *, private: bool = False) -> None:
     """Write under a temporary name, flush to the disk, rename: readers see the old file or the whole new one.
 
     Args:
         content: all of it, or its pieces, of which only one is in memory at a time.
+        private: only this user can read it, from its first byte on.
     """
     if isinstance(content, str):
         content = content.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if private:
+            temporary.unlink(missing_ok=True)
+            temporary.touch(mode=0o600)
         with temporary.open("wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
@@ -45,10 +50,28 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
     with path.open("ab", buffering=0) as file:
-        before = os.fstat(file.fileno()).st_size
+        append_whole(file, line)
+
+
+def append_whole(file: FileIO, line: bytes, *, synced: bool = False) -> None:
+    """Append bytes to an open file, all of them or none.
+
+    Args:
+        synced: return only when they are on the disk.
+
+    Raises:
+        OSError: e.g. a full disk; what was written is taken back.
+    """
+    before = os.fstat(file.fileno()).st_size
+    try:
         if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.name))
+        if synced:
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):  # what stays is a torn line
             os.ftruncate(file.fileno(), before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

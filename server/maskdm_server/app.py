@@ -168,8 +168,7 @@ class StreamingLink(GridLink):
         self._arriving = deque[tuple[Asked, Any, Any]]()
 
     def sites(self) -> list[int]:
-        # Of a site with two keys, the younger one.
-        there = {self._roster.site(node): node for node in sorted(super().sites(), key=self._roster.age)}
+        there = self._roster.nodes(super().sites())
         self._nodes |= there
         return sorted(there)
 

@@ -1,6 +1,5 @@
 """The certificate authority of a federation: its own certificate, the server's, and key pairs for sites."""
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -48,16 +47,9 @@ def site_public_key(key: Key) -> str:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """A file that only this user can read, from its first byte on."""
+    """A file that only this user can read, in a folder that is made so too."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch(mode=0o600)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    atomic_write(path, content, private=True)
 
 
 def load_authority(folder: Path) -> tuple[Key, x509.Certificate]:

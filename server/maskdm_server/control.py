@@ -7,7 +7,7 @@ from typing import Any
 
 from maskdm.bundle import bundle, bundle_sha256
 from maskdm.errors import FederationError
-from maskdm.processes import no_proxy_for_loopback
+from maskdm.processes import NO_CALLS_HOME, no_proxy_for_loopback
 
 
 class Control:
@@ -20,9 +20,9 @@ class Control:
             address: HOST:PORT of the private side.
             certificate: of the authority; None for a connection in the clear.
         """
+        os.environ.update(NO_CALLS_HOME | no_proxy_for_loopback())
         from flwr.supercore.control import ControlHttpClient
 
-        os.environ.update(no_proxy_for_loopback())
         root = str(certificate) if certificate else None
         self._client: Any = ControlHttpClient.from_server_address(
             address, certificate is None, root, interceptors=[_Secret(secret)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from maskdm.bundle import bundle_sha256
 from maskdm.config import ModelConfig
 from maskdm.errors import UsageError
-from maskdm.kit import AUTHORITY, KEY, KIT, POLICY, PUBLIC_KEY, README, SIGNATURE, Kit, sign
+from maskdm.kit import AUTHORITY, KEY, KIT, POLICY, PUBLIC_KEY, README, SIGNATURE, SITE_NAME, Kit, sign
 from maskdm.runfolder import atomic_write
 from maskdm_server.authority import (
     key_bytes,
@@ -31,7 +31,6 @@ from maskdm_server.authority import (
 )
 from maskdm_server.sites import SITES, Server, Site, read_server, read_sites, write_server, write_sites
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -61,7 +60,7 @@ def provision(
         UsageError: a name that cannot be one, or another server than before.
     """
     for name in clients:
-        if not NAME.fullmatch(name):
+        if not re.fullmatch(SITE_NAME, name):
             raise UsageError(f"--client {name}: give a name of letters, digits, dots, dashes and underscores")
     before = read_server(out / "server")
     address = _address(server, before, out)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,10 +89,13 @@ class Named:
             self._read()
         return self._sites.get(node, node)
 
-    def age(self, node: int) -> int:
-        """Larger for a node that was let in later."""
-        self.site(node)
-        return list(self._sites).index(node) if node in self._sites else -1
+    def nodes(self, there: Iterable[int]) -> dict[int, int]:
+        """Of each site the node that is there; of a site with two keys the one that was let in later."""
+        left = set(there)
+        if not left <= self._sites.keys():
+            self._read()
+        named = [node for node in self._sites if node in left]
+        return {self._sites.get(node, node): node for node in (*(left - set(named)), *named)}
 
     def name(self, site: int) -> str:
         """The name in a site's kit, or its number."""

@@ -61,7 +61,7 @@ class SuperLink:
         self._private = f"127.0.0.1:{free_port()}"
         self._roster = Roster(tls, self._home, say) if tls else None
         self._control: Control | None = None
-        self._served, self._restarts = self._certificate(), 0
+        self._served, self._restarts = (tls / "server.crt").read_bytes() if tls else b"", 0
         self._environment = flower_environment(self._home)
         self._commands = self._commands_for(host, port, largest_update)
         self._processes = {name: self._start(name) for name in self._commands}
@@ -135,34 +135,27 @@ class SuperLink:
                     self._count_restart(f"Flower's {name} ended unexpectedly", process)
                     process.close()
                     self._processes[name] = self._start(name)
-            if self._roster and self._control:
+            if self._tls and self._roster and self._control:
                 self._roster.follow(self._control)
-                self._take_new_certificate()
+                self._take_new_certificate(self._tls)
             if self._server_app_is_gone():
                 last = list(self._processes.values())[-1]
                 self._count_restart("the process that runs the rounds ended unexpectedly", last)
                 self.submit(check)
             time.sleep(POLL_SECONDS)
 
-    def _take_new_certificate(self) -> None:
-        now = self._certificate()
-        if now in (b"", self._served):
+    def _take_new_certificate(self, folder: Path) -> None:
+        try:
+            now = (folder / "server.crt").read_bytes()
+            if now == self._served:
+                return
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / "server.crt", folder / "server.key")
+        except OSError:  # ssl's errors are of this kind: it and its key are being replaced
             return
         self._say("the server's certificate is a new one; starting the SuperLink again with it")
         self._served = now
         self._processes["superlink"].close()
         self._processes["superlink"] = self._start("superlink")
-
-    def _certificate(self) -> bytes:
-        """The certificate that lies there, with its key; nothing while they are being replaced."""
-        if not self._tls:
-            return b""
-        try:
-            certificate = (self._tls / "server.crt").read_bytes()
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._tls / "server.crt", self._tls / "server.key")
-        except OSError:  # ssl's errors are of this kind
-            return b""
-        return certificate
 
     def _start_run(self, control: Control) -> None:
         """Submit it."""

@@ -155,10 +155,10 @@ def test_a_site_is_the_same_with_another_key_and_after_a_restart(place: Place) -
     place.follow()
     old, new = sorted(node for node, name in called.items() if name == "a")
     assert named.site(old) == named.site(new) == before["a"]
-    assert named.age(old) < named.age(new)
+    assert named.nodes([new, old])[before["a"]] == named.nodes([old, new])[before["a"]] == new
     assert Named(place.federation).site(1) == named.site(1)
 
 
 def test_without_kits_a_site_is_its_node(tmp_path: Path) -> None:
     named = Named(tmp_path)
-    assert (named.site(2**63), named.name(5), named.age(5)) == (2**63, "5", -1)
+    assert (named.site(2**63), named.name(5), named.nodes([5, 7])) == (2**63, "5", {5: 5, 7: 7})
