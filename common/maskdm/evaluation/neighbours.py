@@ -3,7 +3,7 @@
 All distances are Euclidean, in fp64, computed in parts of bounded size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -109,8 +109,9 @@ def memorisation(generated: Tensor, training: Tensor, held_out: Tensor, *, seed:
 
 
 def _ratio(distance: Tensor, usual: Tensor) -> Tensor:
-    """1 where both are 0: the image is in both sets."""
-    return torch.where((distance == 0) & (usual == 0), 1.0, distance / usual.clamp(min=torch.finfo(usual.dtype).tiny))
+    """1 where both are 0, since the image is in both sets; finite where only the second is."""
+    both = (distance == 0) & (usual == 0)
+    return torch.where(both, 1.0, distance / usual.clamp(min=1e-12)).clamp(max=1e6)
 
 
 def _reach(features: Tensor, k: int) -> Tensor:
@@ -125,9 +126,9 @@ def _reach(features: Tensor, k: int) -> Tensor:
 
 def _squared_distances(first: Tensor, second: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Rows of the matrix of squared distances in parts: number of the first row, and (n, M), which may be changed."""
-    square: Callable[[Tensor], Tensor] = lambda x: x.square().sum(dim=1)  # noqa: E731
-    lengths = square(second)  # (M,)
+    lengths = second.square().sum(dim=1)  # (M,)
     step = max(1, PART // len(second))
     for start in range(0, len(first), step):
         part = first[start : start + step]
-        yield start, torch.addmm(square(part)[:, None] + lengths, part, second.T, alpha=-2).clamp_(min=0)
+        lengths_of_both = part.square().sum(dim=1)[:, None] + lengths  # (n, M)
+        yield start, torch.addmm(lengths_of_both, part, second.T, alpha=-2).clamp_(min=0)
