@@ -3,6 +3,7 @@
 Files are data only: nothing in them is run or unpickled.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from maskdm.checkpoint import sha256_of
 from maskdm.errors import UsageError
-from maskdm.evaluation.feature_net import is_feature_net, load_feature_net
+from maskdm.evaluation import inception
+from maskdm.evaluation.feature_net import FeatureNet, FeatureNetConfig, is_feature_net, load_feature_net
 from maskdm.evaluation.mobilenet import MOBILENET_SHA256, load_mobilenet
 
 
@@ -24,6 +26,20 @@ class Extractor:
     sha256: str  # of its file
     resize: str  # how images get the size that it wants
     network: Callable[[Tensor], Tensor]  # uint8 (B, C, H, W), C 1 or 3 → (B, D)
+
+    @property
+    def frechet(self) -> str:
+        """What the Fréchet distance between its features is called: FID with Inception only."""
+        return "FID" if self._is_inception else f"FD-{self.name}"
+
+    @property
+    def kernel(self) -> str:
+        """What the kernel distance between its features is called: KID with Inception only."""
+        return "KID" if self._is_inception else f"KD-{self.name}"
+
+    @property
+    def _is_inception(self) -> bool:
+        return self.sha256.startswith(inception.INCEPTION_SHA256)
 
     @torch.no_grad()
     def features(
@@ -37,6 +53,24 @@ class Extractor:
         return torch.cat(done)
 
 
+RANDOM = "random"
+
+
+def random_extractor(device: torch.device | str = "cpu") -> Extractor:
+    """A small convolutional network of random weights, the same everywhere: for domains without a trained one.
+
+    Such features tell apart more than one would think, and know no domain better than another (Naeem et al. 2020, arXiv
+    2002.09797, section 4, with a random VGG16 of as many features).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = FeatureNet(FeatureNetConfig(name=RANDOM, image_size=64, channels=3, classes=2))
+    digest = hashlib.sha256()
+    for _, weight in sorted(net.state_dict().items()):
+        digest.update(weight.numpy().tobytes())
+    return Extractor(RANDOM, digest.hexdigest(), "bilinear, antialias, to 64x64", net.to(device).eval())
+
+
 def open_extractor(path: Path, option: str = "--features", device: torch.device | str = "cpu") -> Extractor:
     """The feature network in a file, told by its contents.
 
@@ -48,8 +82,12 @@ def open_extractor(path: Path, option: str = "--features", device: torch.device 
     digest = sha256_of(path)
     if digest == MOBILENET_SHA256:
         return Extractor("MobileNetV2", digest, "bilinear, antialias, to 224x224", load_mobilenet(path, device))
+    if digest.startswith(inception.INCEPTION_SHA256):
+        return Extractor("Inception", digest, inception.RESIZE, inception.load_inception(path, option, device))
     if is_feature_net(path):
         about, network = load_feature_net(path, option, device)
+        if about.name in (RANDOM, "MobileNetV2", "Inception"):
+            raise UsageError(f"{option} {path} calls itself {about.name}, which is another network: name it otherwise")
         side = about.image_size
         return Extractor(about.name, digest, f"bilinear, antialias, to {side}x{side}", network)
     raise UsageError(

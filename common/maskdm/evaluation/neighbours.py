@@ -27,8 +27,8 @@ class Neighbourhoods(NamedTuple):
 
 
 def neighbourhoods(generated: Tensor, reference: Tensor, k: int = 5) -> Neighbourhoods:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2), density and coverage
-    (Naeem et al. 2020, arXiv 2002.09797, eq. 3 and 4). All fp64.
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, section 2), density and coverage
+    (Naeem et al. 2020, arXiv 2002.09797, section 3). All fp64.
 
     The neighbourhood of an image is the ball that reaches its k-th nearest neighbour among the others of its own set.
 
@@ -62,7 +62,7 @@ def nearest(features: Tensor, others: Tensor) -> Nearest:
     features, others = features.double(), others.double()
     rows = torch.cat([distances.argmin(dim=1) for _, distances in _squared_distances(features, others)])
     # Exactly: squares of distances, as they are found, lose the last eight digits of those between near copies.
-    parts = zip(features.split(4096), rows.split(4096), strict=True)
+    parts = zip(torch.split(features, 4096), torch.split(rows, 4096), strict=True)
     return Nearest(torch.cat([(part - others[own]).norm(dim=1) for part, own in parts]), rows)
 
 

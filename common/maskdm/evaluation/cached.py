@@ -1,0 +1,94 @@
+"""Features of real images, and their moments, computed once for each corpus and feature network."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+
+from maskdm.data.cache import cache_folder
+from maskdm.data.corpus import Corpus
+from maskdm.errors import UsageError
+from maskdm.evaluation.distances import Moments, moments
+from maskdm.evaluation.features import Extractor
+from maskdm.runfolder import atomic_write
+
+VERSION = 1  # of what is computed here and in the feature networks: raise it where they change
+KEY, DIGEST = "maskdm.cached-features", "sha256"
+
+
+class RealFeatures(NamedTuple):
+    """Features of real images."""
+
+    features: Tensor  # (M, D) fp32
+    moments: Moments
+
+
+def real_features(
+    corpus: Corpus,
+    rows: NDArray[np.int64],
+    extractor: Extractor,
+    *,
+    batch_size: int = 128,
+    cache: Path | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> RealFeatures:
+    """Features of some images of a corpus (M ≥ 2), from the cache where they are there and whole.
+
+    Two processes that compute the same write the same file, each in one piece.
+
+    Raises:
+        UsageError: the cache cannot be written.
+    """
+    about = [VERSION, corpus.manifest.sha256, hashlib.sha256(rows.tobytes()).hexdigest(), extractor.sha256]
+    key = json.dumps([*about, extractor.resize])
+    name = f"{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    path = (cache or cache_folder()) / "features" / name
+    if found := _read(path, key, len(rows)):
+        progress(len(rows))
+        return found
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        images = torch.from_numpy(np.asarray(corpus.pixels[rows[start : start + batch_size]]))  # (B, C, S, S)
+        parts.append(extractor.features(images, batch_size=batch_size))
+        progress(min(start + batch_size, len(rows)))
+    features = torch.cat(parts)
+    computed = RealFeatures(features, moments(features))
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tensors = {"features": features, "mean": computed.moments.mean, "covariance": computed.moments.covariance}
+        atomic_write(path, save(tensors, {KEY: key, DIGEST: _digest(tensors)}))
+    except OSError as error:
+        raise UsageError(
+            f"features are kept in {path.parent}, which cannot be written ({error.strerror}): set MASKDM_CACHE to "
+            f"another folder"
+        ) from error
+    return computed
+
+
+def _read(path: Path, key: str, rows: int) -> RealFeatures | None:
+    """What a file holds, or None where it is missing, damaged or about something else."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in ("features", "mean", "covariance")}
+    except (safetensors.SafetensorError, OSError, ValueError):
+        return None
+    if metadata.get(KEY) != key or metadata.get(DIGEST) != _digest(tensors) or len(tensors["features"]) != rows:
+        return None
+    return RealFeatures(tensors["features"], Moments(tensors["mean"], tensors["covariance"]))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""Generated images in blocks, so that however many are wanted, few are in memory: drawn from a model, or read."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Unpack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskdm.config import DiffusionConfig
+from maskdm.data.sources import ArraySource, open_source
+from maskdm.errors import DataError
+from maskdm.model import Network
+from maskdm.sampling import Options, sample
+from maskdm.seeding import derive_seed, generator
+
+BLOCK = 256
+
+
+def drawn(model: Network, config: DiffusionConfig, count: int, **options: Unpack[Options]) -> Iterator[Tensor]:
+    """Draw images as `maskdm.sampling.sample` does, uint8 (B, C, H, W) at a time, with a seed for each block."""
+    seed, classes = options.get("seed", 0), options.get("classes")
+    for start in range(0, count, BLOCK):
+        options["seed"] = derive_seed("evaluation", seed, start)
+        options["classes"] = None if classes is None else classes[start : start + BLOCK]
+        yield sample(model, config, min(BLOCK, count - start), **options)
+
+
+def proportional_classes(classes: Tensor, count: int, seed: int) -> Tensor:
+    """As many of each class as real images have them, in random order: (M,) int64 → (count,) int64.
+
+    Evenly spaced in the sorted classes, so that each has its share to the nearest image.
+    """
+    ordered = classes.sort().values
+    places = ((torch.arange(count) + 0.5) * len(classes) / count).long()
+    shuffled: Tensor = ordered[places][torch.randperm(count, generator=generator("evaluation classes", seed))]
+    return shuffled
+
+
+class StoredSamples:
+    """Images made elsewhere: square uint8 (N, H, W[, C]) or (N, C, H, W) in an `.npz` or `.npy`."""
+
+    def __init__(self, path: Path, option: str = "--samples") -> None:
+        """Look at the file; its images are read later.
+
+        Raises:
+            DataError: it cannot be read, or holds something else.
+        """
+        source = open_source(path, option)
+        if not isinstance(source, ArraySource):
+            raise DataError(f"{option} {path}: give an .npz or .npy of uint8 images, such as sample --npz writes")
+        self._source = source
+        first = _planes(next(iter(source.entries())).content)
+        self.count = source.count()
+        self.channels, self.image_size, width = first.shape
+        if width != self.image_size:
+            raise DataError(f"{option} {path}: images of {width}x{self.image_size} pixels; give square ones")
+
+    def blocks(self) -> Iterator[Tensor]:
+        """uint8 (B, C, S, S) at a time."""
+        entries = self._source.entries()
+        while block := [_planes(entry.content) for entry in islice(entries, BLOCK)]:
+            yield torch.from_numpy(np.stack(block))
+
+
+def _planes(content: object) -> NDArray[np.uint8]:
+    """(H, W) or (H, W, C) → (C, H, W)."""
+    assert isinstance(content, np.ndarray)
+    return np.moveaxis(content[..., None] if content.ndim == 2 else content, 2, 0)
