@@ -67,4 +67,5 @@ def _kernel_sum(first: Tensor, second: Tensor, *, diagonal: bool = True) -> floa
 def _root(covariance: Tensor) -> Tensor:
     """Symmetric root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root

@@ -56,7 +56,7 @@ class FeatureNet(nn.Module):
         self.head = nn.Linear(config.features, config.classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) → (B, features); grey is repeated for a net of colours, colour averaged for one of grey."""
+        """uint8 (B, C, H, W) → (B, features); grey is repeated for a net of colours, colour averaged for a grey one."""
         x = resized(images.to(self.head.weight.device).float(), self.config.image_size)
         if self.config.channels == 1:
             x = x.mean(dim=1, keepdim=True)
