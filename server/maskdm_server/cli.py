@@ -37,7 +37,7 @@ from maskdm.reporting import say
 from maskdm.runfolder import owned
 from maskdm_server.curriculum import recipe_names, stages_from, use_recipe
 from maskdm_server.federation_commands import serve_command, simulate
-from maskdm_server.options import Device, Out, PrecisionOption, Seed, pixel_policy
+from maskdm_server.options import Device, LogOption, Out, PrecisionOption, Seed, pixel_policy
 from maskdm_server.pretrain import Run
 from maskdm_server.pretrain import pretrain as train_prior
 from maskdm_server.provision_commands import app as provision_app
@@ -98,6 +98,7 @@ def pretrain(
     upscale: Upscale = False,
     resume: Annotated[Literal["auto", "never"], typer.Option(help="Continue what --out holds, or refuse to.")] = "auto",
     save_every: Annotated[float, typer.Option(help="Seconds between saves: what a crash may cost.")] = 120.0,
+    log: LogOption = "off",
     dry_run: Annotated[bool, typer.Option(help="Print the resolved configuration and stop.")] = False,
 ) -> None:
     """Pre-train a prior on a public corpus with most of each image masked."""
@@ -158,6 +159,7 @@ def pretrain(
             init=init,
             resume=resume == "auto",
             save_every=save_every,
+            log=log,
             compiled=compile,
             sharded=shard,
         )

@@ -18,9 +18,10 @@ from maskdm.reporting import say
 from maskdm.runfolder import owned
 from maskdm_server.federation import FederationConfig
 from maskdm_server.inline import simulate_inline, write_settings
-from maskdm_server.options import Out, Prior, federation_options, pixel_policy, with_options
+from maskdm_server.options import LogOption, Out, Prior, federation_options, pixel_policy, with_options
 from maskdm_server.serve import address_of, federation_config, serve
 from maskdm_server.simulate import Rows, split_by_label, split_iid, start_clients, write_shares
+from maskdm_server.tracking import FEDERATION, follow
 
 
 @with_options(federation_options)
@@ -37,13 +38,14 @@ def serve_command(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port; default: that of the kits with --tls, else 8000.")
     ] = None,
+    log: LogOption = "off",
     federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
 ) -> None:
     """Hand a prior to institutions, gather their updates round by round, and keep the federated model."""
     load_checkpoint(prior, "--prior")
     config = cli.configure(FederationConfig, federation_config(prior, federation))
     address, at = address_of(tls, insecure, host, port)
-    with owned(out):
+    with owned(out), follow(out, FEDERATION, log):
         model = serve(prior, out, config, host=address, port=at, tls=tls)
     say(f"model: {model}; samples before and after: {out / 'samples'}")
 
@@ -63,6 +65,7 @@ def simulate(
     alpha: Annotated[float, typer.Option(min=1e-3, help="Dirichlet concentration of --split label.")] = 0.5,
     fraction: Annotated[float, typer.Option(help="Share of its images that each client uses.")] = 0.1,
     upscale: Upscale = False,
+    log: LogOption = "off",
     federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
 ) -> None:
     """Run a whole federation on this machine: a real Flower server and real clients on loopback."""
@@ -82,7 +85,7 @@ def simulate(
         **{"clients": clients, "split": split, "alpha": alpha, "fraction": fraction, "upscale": upscale},
         "data": [str(path.absolute()) for path in data],
     }
-    with owned(out):
+    with owned(out), follow(out, FEDERATION, log):
         shares = None
         if len(data) == 1:
             shape = metadata.model

@@ -27,6 +27,7 @@ from maskdm.runfolder import append_line, claim, keep_lines, read_lines
 from maskdm.seeding import derive_seed
 from maskdm.training import Progress, TrainingState, put_weights, train
 from maskdm_server.pictures import save_samples
+from maskdm_server.tracking import PRETRAINING, Log, follow
 
 METRICS_EVERY = 1.0  # seconds between lines of metrics.jsonl, at least one step each
 # What may differ when a run is continued: how it is computed, and how long its last stage is.
@@ -84,6 +85,7 @@ def pretrain(
     save_every: float = 120.0,
     compiled: bool = False,
     sharded: bool = False,
+    log: Log = "off",
 ) -> Path:
     """Train a prior on a corpus and return the path of its checkpoint.
 
@@ -96,6 +98,7 @@ def pretrain(
         save_every: seconds between saves of the full state, so what a crash may cost.
         compiled: let torch.compile have the network.
         sharded: spread the network over the processes instead of keeping it in each.
+        log: where lines and samples go besides `out`.
 
     Raises:
         UsageError: the folder holds another run.
@@ -123,12 +126,13 @@ def pretrain(
     say(
         f"{parameter_count(model):,} parameters; {pick_precision(run.stages[0].training.precision, device)} on {device}"
     )
-    state = train_stages(state, run, corpus, out, device, save_every)
-    picture = out / "samples" / f"{state.images_seen:09d}.png"
-    average = {name: whole(tensor) for name, tensor in state.average.items()}
-    if is_first() and not picture.exists():
-        precision = run.stages[-1].training.precision
-        save_samples(picture, average, run.model, run.diffusion, seed=run.seed, device=str(device), precision=precision)
+    with follow(out, PRETRAINING, log):
+        state = train_stages(state, run, corpus, out, device, save_every)
+        picture = out / "samples" / f"{state.images_seen:09d}.png"
+        average = {name: whole(tensor) for name, tensor in state.average.items()}
+        if is_first() and not picture.exists():
+            precision, on = run.stages[-1].training.precision, str(device)
+            save_samples(picture, average, run.model, run.diffusion, seed=run.seed, device=on, precision=precision)
     if state.skipped:
         say(f"{state.skipped} steps were skipped because their gradient was not finite")
     return out / "prior.safetensors"
