@@ -12,10 +12,15 @@ from maskdm_client.settings import load_settings
 from maskdm_client.site import answer as answer_plan
 
 
-def answer(document: str, weights: bytes, folder: Path) -> Parcel:
-    """Do what a plan asks at the site of a folder, whose settings are there; its slice is chosen at the first time."""
+def join(folder: Path) -> None:
+    """Choose the slice of the site of a folder, whose settings are there, unless that is done."""
     if not (folder / SLICE).exists():
         choose_slice(load_settings(folder), folder)
+
+
+def answer(document: str, weights: bytes, folder: Path) -> Parcel:
+    """Do what a plan asks at the site of a folder; its slice is chosen at the first time."""
+    join(folder)
     audit = folder / AUDIT
     record_plan(audit, 0, document, weights)
     parcel = answer_plan(document, weights, folder)

@@ -70,11 +70,18 @@ def configure(build: type[Config], values: dict[str, Any], options: dict[str, st
 
 def pair(option: str, text: str) -> tuple[float, float]:
     """Two numbers in one option, e.g. 0.9,0.99."""
+    found = numbers(option, text)
+    if len(found) != 2:
+        raise UsageError(f"{option} {text}: give two numbers such as 0.9,0.99")
+    return found[0], found[1]
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Numbers in one option, e.g. 0.9,0.99."""
     try:
-        first, second = (float(part) for part in text.split(","))
+        return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"{option} {text}: give two numbers such as 0.9,0.99") from error
-    return first, second
+        raise UsageError(f"{option} {text}: give numbers such as 0.9,0.99") from error
 
 
 def count(option: str, text: str) -> int:

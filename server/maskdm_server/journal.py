@@ -28,6 +28,7 @@ from maskdm_server.intake import Measured
 from maskdm_server.optimizers import Moments
 from maskdm_server.standings import Standing
 
+ROUNDS = "rounds"  # folder in FED
 KEPT = 2  # rounds, besides every n-th and the best
 
 
@@ -51,7 +52,7 @@ class Journal:
             CheckpointError: the journal is damaged.
         """
         self.folder, self._keep_every = folder, keep_every
-        self._rounds = folder / "rounds"
+        self._rounds = folder / ROUNDS
         done = self._numbers()
         self.number = max(done, default=0)
         self.metadata = describe_checkpoint(self.model_path(), "--out" if done else "--prior")
@@ -68,7 +69,7 @@ class Journal:
     def model_path(self, number: int | None = None) -> Path:
         """The model after a round, as it goes down to clients."""
         number = self.number if number is None else number
-        return self._rounds / f"{number:06d}.safetensors" if number else self.folder / "prior.safetensors"
+        return model_of_round(self.folder, number)
 
     def moments(self) -> Moments:
         """Those of the server's optimiser, in memory of their own."""
@@ -188,6 +189,11 @@ class Journal:
             if number not in keep and not (self._keep_every and number % self._keep_every == 0):
                 self.model_path(number).unlink()
                 self._state_path(number).unlink(missing_ok=True)
+
+
+def model_of_round(federation: Path, number: int) -> Path:
+    """The model after a round, or the prior."""
+    return federation / ROUNDS / f"{number:06d}.safetensors" if number else federation / "prior.safetensors"
 
 
 def _is_torn(path: Path) -> bool:

@@ -1,0 +1,127 @@
+"""What the runs of an experiment say: one row an arm and seed, and only those sentences that all seeds bear out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from maskdm_server.experiment.budget import ExperimentConfig
+
+Line = dict[str, Any]  # of curve.jsonl
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed, at the best of the rates that were tried."""
+
+    arm: str
+    seed: int
+    lr: float
+    prior_flops: int
+    curve: tuple[Line, ...]
+
+    @property
+    def last(self) -> Line:
+        """At the end of the budget."""
+        return self.curve[-1]
+
+    @property
+    def best(self) -> Line:
+        """The point that is best on the images held out to choose by."""
+        return min(self.curve, key=lambda line: line["fd_validation"])
+
+    def at(self, images: int) -> Line:
+        """The point nearest to so many local images."""
+        return min(self.curve, key=lambda line: abs(line["images"] - images))
+
+
+def flops_to_reach(curve: Sequence[Line], distance: float) -> float | None:
+    """FLOPs at which a curve first is as low as `distance`, straight between points in both logarithms.
+
+    None where it never is.
+    """
+    for i, line in enumerate(curve):
+        if line["fd"] > distance:
+            continue
+        if i == 0 or curve[i - 1]["fd"] <= distance:
+            return float(line["flops"])
+        before = curve[i - 1]
+        share = math.log(before["fd"] / distance) / math.log(before["fd"] / line["fd"])
+        return float(before["flops"] * (line["flops"] / before["flops"]) ** share)
+    return None
+
+
+def compute_ratio(scratch: Run, other: Run, sharers: int) -> float | None:
+    """How many times the compute of `scratch` at its best `other` needs to be as good, less than 1: it needs more.
+
+    Its prior is shared by `sharers` sites. None where it never is as good.
+    """
+    local = [{**line, "flops": line["flops"] - other.prior_flops * (1 - 1 / sharers)} for line in other.curve]
+    needed = flops_to_reach(local, scratch.best["fd"])
+    return None if needed is None else scratch.best["flops"] / needed
+
+
+def table(runs: Mapping[str, Sequence[Run]], floor: float) -> str:
+    """Markdown: distances of each arm and seed."""
+    lines = [
+        "| arm | seed | rate | distance, best | distance, last | kernel distance, last | held-out loss | PFLOPs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, seeds in runs.items():
+        for run in seeds:
+            best, last = run.best, run.last
+            lines.append(
+                f"| {arm} | {run.seed} | {run.lr:g} | {best['fd']:.2f} | {last['fd']:.2f} | {last['kd']:.4f} | "
+                f"{last['loss']:.4f} | {last['flops'] / 1e15:.4f} |"
+            )
+    return "\n".join([*lines, f"| real images | – | – | {floor:.2f} | {floor:.2f} | | | |"])
+
+
+def sentences(runs: Mapping[str, Sequence[Run]], config: ExperimentConfig) -> list[str]:
+    """Comparisons that the experiment was made for, each with what all seeds say."""
+    found = []
+    budget = config.local_images
+    pairs = (
+        ("masked", "scratch", "the masked prior, at an equal number of local images", budget),
+        ("masked", "scratch", "the masked prior, at equal compute in all", None),
+        ("masked", "unmasked", "the masked prior, beside an unmasked one of equal compute", None),
+        ("curriculum", "masked", "the curriculum of masks, beside a constant mask", None),
+        ("federated", "masked", "the federation of equal sites, beside pooling their images", None),
+        ("federated-skewed", "masked", "the federation of sites with label skew, beside pooling their images", None),
+        ("federated", "federated-scratch", "the masked prior in a federation, at equal compute in all", None),
+        ("masked", "everything", "the masked prior and a slice, beside training from scratch on all images", None),
+    )
+    for first, second, what, images in pairs:
+        if first in runs and second in runs:
+            found.append(_compared(runs[first], runs[second], what, images))
+    if "masked" in runs and "scratch" in runs:
+        found += [_cheaper(runs["scratch"], runs["masked"], sharers) for sharers in (1, config.clients)]
+    return found
+
+
+def _compared(first: Sequence[Run], second: Sequence[Run], what: str, images: int | None) -> str:
+    ratios = []
+    for one in first:
+        other = next((run for run in second if run.seed == one.seed), None)
+        if other is not None:
+            a, b = (run.last if images is None else run.at(images) for run in (one, other))
+            ratios.append(a["fd"] / b["fd"])
+    low, high = min(ratios), max(ratios)
+    seeds = f"{len(ratios)} seeds: {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+    if high < 1:
+        return f"{what}: {1 - fmean(ratios):.0%} lower distance (ratios of {seeds})"
+    if low > 1:
+        return f"{what}: {fmean(ratios) - 1:.0%} higher distance (ratios of {seeds})"
+    return f"{what}: no difference that all seeds agree on (ratios of {seeds})"
+
+
+def _cheaper(scratch: Sequence[Run], masked: Sequence[Run], sharers: int) -> str:
+    ratios = []
+    for one in scratch:
+        other = next((run for run in masked if run.seed == one.seed), None)
+        if other is not None:
+            ratios.append(compute_ratio(one, other, sharers))
+    what = "the whole prior counted" if sharers == 1 else f"the prior shared by {sharers} sites"
+    shown = ", ".join("never" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+    return f"compute of scratch at its best over that of the masked prior to be as good, {what}: {shown}"
