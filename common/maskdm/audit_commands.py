@@ -11,6 +11,7 @@ import typer
 from maskdm.auditlog import AUDIT, Line, lines, verify
 from maskdm.errors import UsageError
 from maskdm.parcel import Outcome
+from maskdm.reporting import readable_size
 
 audit_log = typer.Typer(
     add_completion=False,
@@ -76,7 +77,7 @@ def described(line: Line) -> str:
 
 def _described(entry: dict[str, Any]) -> str:
     time = str(entry["time"]).replace("+00:00", "").replace("T", " ")
-    where = f"{entry['direction']:3}  {entry['peer']:12}  round {entry['round']:>4}  {_size(entry['bytes']):>9}"
+    where = f"{entry['direction']:3}  {entry['peer']:12}  round {entry['round']:>4}  {readable_size(entry['bytes']):>9}"
     return f"{time}  {where}  {entry['verdict']}{_content(entry)}  {entry['sha256'][:12]}"
 
 
@@ -87,13 +88,6 @@ def _content(entry: dict[str, Any]) -> str:
     for count, what in ((len(scalars), "number"), (len(arrays), "array")):
         parts += [f"{count} {what}{'s' if count > 1 else ''}"] if count else []
     return f" ({', '.join(parts)})" if parts else ""
-
-
-def _size(size: int) -> str:
-    for unit, power in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if size >= power:
-            return f"{size / power:.1f} {unit}"
-    return f"{size} B"
 
 
 def _is_of(line: Line, number: int) -> bool:

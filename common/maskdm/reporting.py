@@ -19,6 +19,14 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def readable_size(size: float) -> str:
+    """Bytes as people read them, e.g. 6.5 MB."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= power:
+            return f"{size / power:.1f} {unit}"
+    return f"{size:.0f} B"
+
+
 class WorkBar:
     """Progress of work that is counted, e.g. in images; `total` is None where nobody knows it beforehand."""
 

@@ -125,6 +125,18 @@ def owned(folder: Path, option: str = "--out") -> Iterator[None]:
         yield
 
 
+def is_owned(folder: Path) -> bool:
+    """Whether a running process holds the folder. Whoever looks holds it for a moment, too short to be noticed."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it never ran here, or is not ours to look at
+        return False
+    return False
+
+
 def claim(folder: Path, kind: str, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()) -> bool:
     """Record `config` in a new folder, or check that the folder holds this very run.
 

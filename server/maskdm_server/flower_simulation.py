@@ -17,7 +17,7 @@ from maskdm.processes import free_port, script
 from maskdm.reporting import say
 from maskdm.runfolder import LineReader
 from maskdm_server.control import Control
-from maskdm_server.serve import tell
+from maskdm_server.events import tell
 from maskdm_server.superlink import SuperLink
 
 

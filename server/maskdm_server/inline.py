@@ -12,10 +12,11 @@ from typing import Any
 from maskdm.interruption import Interruption
 from maskdm.parcel import Parcel
 from maskdm.runfolder import LineReader, write_json
+from maskdm_server.events import tell
 from maskdm_server.federation import FederationConfig
 from maskdm_server.link import Question, Reply
 from maskdm_server.rounds import run_federation
-from maskdm_server.serve import begin, conclude, tell
+from maskdm_server.serve import begin, conclude
 
 CLIENT = "maskdm_client.virtual"
 

@@ -15,6 +15,7 @@ from maskdm.processes import Child
 from maskdm.reporting import say
 from maskdm.runfolder import LineReader, atomic_write, claim
 from maskdm.seeding import derive_seed
+from maskdm_server.events import tell
 from maskdm_server.federation import MAY_CHANGE, FederationConfig, largest_update, update_size
 from maskdm_server.pictures import draw_samples
 from maskdm_server.sites import check_folder, read_server
@@ -130,48 +131,6 @@ def _is_done(out: Path, config: FederationConfig) -> bool:
         return False
     stopped = result.get("stopped_by_patience")
     return bool(result["rounds"] >= config.rounds or (stopped and stopped == config.patience))
-
-
-def tell(event: dict[str, Any]) -> None:
-    """One event of the federation as a line for a person."""
-    kind = event["event"]
-    if kind == "start":
-        down, later, up = (event[name] / 1e6 for name in ("bytes_down", "bytes_down_later", "bytes_up"))
-        first = f"{down:.1f} MB to a client at first, then " if later < down else ""
-        say(
-            f"each round sends {first}{later:.1f} MB to a client and gets {up:.1f} MB back; "
-            f"{event['round']} rounds done before"
-        )
-    elif kind == "waiting":
-        say(f"{event['clients']} of {event['needed']} clients are there; waiting")
-    elif kind == "sent" and event["action"] == "train":
-        say(f"round {event['round']}/{event['rounds']}: {event['clients']} clients at work")
-    elif kind == "rejected":
-        say(f"round {event['round']}: the reply of site {event['site']} was rejected: {event['reason']}")
-    elif kind == "round":
-        before, after, megabytes = event["loss_before"], event["loss_after"], event["bytes_up"] / 1e6
-        say(
-            f"round {event['round']}/{event['rounds']}: held-out loss {before:.4f} → {after:.4f} at {event['clients']} "
-            f"clients, {event['images_seen']:,} images, {event['seconds']:.0f} s, {megabytes:.1f} MB up"
-        )
-    elif kind == "working":
-        say(f"round {event['round']}: site {event['site']} is at {event['images']:,} images, all at {event['all']:,}")
-    elif kind == "silent":
-        say(f"round {event['round']}: site {event['site']} is not waited for any more: {event['reason']}")
-    elif kind == "late":
-        say(f"round {event['round']}: a reply of site {event['site']} to an earlier question was dropped")
-    elif kind == "rests":
-        say(f"site {event['site']} failed again and again; it is left alone until round {event['until']}")
-    elif kind == "disk full":
-        say(f"round {event['round']}: the disk is full; make room within {event['seconds'] / 60:.0f} minutes")
-    elif kind == "crashed":
-        say(f"the process that runs the rounds failed: {event['reason']}")
-    elif kind == "retry":
-        say(f"round {event['round']}: {event['accepted']} usable updates, {event['needed']} needed; trying again")
-    elif kind == "finished" and event["loss_final"] is not None:
-        say(f"held-out loss: prior {event['loss_prior']:.4f} → final {event['loss_final']:.4f}")
-    elif kind == "finished":
-        say("WARNING: no client was there at the end: the final model was not measured, and none of them has it")
 
 
 def address_of(tls: Path | None, insecure: bool, host: str | None, port: int | None) -> tuple[str, int]:
