@@ -109,16 +109,15 @@ def run_pooled(place: Place, arm: Arm, prior: Path, pixels: Pixels, seed: int, l
     model = model_from(load_checkpoint(prior)[0], config.model, place.device)
     state = TrainingState.fresh(model, training)
     kept = folder / "state.safetensors"
-    if measured and kept.exists():
+    if kept.exists():
         load_state(kept, state)
     order = batches(pixels, training.batch_size, state.images_seen, seed, device=place.device)
     say(f"{arm.name}, seed {seed}, rate {lr:g}: {spent.local:,} images from {len(pixels):,}")
-    for point in spent.points:
-        if point <= state.images_seen:
-            continue
-        until = training.model_copy(update={"images": point})
-        train(state, order, until, config.diffusion, UNMASKED, on_progress=lambda progress: place.check())
-        save_state(kept, state, training)
+    for point in spent.points[len(measured) :]:
+        if state.images_seen < point:
+            until = training.model_copy(update={"images": point})
+            train(state, order, until, config.diffusion, UNMASKED, on_progress=lambda progress: place.check())
+            save_state(kept, state, training)
         _measure(place, folder, state.average, seed, point, spent.flops(point))
     _picture(place, folder, state.average, seed)
     kept.unlink()
