@@ -4,12 +4,15 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from maskdm import __version__
 from maskdm.errors import UsageError
 
 
@@ -123,6 +126,14 @@ def owned(folder: Path, option: str = "--out") -> Iterator[None]:
         except OSError as error:
             raise UsageError(f"{option} {folder} is in use by a running process: stop it or choose another") from error
         yield
+
+
+def record_versions(folder: Path, *packages: str) -> None:
+    """Append a line to versions.jsonl: what a run was started, or continued, with."""
+    append_line(
+        folder / "versions.jsonl",
+        {"time": time.time(), "maskdm": __version__, **{name: version(name) for name in packages}},
+    )
 
 
 def is_owned(folder: Path) -> bool:

@@ -41,6 +41,7 @@ from maskdm_server.options import Device, LogOption, Out, PrecisionOption, Seed,
 from maskdm_server.pretrain import Run
 from maskdm_server.pretrain import pretrain as train_prior
 from maskdm_server.provision_commands import app as provision_app
+from maskdm_server.report.command import report
 from maskdm_server.sample_command import sample
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The coordinator of a MaskDM federation.")
@@ -168,6 +169,7 @@ def pretrain(
 
 app.command("prepare")(prepare)
 app.command("sample")(sample)
+app.command("report")(report)
 app.command("serve")(serve_command)
 app.command("simulate")(simulate)
 app.add_typer(provision_app, name="provision")

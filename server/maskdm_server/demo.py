@@ -13,12 +13,17 @@ from maskdm.data.sources import open_source
 from maskdm.pictures import grid_picture, save_png
 from maskdm.precision import pick_device
 from maskdm.processes import free_port
-from maskdm.reporting import say
-from maskdm.runfolder import read_lines
+from maskdm.reporting import readable_size, say
+from maskdm.runfolder import atomic_write
 from maskdm_server.faces import SITES, Domain, draw_faces
 from maskdm_server.federation import FederationConfig
-from maskdm_server.page import Panel, write_page
 from maskdm_server.pretrain import Run, pretrain
+from maskdm_server.report.blocks import colophon, page, picture, row_of, section, tiles
+from maskdm_server.report.costs import costs
+from maskdm_server.report.files import read_picture
+from maskdm_server.report.gather import FederationFolder
+from maskdm_server.report.markup import tag
+from maskdm_server.report.units import count, figure
 from maskdm_server.serve import federation_config, serve
 from maskdm_server.simulate import start_clients
 
@@ -81,9 +86,9 @@ def demo(out: Path, seed: int = 0, budget: Budget | None = None) -> Path:
         sample_count=budget.samples,
     )
     say("4/4  writing the page: samples of the prior and of the federated model, from the same noise")
-    page = _report(out, [corpus, *sites], budget)
-    say(f"done in {time.monotonic() - started:.0f} s; open {page}")
-    return page
+    written = _report(out, [corpus, *sites], budget)
+    say(f"done in {time.monotonic() - started:.0f} s; open {written}")
+    return written
 
 
 def _drawn(path: Path, count: int, domain: Domain, seed: int) -> Path:
@@ -96,36 +101,54 @@ def _drawn(path: Path, count: int, domain: Domain, seed: int) -> Path:
 
 
 def _report(out: Path, corpora: list[Path], budget: Budget) -> Path:
-    shown = []
-    for path in corpora:
-        pixels = np.moveaxis(np.load(path, allow_pickle=False)["images"][:10], 3, 1)
-        picture = out / "images" / f"{path.stem}.png"
-        save_png(picture, grid_picture(pixels, columns=10))
-        shown.append((path.stem, picture))
-    before, after = (out / "federation" / "samples" / name for name in ("before.png", "after.png"))
-    rounds = read_lines(out / "federation" / "rounds.jsonl")
-    losses = [(line["round"], line["loss_before"], line["loss_after"]) for line in rounds]
     what = {
         "public": "the public corpus",
         "clinic": "the clinic: surgical masks",
         "laboratory": "the laboratory: safety glasses",
         "workshop": "the workshop: hard hats",
     }
-    panels = [
-        Panel(f"Images of {what[name]}", picture, f"Ten training images of {what[name]}") for name, picture in shown
-    ]
-    panels += [
-        Panel("Samples of the prior", before, "Faces drawn by the prior: bare heads only"),
-        Panel(
-            "Samples after the federation, same noise",
+    shown = []
+    for path in corpora:
+        pixels = np.moveaxis(np.load(path, allow_pickle=False)["images"][:10], 3, 1)
+        drawn = out / "images" / f"{path.stem}.png"
+        save_png(drawn, grid_picture(pixels, columns=10))
+        images = what[path.stem]
+        shown.append(picture(f"Images of {images}", read_picture(drawn), f"Ten training images of {images}", "wide"))
+    federation = FederationFolder(out / "federation").look()
+    assert federation is not None
+    assert federation.result is not None
+    result, rounds = federation.result, federation.rounds
+    change = (
+        "Held-out loss at the institutions: "
+        f"{figure(result.loss_prior)} for the prior, {figure(result.loss_final)} for the federated model."
+    )
+    before, after = (read_picture(out / "federation" / "samples" / name) for name in ("before.png", "after.png"))
+    pair = row_of(
+        picture("The prior", before, "Faces drawn by the prior: bare heads only"),
+        picture(
+            "After the federation, from the same noise",
             after,
             "Glasses, hard hats and the pale lower faces of masks begin to appear",
         ),
+        class_="pair",
+    )
+    lead = [
+        tag("p", f"Three institutions taught one model what their images show; no image left any of them. {change}"),
+        tiles(
+            [
+                ("Prior", f"{budget.pretrain_images:,}", "masked images seen, 75 % of each hidden"),
+                ("Rounds", count(result.rounds), f"with {rounds[-1].clients} institutions"),
+                ("Trained on", count(rounds[-1].examples), "images of theirs"),
+                ("Sent up in all", readable_size(result.bytes_up), "updates, and nine numbers a round"),
+            ]
+        ),
     ]
-    result = rounds[-1]
-    facts = {
-        "Prior": f"{budget.pretrain_images:,} masked images seen, 75 % of each hidden",
-        "Federation": f"{len(rounds)} rounds, {result['clients']} institutions, {result['examples']} images trained on",
-        "Sent up in all": f"{sum(line['bytes_up'] for line in rounds) / 1e6:.1f} MB of updates, eight numbers a round",
-    }
-    return write_page(out / "index.html", panels, losses, facts)
+    sections = [
+        section("What was learned", pair),
+        section("Round by round", costs(rounds)),
+        section("What each of them has", *shown),
+    ]
+    written = colophon(time.time(), None)
+    name = "One model, three institutions, no shared images"
+    atomic_write(out / "index.html", page("MaskDM demonstration", name, lead, sections, written))
+    return out / "index.html"

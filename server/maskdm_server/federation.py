@@ -12,6 +12,7 @@ from maskdm_server.optimizers import Decay, ServerOptimizer, ServerStep
 from maskdm_server.robust import Rule, needed
 
 Seconds = Annotated[float, Field(gt=0)]
+GRIDS = 8  # of samples through all rounds, unless --sample-every says otherwise
 
 
 class FederationConfig(Frozen):
@@ -30,6 +31,7 @@ class FederationConfig(Frozen):
     round_limit: Seconds = 86400.0  # of a round in all, whatever progress there is
     patience: Annotated[int, Field(ge=0)] = 0  # rounds without a better held-out loss; 0: all rounds
     keep_every: Annotated[int, Field(ge=0)] = 10
+    sample_every: Annotated[int, Field(ge=0)] | None = None  # None: about GRIDS grids in all; 0: none
 
     local_images: Annotated[int, Field(ge=1, le=100_000_000)] = 2048
     local_minutes: Annotated[float, Field(gt=0, le=100_000)] | None = None
@@ -64,6 +66,10 @@ class FederationConfig(Frozen):
             raise ValueError("--patience and --server-ema exclude each other: what sites measure is no average")
         return self
 
+    def rounds_between_grids(self) -> int:
+        """0 for no grids between the first and the last."""
+        return -(-self.rounds // GRIDS) if self.sample_every is None else self.sample_every
+
     def server_step(self) -> ServerStep:
         """How the aggregated difference becomes the next model."""
         return ServerStep(
@@ -94,6 +100,6 @@ MAY_CHANGE = tuple(
     f"federation.{name}"
     for name in (
         *("rounds", "min_clients", "min_replies", "clients_per_round", "join_deadline", "round_deadline"),
-        *("round_limit", "patience", "keep_every", "max_upload"),
+        *("round_limit", "patience", "keep_every", "sample_every", "max_upload"),
     )
 )

@@ -1,5 +1,6 @@
 """`maskdm-server serve` and `simulate`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from maskdm.errors import UsageError
 from maskdm.processes import Child, free_port
 from maskdm.reporting import say
 from maskdm.runfolder import owned
+from maskdm_server.dashboard import Dashboard
 from maskdm_server.federation import FederationConfig
 from maskdm_server.inline import simulate_inline, write_settings
 from maskdm_server.options import LogOption, Out, Prior, federation_options, pixel_policy, with_options
@@ -38,6 +40,9 @@ def serve_command(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port; default: that of the kits with --tls, else 8000.")
     ] = None,
+    dashboard: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port on loopback where a browser sees the report, live.")
+    ] = None,
     log: LogOption = "off",
     federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
 ) -> None:
@@ -45,7 +50,7 @@ def serve_command(
     load_checkpoint(prior, "--prior")
     config = cli.configure(FederationConfig, federation_config(prior, federation))
     address, at = address_of(tls, insecure, host, port)
-    with owned(out), follow(out, FEDERATION, log):
+    with owned(out), Dashboard(out, dashboard) if dashboard else nullcontext(), follow(out, FEDERATION, log):
         model = serve(prior, out, config, host=address, port=at, tls=tls)
     say(f"model: {model}; samples before and after: {out / 'samples'}")
 

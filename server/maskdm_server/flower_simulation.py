@@ -11,18 +11,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from maskdm.errors import UsageError
 from maskdm.processes import free_port, script
 from maskdm.reporting import say
 from maskdm.runfolder import LineReader
 from maskdm_server.control import Control
-from maskdm_server.events import tell
 from maskdm_server.superlink import SuperLink
 
 
-def simulate_ray(out: Path, clients: int, check: Callable[[], None]) -> None:
+def simulate_ray(out: Path, clients: int, check: Callable[[], None], hear: Callable[[dict[str, Any]], None]) -> None:
     """Run the federation of a prepared folder, one client for each core (or GPU) at a time.
+
+    Args:
+        hear: is told each line of events.jsonl.
 
     Raises:
         UsageError: Ray is not installed.
@@ -53,7 +56,7 @@ def simulate_ray(out: Path, clients: int, check: Callable[[], None]) -> None:
         with Simulation(out, resources, around) as link:
             link.submit(check)
             say(f"{clients} virtual clients, {slots} at a time")
-            link.follow(tell, check, events)
+            link.follow(hear, check, events)
 
 
 class Simulation(SuperLink):

@@ -15,8 +15,9 @@ from maskdm.runfolder import LineReader, write_json
 from maskdm_server.events import tell
 from maskdm_server.federation import FederationConfig
 from maskdm_server.link import Question, Reply
+from maskdm_server.pictures import RoundPictures
 from maskdm_server.rounds import run_federation
-from maskdm_server.serve import begin, conclude
+from maskdm_server.serve import SAMPLES, begin, conclude
 
 CLIENT = "maskdm_client.virtual"
 
@@ -78,17 +79,21 @@ def simulate_inline(
         return conclude(out, config)
     folders = prepare_sites()
     events = LineReader(out / "events.jsonl")
-    with Interruption() as interruption:
+    with RoundPictures(out, config, SAMPLES) as pictures, Interruption() as interruption:
+
+        def hear(event: dict[str, Any]) -> None:
+            tell(event)
+            pictures.hear(event)
 
         def check() -> None:
             interruption.check()
             for event in events.new():
-                tell(event)
+                hear(event)
 
         if ray:
             from maskdm_server.flower_simulation import simulate_ray
 
-            simulate_ray(out, len(folders), interruption.check)
+            simulate_ray(out, len(folders), interruption.check, hear)
         else:
             answer: Answer = import_module(CLIENT).answer
             run_federation(InlineLink(folders, answer, check), out, config, pause=lambda seconds: check())

@@ -44,6 +44,9 @@ def federation_options(
         int, typer.Option(help="Stop after so many rounds without a better held-out loss; 0: never.")
     ] = 0,
     keep_every: Annotated[int, typer.Option(help="Keep the model of every n-th round; 0: the last two.")] = 10,
+    sample_every: Annotated[
+        int | None, typer.Option(help="Draw samples every n-th round; 0: never; default: about eight times in all.")
+    ] = None,
     local_images: Annotated[
         str | None,
         typer.Option(help="Images a client sees in a round, counting repetitions, e.g. 2K; default: 2048."),

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskdm import __version__
 from maskdm.checkpoint import CheckpointMetadata, load_state, load_weights, save_checkpoint, save_state, sha256_of
 from maskdm.config import DiffusionConfig, ModelConfig, Stage
 from maskdm.data.batches import batches, class_numbers
@@ -23,12 +22,13 @@ from maskdm.model import build_model, parameter_count
 from maskdm.precision import pick_precision
 from maskdm.processes import is_first
 from maskdm.reporting import WorkBar, say
-from maskdm.runfolder import append_line, claim, keep_lines, read_lines
+from maskdm.runfolder import append_line, claim, keep_lines, read_lines, record_versions
 from maskdm.seeding import derive_seed
 from maskdm.training import Progress, TrainingState, put_weights, train
 from maskdm_server.pictures import save_samples
 from maskdm_server.tracking import PRETRAINING, Log, follow
 
+GRIDS = 8  # of samples through a run
 METRICS_EVERY = 1.0  # seconds between lines of metrics.jsonl, at least one step each
 # What may differ when a run is continued: how it is computed, and how long its last stage is.
 FREE = ("training.precision", "training.accumulate", "training.recompute")
@@ -128,11 +128,7 @@ def pretrain(
     )
     with follow(out, PRETRAINING, log):
         state = train_stages(state, run, corpus, out, device, save_every)
-        picture = out / "samples" / f"{state.images_seen:09d}.png"
-        average = {name: whole(tensor) for name, tensor in state.average.items()}
-        if is_first() and not picture.exists():
-            precision, on = run.stages[-1].training.precision, str(device)
-            save_samples(picture, average, run.model, run.diffusion, seed=run.seed, device=on, precision=precision)
+        draw(state, run, out, device)
     if state.skipped:
         say(f"{state.skipped} steps were skipped because their gradient was not finite")
     return out / "prior.safetensors"
@@ -148,6 +144,7 @@ def train_stages(
 ) -> TrainingState:
     """Train what is left of each stage, saving as it goes; returns the state after the last one."""
     begins, classes = run.begins(), class_numbers(corpus, run.class_names)
+    marks = [begins[-1] * part / GRIDS for part in range(1, GRIDS + 1)]
     with Interruption() as interruption, WorkBar("pretrain", begins[-1], state.images_seen) as bar:
 
         def record(progress: Progress) -> None:
@@ -179,7 +176,8 @@ def train_stages(
                 device=device,
             )
             while state.images_seen < end:
-                stop = agreed(_wish(interruption, time.monotonic() + save_every), device)
+                mark = next(at for at in marks if at > state.images_seen)
+                stop = agreed(_wish(interruption, time.monotonic() + save_every, state, mark), device)
                 train(
                     state,
                     order,
@@ -194,7 +192,18 @@ def train_stages(
                 )
                 save(state, run, stage, corpus, out)
                 interruption.check()
+                if mark <= state.images_seen < begins[-1]:
+                    draw(state, run, out, device)
     return state
+
+
+def draw(state: TrainingState, run: Run, out: Path, device: torch.device) -> None:
+    """A grid of samples of the moving average, from the same noise each time; called by all processes together."""
+    picture = out / "samples" / f"{state.images_seen:09d}.png"
+    average = {name: whole(tensor) for name, tensor in state.average.items()}
+    if is_first() and not picture.exists():
+        precision, on = run.stages[-1].training.precision, str(device)
+        save_samples(picture, average, run.model, run.diffusion, seed=run.seed, device=on, precision=precision)
 
 
 def next_stage(state: TrainingState, stage: Stage) -> TrainingState:
@@ -233,9 +242,9 @@ def open_run(out: Path, run: Run, corpus: Corpus, init: Path | None, resume: boo
     continued = claim(out, "pretrain", config, may_change=(*may_change, f"stages.{len(run.stages)}.training.images"))
     if continued and not resume:
         raise UsageError(f"--resume never, but --out {out} holds a run: choose another folder")
-    append_line(out / "versions.jsonl", {"time": time.time(), "maskdm": __version__, "torch": torch.__version__})
+    record_versions(out, "torch")
 
 
-def _wish(interruption: Interruption, due: float) -> Callable[[], bool]:
-    """To leave the training loop: the user asks for it, or it is time to save."""
-    return lambda: interruption.requested() or time.monotonic() > due
+def _wish(interruption: Interruption, due: float, state: TrainingState, mark: float) -> Callable[[], bool]:
+    """To leave the training loop: the user asks for it, or it is time to save, or to draw."""
+    return lambda: interruption.requested() or time.monotonic() > due or state.images_seen >= mark

@@ -13,17 +13,18 @@ from maskdm.errors import FederationError, UsageError
 from maskdm.interruption import Interruption
 from maskdm.processes import Child
 from maskdm.reporting import say
-from maskdm.runfolder import LineReader, atomic_write, claim
+from maskdm.runfolder import LineReader, atomic_write, claim, record_versions
 from maskdm.seeding import derive_seed
 from maskdm_server.events import tell
 from maskdm_server.federation import MAY_CHANGE, FederationConfig, largest_update, update_size
-from maskdm_server.pictures import draw_samples
+from maskdm_server.pictures import RoundPictures, draw_samples
 from maskdm_server.sites import check_folder, read_server
 from maskdm_server.superlink import SuperLink
 
 LOOPBACK = "127.0.0.1"
 # Sites leave by themselves after the last round; those of a simulation get this long before they are ended.
 LEAVE_SECONDS = 30.0
+SAMPLES = 16  # in each grid
 
 BANNER = """\
 *****************************************************************************************
@@ -51,7 +52,7 @@ def serve(
     tls: Path | None,
     start_sites: StartSites = lambda: (),
     simulation: Mapping[str, Any] | None = None,
-    sample_count: int = 16,
+    sample_count: int = SAMPLES,
 ) -> Path:
     """Run the federation to its end and return the path of the final model.
 
@@ -68,7 +69,8 @@ def serve(
     if tls is None and not simulation:
         say(BANNER)
     largest = largest_update(config, describe_checkpoint(prior, "--prior").model)
-    with Interruption() as interruption, ExitStack() as children:
+    pictures = RoundPictures(out, config, sample_count)
+    with pictures, Interruption() as interruption, ExitStack() as children:
         events = LineReader(out / "events.jsonl")
         link = children.enter_context(SuperLink(out, host, port, tls, largest, say))
         link.submit(interruption.check)
@@ -82,14 +84,18 @@ def serve(
                 if site.exit_code():
                     raise FederationError(f"a client ended: {site.last_lines(3)} (details: {site.log})")
 
-        link.follow(tell, check, events)
+        def hear(event: dict[str, Any]) -> None:
+            tell(event)
+            pictures.hear(event)
+
+        link.follow(hear, check, events)
         link.close()  # which is what the sites wait for
         _let_leave(sites)
     return conclude(out, config, sample_count)
 
 
 def begin(
-    prior: Path, out: Path, config: FederationConfig, simulation: Mapping[str, Any], sample_count: int = 16
+    prior: Path, out: Path, config: FederationConfig, simulation: Mapping[str, Any], sample_count: int = SAMPLES
 ) -> bool:
     """Make FED ready, or see that it goes on with this very federation; returns True where nothing is left to do."""
     identity = {"federation": config.model_dump(mode="json"), "simulation": dict(simulation)}
@@ -106,6 +112,7 @@ def begin(
     if _is_done(out, config):
         say(f"all rounds are done: {out / 'model.safetensors'}")
         return True
+    record_versions(out, "torch", "flwr")
     for stale in ("result.json", "samples/after.png"):
         (out / stale).unlink(missing_ok=True)
     shape = metadata.model
@@ -117,7 +124,7 @@ def begin(
     return False
 
 
-def conclude(out: Path, config: FederationConfig, sample_count: int = 16) -> Path:
+def conclude(out: Path, config: FederationConfig, sample_count: int = SAMPLES) -> Path:
     """Leave samples of the final model, and no file of Flower's."""
     draw_samples(out / "model.safetensors", out / "samples" / "after.png", config.seed, sample_count)
     shutil.rmtree(out / ".flwr", ignore_errors=True)

@@ -31,6 +31,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "round_limit": ("12.5", 12.5),
     "patience": ("4", 4),
     "keep_every": ("3", 3),
+    "sample_every": ("5", 5),
     "local_images": ("1.5K", 1500),
     "local_minutes": ("2.5", 2.5),
     "batch_size": ("16", 16),

@@ -288,7 +288,7 @@ def test_pretraining_is_logged_while_it_runs_and_when_it_goes_on(
     assert [x for x, _ in logged(out, log)["pretrain/loss"]] == list(range(16, 161, 16))
     assert logged(out, log) == expected(out, PRETRAINING)
     if log == "tensorboard":
-        assert {picture.step for picture in in_tensorboard(out).Images("samples")} == {96, 160}
+        assert {picture.step for picture in in_tensorboard(out).Images("samples")} >= {96, 160}
 
 
 @pytest.mark.parametrize("log", SINKS)

@@ -1,0 +1,171 @@
+"""`serve --dashboard PORT`: the federation's report, live, for a browser on this machine.
+
+Whoever reads it costs nothing: pages are made at most every few seconds, and take a small share of one core however
+many look. It listens on loopback only, answers GET and HEAD of `/` only, and only under the names of loopback, so that
+no page of the internet can read it through the browser (DNS rebinding).
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from maskdm.errors import UsageError
+from maskdm.reporting import say
+from maskdm_server.report.blocks import colophon, page
+from maskdm_server.report.federation_page import federation_page
+from maskdm_server.report.gather import FederationFolder
+from maskdm_server.report.markup import SECURITY_POLICY
+
+LOOPBACK = "127.0.0.1"
+NAMES = ("127.0.0.1", "localhost")
+REFRESH_SECONDS = 5
+SHARE = 20  # making a page takes one part in so many of the time, at most
+IDLE_SECONDS = 10.0  # for a request to come
+
+HEADERS = {
+    "Content-Security-Policy": f"{SECURITY_POLICY}; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+class LivePage:
+    """The page as it is now, made anew when it is asked for and old enough."""
+
+    def __init__(self, make: Callable[[], str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._make, self._clock = make, clock
+        self._lock = threading.Lock()
+        self._content, self._due, self._problem = b"", -float("inf"), ""
+
+    def content(self) -> bytes:
+        """UTF-8; empty where no page could be made yet. Whoever comes while one is made gets the one before."""
+        if self._lock.acquire(blocking=not self._content):
+            try:
+                began = self._clock()
+                if began >= self._due:
+                    self._renew()
+                    ended = self._clock()
+                    self._due = ended + max(REFRESH_SECONDS / 2, (SHARE - 1) * (ended - began))
+            finally:
+                self._lock.release()
+        return self._content
+
+    def _renew(self) -> None:
+        try:
+            self._content, self._problem = self._make().encode(), ""
+        except Exception as error:  # whatever it is, it is no reason to disturb a federation
+            problem = f"WARNING: --dashboard: {type(error).__name__}: {error}"
+            if problem != self._problem:
+                say(problem)
+            self._problem = problem
+
+
+class Dashboard:
+    """Serves the live page of a federation's folder from threads of its own while the `with` lasts."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        """Listen; nothing is answered yet.
+
+        Raises:
+            UsageError: the port is in use.
+        """
+        live = LivePage(_maker(folder))
+
+        class Bound(Handler):
+            source = live
+
+        try:
+            self._server = _Server((LOOPBACK, port), Bound)
+        except OSError as error:
+            raise UsageError(f"--dashboard {port} on {LOOPBACK} is in use or not ours: choose another port") from error
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, name="dashboard", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        say(f"dashboard: http://{LOOPBACK}:{self.port}/ (on this machine only)")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away is no event."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one connection."""
+
+    source: LivePage
+    timeout = IDLE_SECONDS
+    server_version, sys_version = "MaskDM", ""
+
+    def do_GET(self) -> None:
+        """The page."""
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        """Its headers."""
+        self._answer()
+
+    def _answer(self) -> None:
+        hosts = self.headers.get_all("Host") or []
+        if len(hosts) != 1 or (hosts[0].rpartition(":")[0].lower() not in NAMES and hosts[0].lower() not in NAMES):
+            self._say(HTTPStatus.FORBIDDEN, b"This page is for browsers on this machine, under the name localhost.\n")
+        elif self.path != "/":
+            self._say(HTTPStatus.NOT_FOUND, b"There is nothing but /.\n")
+        elif content := self.source.content():
+            self._say(HTTPStatus.OK, content, "text/html; charset=utf-8")
+        else:
+            self._say(HTTPStatus.SERVICE_UNAVAILABLE, b"The page could not be made; the terminal says why.\n")
+
+    def _say(self, status: HTTPStatus, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        for name, value in (HEADERS | {"Content-Type": kind, "Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            with suppress(ConnectionError, TimeoutError):
+                self.wfile.write(content)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """For what the base class refuses: other methods, and what is no HTTP."""
+        status = HTTPStatus.METHOD_NOT_ALLOWED if code == HTTPStatus.NOT_IMPLEMENTED else HTTPStatus(code)
+        self.close_connection = True
+        self._say(status, b"Only GET and HEAD of / are answered.\n")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Reloads are no event."""
+
+
+def _maker(folder: Path) -> Callable[[], str]:
+    federation = FederationFolder(folder)
+
+    def make() -> str:
+        now = time.time()
+        found = federation.look(thorough=False)
+        if found is None:
+            footer = colophon(now, REFRESH_SECONDS)
+            return page(
+                "MaskDM federation", folder.resolve().name, [], ["It is being prepared."], footer, REFRESH_SECONDS
+            )
+        return federation_page(found, refresh=REFRESH_SECONDS, written=now)
+
+    return make
