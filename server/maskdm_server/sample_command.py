@@ -9,7 +9,7 @@ import torch
 import typer
 
 from maskdm.checkpoint import load_checkpoint, model_from
-from maskdm.config import ModelConfig
+from maskdm.config import DiffusionConfig, ModelConfig
 from maskdm.data.pixels import decode
 from maskdm.errors import DataError, UsageError
 from maskdm.pictures import grid_picture, save_png
@@ -20,35 +20,40 @@ from maskdm.sampling import Options, Sampler, inpaint, interpolate
 from maskdm.sampling import sample as draw
 from maskdm_server.options import Device, PrecisionOption, Seed, pixel_policy
 
+SamplerOption = Annotated[
+    Sampler, typer.Option(help="dpmpp is DPM-Solver++(2M), ddpm ancestral, euler for --process flow.")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps; heun evaluates the network twice in each.")]
+Eta = Annotated[float, typer.Option(min=0, max=1, help="DDIM: 0 deterministic, 1 ancestral.")]
+Guidance = Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+
 
 def sample(
     model: Annotated[Path, typer.Option(help="Checkpoint.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 16,
-    sampler: Annotated[
-        Sampler, typer.Option(help="dpmpp is DPM-Solver++(2M), ddpm ancestral, euler for --process flow.")
-    ] = "dpmpp",
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps; heun evaluates the network twice in each.")] = None,
-    eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM: 0 deterministic, 1 ancestral.")] = 0.0,
+    sampler: SamplerOption = "dpmpp",
+    steps: Steps = None,
+    eta: Eta = 0.0,
     class_name: Annotated[
         list[str] | None, typer.Option("--class", help="Class to draw, by name; several take turns; default: all.")
     ] = None,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 1.0,
+    guidance: Guidance = 1.0,
     between: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two pictures: draw what lies between them.")
     ] = None,
     fill: Annotated[Path | None, typer.Option(help="Picture with a hole: draw what fits into --hole.")] = None,
     hole: Annotated[Path | None, typer.Option(help="Picture of the hole of --fill, white where to draw.")] = None,
     npz: Annotated[Path | None, typer.Option(help="Also write the images as uint8 (N, H, W, C).")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch_size: BatchSize = 64,
     precision: PrecisionOption = "auto",
     device: Device = "auto",
     seed: Seed = 0,
 ) -> None:
     """Draw images; process, noise schedule and prediction target come from the checkpoint."""
     weights, metadata = load_checkpoint(model)
-    if steps is not None and metadata.diffusion.process == "ddpm" and steps > metadata.diffusion.timesteps:
-        raise UsageError(f"--steps {steps} is more than the checkpoint's {metadata.diffusion.timesteps} timesteps")
+    check_steps(steps, metadata.diffusion)
     if (fill is None) != (hole is None) or (fill and between):
         raise UsageError("--fill and --hole belong together, and --between excludes them")
     picked = pick_device(device)
@@ -59,7 +64,7 @@ def sample(
             "steps": steps,
             "eta": eta,
             "seed": seed,
-            "classes": _classes(class_name, metadata.class_names, count),
+            "classes": classes_in_turn(class_name, metadata.class_names, count),
             "guidance": guidance,
             "batch_size": batch_size,
             "precision": pick_precision(precision, picked),
@@ -80,7 +85,14 @@ def sample(
     say(f"{count} samples: {out}")
 
 
-def _classes(wanted: list[str] | None, names: tuple[str, ...], count: int) -> torch.Tensor | None:
+def check_steps(steps: int | None, diffusion: DiffusionConfig) -> None:
+    """Raises UsageError where --steps are more than the process has."""
+    if steps is not None and diffusion.process == "ddpm" and steps > diffusion.timesteps:
+        raise UsageError(f"--steps {steps} is more than the checkpoint's {diffusion.timesteps} timesteps")
+
+
+def classes_in_turn(wanted: list[str] | None, names: tuple[str, ...], count: int) -> torch.Tensor | None:
+    """Classes to draw, (count,) int64, the wanted ones or all in turn; None for a model without classes."""
     for name in wanted or ():
         if name not in names:
             known = f"choose from {', '.join(names)}" if names else "the model has no classes"

@@ -21,14 +21,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm"
 
 
-def load_corpus(source: Source, policy: PixelPolicy, *, cache: Path | None = None) -> Corpus:
+def load_corpus(source: Source, policy: PixelPolicy, *, cache: Path | None = None, option: str = "--data") -> Corpus:
     """A packed corpus as it is; any other source packed into the cache, once, however many processes ask.
 
     A source that has changed since is packed again in the place of the old one.
 
+    Args:
+        option: what the user chose the source with.
+
     Raises:
         DataError: a packed corpus of another size or number of channels, or see `pack`.
     """
+    try:
+        return _loaded(source, policy, cache or cache_folder(), option)
+    except DataError as error:
+        raise DataError(str(error).replace("--data", option, 1)) from error
+
+
+def _loaded(source: Source, policy: PixelPolicy, cache: Path, option: str) -> Corpus:
     if isinstance(source, PackedSource):
         packed = source.corpus.manifest.policy
         if (packed.image_size, packed.channels) != (policy.image_size, policy.channels):
@@ -40,7 +50,7 @@ def load_corpus(source: Source, policy: PixelPolicy, *, cache: Path | None = Non
             )
         return source.corpus
     key = hashlib.sha256(f"{source.path.resolve()}\0{policy.model_dump_json()}".encode()).hexdigest()[:16]
-    folder = (cache or cache_folder()) / f"{source.path.stem}-{policy.image_size}-{key}"
+    folder = cache / f"{source.path.stem}-{policy.image_size}-{key}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -52,7 +62,7 @@ def load_corpus(source: Source, policy: PixelPolicy, *, cache: Path | None = Non
     with lock:
         _wait_for(lock, folder)
         if not is_corpus(folder):
-            say(f"packing --data {source.path} once into {folder}")
+            say(f"packing {option} {source.path} once into {folder}")
         return pack(source, folder, policy, option="MASKDM_CACHE", replace=True)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from maskdm.data.corpus import Corpus
 from maskdm.errors import UsageError
 from maskdm.evaluation.distances import Moments, moments
 from maskdm.evaluation.features import Extractor
+from maskdm.reporting import WorkBar, say
 from maskdm.runfolder import atomic_write
 
 VERSION = 1  # of what is computed here and in the feature networks: raise it where they change
@@ -36,13 +36,16 @@ def real_features(
     rows: NDArray[np.int64],
     extractor: Extractor,
     *,
+    title: str,
     batch_size: int = 128,
     cache: Path | None = None,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> RealFeatures:
     """Features of some images of a corpus (M ≥ 2), from the cache where they are there and whole.
 
     Two processes that compute the same write the same file, each in one piece.
+
+    Args:
+        title: of the progress bar, e.g. "features of --reference".
 
     Raises:
         UsageError: the cache cannot be written.
@@ -52,13 +55,14 @@ def real_features(
     name = f"{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     path = (cache or cache_folder()) / "features" / name
     if found := _read(path, key, len(rows)):
-        progress(len(rows))
+        say(f"{title}: from the cache")
         return found
     parts = []
-    for start in range(0, len(rows), batch_size):
-        images = torch.from_numpy(np.asarray(corpus.pixels[rows[start : start + batch_size]]))  # (B, C, S, S)
-        parts.append(extractor.features(images, batch_size=batch_size))
-        progress(min(start + batch_size, len(rows)))
+    with WorkBar(title, len(rows)) as bar:
+        for start in range(0, len(rows), batch_size):
+            images = torch.from_numpy(np.asarray(corpus.pixels[rows[start : start + batch_size]]))  # (B, C, S, S)
+            parts.append(extractor.features(images, batch_size=batch_size))
+            bar.update(min(start + batch_size, len(rows)))
     features = torch.cat(parts)
     computed = RealFeatures(features, moments(features))
     try:

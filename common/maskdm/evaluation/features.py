@@ -47,9 +47,10 @@ class Extractor:
     ) -> Tensor:
         """uint8 (N, C, H, W) → fp32 (N, D) on the CPU; the same whatever the batch size, up to rounding."""
         done = []
-        for start in range(0, len(images), batch_size):
-            done.append(self.network(images[start : start + batch_size]).float().cpu())
-            progress(min(start + batch_size, len(images)))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the same numbers on every GPU, and on a CPU
+            for start in range(0, len(images), batch_size):
+                done.append(self.network(images[start : start + batch_size]).float().cpu())
+                progress(min(start + batch_size, len(images)))
         return torch.cat(done)
 
 

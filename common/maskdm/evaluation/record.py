@@ -119,9 +119,11 @@ class Evaluation(Frozen):
         """Of the record's file, without folder and suffix."""
         stem = Path(self.model or self.sampling.file or "images").stem
         when = f"round-{self.rounds:06}" if self.rounds else f"{self.images_seen}"
-        parts = {"extractor", "reference", "training", "sampling", "neighbours", "resamples", "confidence"}
-        settings = json.dumps(self.model_dump(mode="json", include=parts), sort_keys=True)
-        digest = hashlib.sha256(f"{settings}{sorted(self.metrics)}".encode()).hexdigest()
+        about = {"extractor", "reference", "training", "sampling", "neighbours", "resamples", "confidence"}
+        paths: dict[str, set[str]] = {"reference": {"path"}, "training": {"path"}, "sampling": {"file"}}
+        settings = self.model_dump(mode="json", include=about, exclude=paths)
+        document = json.dumps([settings, sorted(self.metrics)], sort_keys=True)
+        digest = hashlib.sha256(document.encode()).hexdigest()
         name = f"{stem}-{when}-{self.extractor.name}-{self.reference.sha256[:8]}-{digest[:8]}"
         return re.sub(r"[^A-Za-z0-9._-]", "_", name)
 
@@ -154,3 +156,25 @@ def records_of(folder: Path) -> Iterator[Evaluation]:
         except UsageError:  # of another version, or half copied: the others are worth showing
             continue
     yield from sorted(found, key=lambda record: (record.rounds, record.images_seen))
+
+
+def lines(record: Evaluation) -> list[str]:
+    """The record for a person."""
+    sampling, reference, extractor = record.sampling, record.reference, record.extractor
+    drawn_by = f"{sampling.sampler}, {sampling.steps} steps" if sampling.sampler else f"{sampling.file}"
+    found = [
+        f"samples      {sampling.count:,} ({drawn_by}, seed {sampling.seed})",
+        f"reference    {reference.images:,} ({reference.split} of {reference.path}, sha256 {reference.sha256[:16]}…)",
+        f"features     {extractor.name}, {extractor.features:,} numbers an image (sha256 {extractor.sha256[:16]}…)",
+        "",
+        f"{'':28} {'value':>10}   {f'{record.confidence:.0%} interval':21}   real against real",
+    ]
+    first_headline = sorted(record.metrics, key=lambda name: name != record.headline)
+    found += [_line(name, record.metrics[name]) for name in first_headline]
+    return found + [f"note         {note}" for note in record.notes]
+
+
+def _line(name: str, number: Measured) -> str:
+    interval = f"{number.low:.4g} … {number.high:.4g}" if number.low is not None and number.high is not None else ""
+    floor = f"{number.floor:.4g} (at {number.floor_images:,})" if number.floor is not None else ""
+    return f"{name:28} {number.value:10.4g}   {interval:21}   {floor}".rstrip()

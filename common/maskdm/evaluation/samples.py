@@ -22,8 +22,14 @@ BLOCK = 256
 
 def drawn(model: Network, config: DiffusionConfig, count: int, **options: Unpack[Options]) -> Iterator[Tensor]:
     """Draw images as `maskdm.sampling.sample` does, uint8 (B, C, H, W) at a time, with a seed for each block."""
-    seed, classes = options.get("seed", 0), options.get("classes")
+    seed, classes, progress = options.get("seed", 0), options.get("classes"), options.get("progress")
     for start in range(0, count, BLOCK):
+
+        def in_all(done: int, before: int = start) -> None:
+            if progress:
+                progress(before + done)
+
+        options["progress"] = in_all
         options["seed"] = derive_seed("evaluation", seed, start)
         options["classes"] = None if classes is None else classes[start : start + BLOCK]
         yield sample(model, config, min(BLOCK, count - start), **options)
@@ -52,9 +58,11 @@ class StoredSamples:
         source = open_source(path, option)
         if not isinstance(source, ArraySource):
             raise DataError(f"{option} {path}: give an .npz or .npy of uint8 images, such as sample --npz writes")
-        self._source = source
+        self._source, self.path = source, path
         first = _planes(next(iter(source.entries())).content)
         self.count = source.count()
+        if self.count < 2:
+            raise DataError(f"{option} {path} holds one image: give at least 2")
         self.channels, self.image_size, width = first.shape
         if width != self.image_size:
             raise DataError(f"{option} {path}: images of {width}x{self.image_size} pixels; give square ones")

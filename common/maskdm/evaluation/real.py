@@ -1,0 +1,77 @@
+"""Real images to compare generated ones with: which of a corpus, and their features."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskdm.data.cache import load_corpus
+from maskdm.data.corpus import SPLITS, Corpus
+from maskdm.data.pixels import PixelPolicy
+from maskdm.data.sources import open_source
+from maskdm.errors import DataError
+from maskdm.evaluation.cached import RealFeatures, real_features
+from maskdm.evaluation.features import Extractor
+
+Part = Literal["test", "validation", "train", "all"]
+PARTS: tuple[Part, ...] = ("test", "validation", "all")  # what `auto` looks for, in this order
+
+
+class Real(NamedTuple):
+    """Real images."""
+
+    path: Path
+    corpus: Corpus
+    part: Part
+    rows: NDArray[np.int64]  # of the corpus
+    features: RealFeatures  # of these rows
+
+
+def load_real(
+    path: Path,
+    policy: PixelPolicy,
+    extractor: Extractor,
+    *,
+    option: str,
+    part: Part | Literal["auto"],
+    labels: tuple[str, ...] = (),
+    batch_size: int = 128,
+) -> Real:
+    """Images of any source, packed once, and their features, computed once.
+
+    Args:
+        option: what the user chose the source with.
+        part: auto is the test part where there is one, else the validation part, else all.
+        labels: only images of these, where the corpus has any of them.
+
+    Raises:
+        DataError: see `open_source` and `load_corpus`; or there are fewer than two such images.
+    """
+    corpus = load_corpus(open_source(path, option), policy, option=option)
+    counts = {name: len(_rows(corpus, name)) for name in PARTS}
+    chosen = next(name for name in PARTS if counts[name]) if part == "auto" else part
+    rows = _rows(corpus, chosen)
+    numbers = [number for number, label in enumerate(corpus.labels) if label in labels]
+    if numbers:
+        rows = rows[np.isin(corpus.index["label"][rows], numbers)]
+    if len(rows) < 2:
+        kind = f" of class {', '.join(labels)}" if numbers else ""
+        raise DataError(
+            f"{option} {path} has {len(rows)} images{kind} in its part {chosen} (of {len(corpus):,} in all): give at "
+            f"least 2, or another part"
+        )
+    features = real_features(corpus, rows, extractor, title=f"features of {option}", batch_size=batch_size)
+    return Real(path, corpus, chosen, rows, features)
+
+
+def in_both(first: Real, second: Real) -> int:
+    """How many images of the first the second has too, by the hashes of their files."""
+    one, other = (real.corpus.index["sha256"][real.rows][:, :8].copy().view("<u8")[:, 0] for real in (first, second))
+    return int(np.isin(one, other).sum())
+
+
+def _rows(corpus: Corpus, part: Part) -> NDArray[np.int64]:
+    if part == "all":
+        return np.arange(len(corpus))
+    return np.flatnonzero(corpus.index["split"] == SPLITS.index(part))
