@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskdm.evaluation.feature_net import FeatureNetConfig, accuracy, save_feature_net, train_feature_net
 from maskdm.runfolder import write_json
 
 Array = NDArray[np.uint8]
@@ -47,15 +45,8 @@ def fashion(data: Path, out: Path) -> Path:
         _save(out / f"{name}.npz", pixels["train"][rows], labels["train"][rows])
     network = out / "FashionNet.safetensors"
     if not network.exists():
-        images, named = torch.from_numpy(pixels["test"])[:, None], torch.from_numpy(labels["test"])
-        config = FeatureNetConfig(name="FashionNet", image_size=32, channels=1, classes=10)
-        net = train_feature_net(images, named, config, epochs=12)
-        others = np.random.default_rng(0).permutation(len(pixels["train"]))[:2000]
-        right = accuracy(
-            net, torch.from_numpy(pixels["train"][others])[:, None], torch.from_numpy(labels["train"][others])
-        )
-        about = {"trained_on": "5,000 images of the test part of Fashion-MNIST", "accuracy": round(right, 4)}
-        save_feature_net(network, net, config.model_copy(update=about))
+        _save(out / "test.npz", pixels["test"], labels["test"])
+        _run("features", "--data", str(out / "test.npz"), "--out", str(network), "--image-size", "32")
     return network
 
 
@@ -69,6 +60,10 @@ def xray(data: Path, out: Path) -> Path:
     chests, names = _zipped(data / "chestxray64.zip")
     _save(out / "local.npz", np.stack(chests), np.array([Path(name).parent.name for name in names]))
     return data / "mobilenetv2_imagenet_int8.npz"
+
+
+def _run(*arguments: str) -> None:
+    subprocess.run([str(Path(sys.executable).with_name("maskdm-server")), *arguments], check=True)
 
 
 def _zipped(path: Path) -> tuple[list[Array], list[str]]:
@@ -101,7 +96,7 @@ def main() -> None:
         *(*OPTIONS[arguments.task], *rest.split()),
     ]
     started = time.monotonic()
-    subprocess.run([str(Path(sys.executable).with_name("maskdm-server")), *command], check=True)
+    _run(*command)
     if arguments.json:
         results = json.loads((arguments.out / "experiment" / "results.json").read_text())
         about = {

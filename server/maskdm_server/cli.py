@@ -37,6 +37,8 @@ from maskdm.reporting import say
 from maskdm.runfolder import owned
 from maskdm_server.curriculum import recipe_names, stages_from, use_recipe
 from maskdm_server.evaluate_command import evaluate
+from maskdm_server.experiment.command import experiment
+from maskdm_server.features_command import features
 from maskdm_server.federation_commands import serve_command, simulate
 from maskdm_server.options import Device, LogOption, Out, PrecisionOption, Seed, pixel_policy
 from maskdm_server.pretrain import Run
@@ -170,8 +172,10 @@ def pretrain(
 
 app.command("prepare")(prepare)
 app.command("sample")(sample)
-app.command("evaluate")(evaluate)
 app.command("report")(report)
+app.command("evaluate")(evaluate)
+app.command("features")(features)
+app.command("experiment")(experiment)
 app.command("serve")(serve_command)
 app.command("simulate")(simulate)
 app.add_typer(provision_app, name="provision")

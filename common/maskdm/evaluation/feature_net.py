@@ -74,12 +74,14 @@ def train_feature_net(
     batch_size: int = 64,
     lr: float = 2e-3,
     seed: int = 0,
+    progress: Callable[[int], None] = lambda seen: None,
 ) -> FeatureNet:
     """Train as a classifier: AdamW, one cycle of the rate, images moved by up to two pixels.
 
     Args:
         images: uint8 (N, C, H, W).
         labels: int64 (N,) in [0, classes).
+        progress: told the number of images seen.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,6 +99,7 @@ def train_feature_net(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        progress(min((step + 1) * batch_size, epochs * len(images)))
     return net.eval()
 
 

@@ -1,6 +1,8 @@
 """`maskdm-server experiment`."""
 
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +24,10 @@ from maskdm.runfolder import atomic_write, claim, owned, read_lines, write_json
 from maskdm_server.experiment.arms import Arm, arms_named, known_arms
 from maskdm_server.experiment.budget import ExperimentConfig, spending
 from maskdm_server.experiment.images import LocalImages, make_sites, part, pool
+from maskdm_server.experiment.page import experiment_page
 from maskdm_server.experiment.quality import Judge
 from maskdm_server.experiment.summary import Run, sentences, table
-from maskdm_server.experiment.training import CURVE, Place, make_prior, run_federated, run_pooled
+from maskdm_server.experiment.training import CURVE, PICTURE, Place, make_prior, run_federated, run_pooled
 from maskdm_server.options import Device, Out, PrecisionOption, pixel_policy
 
 USUAL_ARMS = "scratch,masked,unmasked,federated,federated-skewed,federated-scratch,everything"
@@ -113,7 +116,7 @@ def experiment(
         results = {}
         for arm in chosen:
             results[arm.name] = run_arm(place, arm, corpora["--public"], images)
-            report(place, results)
+            write_results(place, {arm.name: arm for arm in chosen}, results)
     print((out / "results.md").read_text(), end="")
 
 
@@ -147,12 +150,12 @@ def _train(place: Place, arm: Arm, prior: Path, images: LocalImages, seed: int, 
         run_federated(place, arm, prior, sites, seed, lr)
 
 
-def report(place: Place, results: dict[str, list[Run]]) -> None:
-    """results.json for programs, results.md for people: of the arms that are done."""
-    floor = place.judge.floor()
+def write_results(place: Place, arms: Mapping[str, Arm], results: dict[str, list[Run]]) -> None:
+    """results.json for programs, results.md and results.html for people: of the arms that are done."""
+    floor, extractor = place.judge.floor(), place.judge.extractor
     about: dict[str, Any] = {
         "config": place.config.model_dump(mode="json"),
-        "extractor": {"name": place.judge.extractor.name, "sha256": place.judge.extractor.sha256},
+        "extractor": {"name": extractor.name, "sha256": extractor.sha256, "resize": extractor.resize},
         "floor": floor,
         "runs": {arm: [vars(run) for run in runs] for arm, runs in results.items()},
         "sentences": sentences(results, place.config),
@@ -160,7 +163,21 @@ def report(place: Place, results: dict[str, list[Run]]) -> None:
     }
     write_json(place.folder / "results.json", json.loads(json.dumps(about, default=str)))
     lines = "\n".join(f"- {sentence}" for sentence in about["sentences"])
-    name = place.judge.extractor.name
+    name = extractor.name
     title = f"Fréchet distance in the features of {name} (FD-{name}), {place.config.samples:,} samples"
     atomic_write(place.folder / "results.md", f"{title}\n\n{table(results, floor['fd'])}\n\n{lines}\n")
-    say(f"results so far: {place.folder / 'results.md'}")
+    facts = {"Feature network": f"{name}, {extractor.resize}", "sha256 of the feature network": extractor.sha256}
+    pictures = {arm: place.run(arms[arm], runs[0].seed, runs[0].lr) / PICTURE for arm, runs in results.items()}
+    page = experiment_page(
+        place.folder.resolve().name,
+        results,
+        arms,
+        about["sentences"],
+        place.config,
+        floor,
+        facts,
+        pictures,
+        time.time(),
+    )
+    atomic_write(place.folder / "results.html", page)
+    say(f"results so far: {place.folder / 'results.html'}")

@@ -1,7 +1,7 @@
 """Budgets: every arm spends the same FLOPs, whatever it spends them on."""
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -20,6 +20,7 @@ def config(**more: object) -> ExperimentConfig:
     )
 
 
+@settings(max_examples=30)
 @given(
     prior=st.integers(20_000, 2_000_000),
     local=st.integers(5_000, 500_000),

@@ -16,7 +16,7 @@ from maskdm_server.cli import app
 from maskdm_server.experiment import command, images
 from maskdm_server.experiment.budget import ExperimentConfig
 
-ARMS = "scratch,masked,unmasked,federated,federated-skewed"
+ARMS = "scratch,masked,unmasked,federated-skewed"
 
 
 @pytest.fixture
@@ -69,9 +69,12 @@ def test_all_arms_run_and_the_same_command_again_adds_nothing(
         "seed0-lr0.01",
     ]
     assert len([p for p in (folder / "masked").iterdir() if "seed1" in p.name]) == 1
-    assert (folder / "federated" / "seed0-lr0.01" / "samples.png").exists()
+    assert (folder / "federated-skewed" / "seed0-lr0.01" / "samples.png").exists()
     assert shown == (tmp_path / "out" / "results.md").read_text()
     assert "| federated-skewed | 1 |" in shown
+    page = (tmp_path / "out" / "results.html").read_text()
+    assert page.count("<img") == len(results["runs"])
+    assert all(sentence in page for sentence in results["sentences"])
     before = {path: path.read_bytes() for path in folder.rglob("curve.jsonl")}
     assert experiment() == 0
     assert {path: path.read_bytes() for path in folder.rglob("curve.jsonl")} == before
@@ -101,9 +104,9 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
 
 
 def test_another_experiment_is_not_mixed_in(experiment: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert experiment("--arms", "scratch", "--seeds", "1") == 0
-    assert experiment("--arms", "scratch", "--seeds", "2") == 0  # more seeds are the same experiment
-    assert experiment("--arms", "scratch", "--local-images", "128") == 2
+    assert experiment("--arms", "scratch", "--rates", "0.01", "--seeds", "1") == 0
+    assert experiment("--arms", "scratch", "--rates", "0.01", "--seeds", "2") == 0  # more seeds are the same experiment
+    assert experiment("--arms", "scratch", "--rates", "0.01", "--local-images", "128") == 2
     assert "local_images" in capsys.readouterr().err
 
 
