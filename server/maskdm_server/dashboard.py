@@ -27,6 +27,7 @@ NAMES = ("127.0.0.1", "localhost")
 REFRESH_SECONDS = 5
 SHARE = 20  # making a page takes one part in so many of the time, at most
 IDLE_SECONDS = 10.0  # for a request to come
+POLL_SECONDS = 0.1  # how soon the end is noticed
 
 HEADERS = {
     "Content-Security-Policy": f"{SECURITY_POLICY}; frame-ancestors 'none'",
@@ -88,7 +89,7 @@ class Dashboard:
         except OSError as error:
             raise UsageError(f"--dashboard {port} on {LOOPBACK} is in use or not ours: choose another port") from error
         self.port = int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, name="dashboard", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(POLL_SECONDS,), name="dashboard")
 
     def __enter__(self) -> Self:
         self._thread.start()

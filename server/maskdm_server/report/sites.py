@@ -41,7 +41,6 @@ class Site:
     images: int = 0
     newest_images: int = 0
     bytes_up: int = 0
-    bytes_down: int = 0
     loss_before: float | None = None  # of the newest update that was accepted
     loss_after: float | None = None
 
@@ -84,7 +83,6 @@ class Sites:
         self.verdicts[entry.direction, entry.verdict if kind == "sent" else kind] += 1
         site = self.by_name.setdefault(entry.peer, Site())
         if entry.direction == "out":
-            site.bytes_down += entry.bytes
             if kind == "sent":
                 site.training = what.strip() == "train"
                 if site.training:
