@@ -15,11 +15,13 @@ from torch import Tensor
 
 from maskdm.checkpoint import (
     CheckpointMetadata,
+    describe_checkpoint,
     load_checkpoint,
     load_state,
     model_from,
     save_checkpoint,
     save_state,
+    sha256_of,
 )
 from maskdm.config import MaskConfig, Stage, TrainingConfig
 from maskdm.data.batches import batches
@@ -44,7 +46,7 @@ from maskdm_server.pretrain import Run, pretrain
 from maskdm_server.serve import federation_config
 
 BETAS = (0.9, 0.95)  # runs are short beside the published ones
-CURVE, PICTURE = "curve.jsonl", "samples.png"
+CURVE, PICTURE, MODEL = "curve.jsonl", "samples.png", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def run_pooled(place: Place, arm: Arm, prior: Path, pixels: Pixels, seed: int, l
             train(state, order, until, config.diffusion, UNMASKED, on_progress=lambda progress: place.check())
             save_state(kept, state, training)
         _measure(place, folder, state.average, seed, point, spent.flops(point))
-    _picture(place, folder, state.average, seed)
+    _keep(place, folder, state.average, prior, seed)
     kept.unlink()
 
 
@@ -146,12 +148,12 @@ def run_federated(place: Place, arm: Arm, prior: Path, sites: list[Path], seed: 
     say(f"{arm.name}, seed {seed}, rate {lr:g}: {rounds} rounds at {config.clients} sites")
     simulate_inline(prior, federation, wanted, lambda: sites, {"sites": [str(site) for site in sites]})
     a_round = config.round_images() * config.clients
-    weights: Mapping[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for mark in marks[len(measured) :]:
         weights, _ = load_checkpoint(model_of_round(federation, mark))
         _measure(place, folder, weights, seed, mark * a_round, spent.flops(mark * a_round))
         place.check()
-    _picture(place, folder, weights, seed)
+    _keep(place, folder, weights, prior, seed)
     shutil.rmtree(federation / ROUNDS)
 
 
@@ -186,8 +188,11 @@ def _measure(place: Place, folder: Path, weights: Mapping[str, Tensor], seed: in
     say(f"  {images:>9,} images: distance {line['fd']:.2f}, held-out loss {line['loss']:.4f}")
 
 
-def _picture(place: Place, folder: Path, weights: Mapping[str, Tensor], seed: int) -> None:
-    config = place.config
+def _keep(place: Place, folder: Path, weights: dict[str, Tensor], prior: Path, seed: int) -> None:
+    """The model at the end of the budget, for whatever else one wants to know of it, and a look at its samples."""
+    config, metadata = place.config, describe_checkpoint(prior, "--out")
+    about = {"prior_sha256": sha256_of(prior), "mask": UNMASKED, "effective_mask_ratio": 0.0}
+    save_checkpoint(folder / MODEL, weights, metadata.model_copy(update=about))
     model = model_from(dict(weights), config.model, place.device)
     precision = pick_precision(config.precision, place.device)
     drawn = sample(model, config.diffusion, 32, steps=config.sampling_steps, seed=seed, precision=precision)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from maskdm import cli
+from maskdm.checkpoint import load_checkpoint
 from maskdm.config import ModelConfig
 from maskdm.evaluation.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
 from maskdm.runfolder import read_lines
@@ -69,7 +70,9 @@ def test_all_arms_run_and_the_same_command_again_adds_nothing(
         "seed0-lr0.01",
     ]
     assert len([p for p in (folder / "masked").iterdir() if "seed1" in p.name]) == 1
-    assert (folder / "federated-skewed" / "seed0-lr0.01" / "samples.png").exists()
+    for kept in (folder / "federated-skewed" / "seed0-lr0.01", folder / "masked" / "seed0-lr0.001"):
+        assert (kept / "samples.png").exists()
+        assert load_checkpoint(kept / "model.safetensors")[1].mask.kind == "none"
     assert shown == (tmp_path / "out" / "results.md").read_text()
     assert "| federated-skewed | 1 |" in shown
     page = (tmp_path / "out" / "results.html").read_text()
