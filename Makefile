@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fast slow check format clean
+.PHONY: demo test fast slow check format docs clean
 
 demo: .venv/run
 	$(BIN)/maskdm-server demo --out maskdm-demo
@@ -24,6 +24,10 @@ check: .venv/test
 format: .venv/test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/run
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/figures.py
 
 clean:
 	rm -rf .venv maskdm-demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

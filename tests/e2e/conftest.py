@@ -53,12 +53,23 @@ def environment(**extra: str) -> dict[str, str]:
     return {**clean, **SMALL, **extra}
 
 
+def _block(mark: str, page: str) -> str:
+    """What stands in the fenced block of a page after `<!-- mark -->`."""
+    text = (Path(__file__).parents[2] / page).read_text()
+    block = re.search(rf"<!-- {re.escape(mark)} -->\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert block, f"{page} has no block {mark}"
+    return block[1]
+
+
 def documented(name: str, page: str = "README.md") -> list[list[str]]:
     """The commands of a page's block that is marked with a name, one after another."""
-    text = (Path(__file__).parents[2] / page).read_text()
-    block = re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", text, re.DOTALL)
-    assert block, f"{page} has no block {name}"
-    return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines() if line and line[0] != "#"]
+    lines = _block(name, page).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line and line[0] != "#"]
+
+
+def documented_file(name: str, page: str, folder: Path) -> None:
+    """Write a file that a page shows in a block marked `<!-- file NAME -->`."""
+    (folder / name).write_text(_block(f"file {name}", page))
 
 
 class Started:
