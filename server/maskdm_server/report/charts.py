@@ -84,6 +84,7 @@ def line_chart(
     y: str,
     log: bool = False,
     whole: bool = True,
+    counts: bool = False,
     from_zero: bool = False,
     stages: Sequence[float] = (),
 ) -> Markup:
@@ -93,6 +94,7 @@ def line_chart(
         x, y: what the axes show, with units.
         log: the y axis is logarithmic where all values are above 0.
         whole: x counts something.
+        counts: y counts something.
         from_zero: the y axis begins at 0.
         stages: places on x where something else began.
     """
@@ -102,7 +104,9 @@ def line_chart(
         return Markup("")
     across = _axis([px for line in lines for px, _ in line.points], LEFT, RIGHT, whole=whole)
     ys = [py for line in lines for _, py in line.points]
-    up = _axis([*ys, *([0.0] if from_zero else [])], BOTTOM, TOP, log=log and min(ys) > 0, roomy=not from_zero)
+    up = _axis(
+        [*ys, *([0.0] if from_zero else [])], BOTTOM, TOP, log=log and min(ys) > 0, whole=counts, roomy=not from_zero
+    )
     drawn = [_frame(across, up, x, y)]
     for begin in stages:
         if across.low < begin < across.high:
@@ -117,16 +121,23 @@ def line_chart(
 
 
 def _axis(
-    values: Sequence[float], start: float, end: float, *, log: bool = False, whole: bool = False, roomy: bool = False
+    values: Sequence[float],
+    start: float,
+    end: float,
+    *,
+    log: bool = False,
+    whole: bool = False,
+    below: bool = False,
+    above: bool = False,
 ) -> Axis:
+    """Of all values, with some room below and above where that is wanted, or where they are all the same."""
     low, high = min(values), max(values)
     if log:
         return Axis(low / 1.1, high * 1.1, start, end, log=True)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        room = abs(high) / 2 or 1.0
-        return Axis(low - (0 if whole else room), high + (1 if whole else room), start, end, whole=whole)
     room = 0.06 * (high - low)
-    return Axis(low - (room if roomy else 0), high + (0 if whole else room), start, end, whole=whole)
+    if room <= 1e-9 * max(abs(low), abs(high)):
+        room, above = 1.0 if whole else abs(high) / 2 or 1.0, True
+    return Axis(low - (room if below else 0), high + (room if above else 0), start, end, whole=whole)
 
 
 def _frame(across: Axis, up: Axis, x: str, y: str) -> Markup:

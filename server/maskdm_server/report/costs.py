@@ -44,7 +44,9 @@ def costs(rounds: Sequence[RoundLine]) -> Markup:
             "on images that no site trains on",
         ),
         chart(
-            "Updates", line_chart("Updates", took_part, x="round", y="sites", from_zero=True), "by what became of them"
+            "Updates",
+            line_chart("Updates", took_part, x="round", y="sites", counts=True, from_zero=True),
+            "by what became of them",
         ),
         chart("Carried", line_chart("Bytes carried", carried, x="round", y=unit, from_zero=True), "in each round"),
         chart("Time", line_chart("Time of a round", took, x="round", y=name, from_zero=True), "of each round"),

@@ -8,7 +8,7 @@ from maskdm_server.report.gather import Federation, State
 from maskdm_server.report.incidents import audit, faults, privacy, rejections
 from maskdm_server.report.markup import Markup, tag, together
 from maskdm_server.report.participation import participation
-from maskdm_server.report.quality import quality
+from maskdm_server.report.quality import quality, quality_at_sites
 from maskdm_server.report.units import count, duration, figure, moment, percent
 
 STATES: dict[State, tuple[str, str]] = {
@@ -32,7 +32,7 @@ def federation_page(found: Federation, *, refresh: int | None = None, written: f
     sections = [
         section("Samples", _samples(found)),
         section("Held-out loss and cost of the rounds", costs(found.rounds)),
-        section("Quality of the samples", quality(found.folder)),
+        section("Quality of the samples", quality(found.folder), quality_at_sites(found.quality)),
         section("Who took part", participation(found.sites, found.done())),
         section("Rejected updates", rejections(found)),
         section("What went wrong", faults(found)),
@@ -75,7 +75,7 @@ def _now(found: Federation) -> list[Markup]:
     if found.state == "running" and happened.at_work:
         number, asked, images = happened.at_work
         seen = f"; they have seen {images:,} images until now" if images else ""
-        return [tag("p", f"Round {number}: {asked} clients are at work{seen}.")]
+        return [tag("p", f"Round {number}: {asked} {'client is' if asked == 1 else 'clients are'} at work{seen}.")]
     if found.result and found.result.model_of_round != found.result.rounds:
         best = found.result.model_of_round
         return [tag("p", f"The model is that of round {best}, which had the lowest held-out loss.")]

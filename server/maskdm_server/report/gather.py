@@ -43,6 +43,16 @@ class RoundLine(Row):
     attempts: int = 1
 
 
+class QualityLine(Row):
+    """Of quality.jsonl: what sites found of the images that a model draws, compared with their own."""
+
+    round: int  # 0: the prior
+    sites: int
+    quality_images: int
+    quality: Mapping[str, float]
+    by_site: Mapping[str, Mapping[str, float | None]] = {}
+
+
 class Result(Row):
     """Of result.json."""
 
@@ -82,6 +92,7 @@ class Federation:
     settings: Settings
     state: State
     rounds: list[RoundLine]
+    quality: list[QualityLine]
     result: Result | None
     happened: Happened
     sites: Sites
@@ -128,11 +139,13 @@ class FederationFolder:
         result = read_row(self.folder / "result.json", Result)
         happened, sites = self._happened.now(), self._sites.now()
         versions, bad_versions = read_rows(self.folder / "versions.jsonl", Versions)
+        quality, bad_quality = read_rows(self.folder / "quality.jsonl", QualityLine)
         model, audit = self.folder / "model.safetensors", self.folder / AUDIT
         unreadable = {
             "rounds.jsonl": bad_rounds,
             "events.jsonl": happened.unreadable,
             AUDIT: sites.unreadable,
+            "quality.jsonl": bad_quality,
             "versions.jsonl": bad_versions,
         }
         return Federation(
@@ -140,6 +153,7 @@ class FederationFolder:
             settings=settings,
             state=_state(self.folder, result, happened),
             rounds=rounds,
+            quality=quality,
             result=result,
             happened=happened,
             sites=sites,

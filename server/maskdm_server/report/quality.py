@@ -7,11 +7,13 @@ from pathlib import Path
 from maskdm.evaluation.record import Evaluation, Measured, records_of
 from maskdm_server.report.blocks import chart, note, row_of, table
 from maskdm_server.report.charts import Series, line_chart
+from maskdm_server.report.gather import QualityLine
 from maskdm_server.report.markup import Markup, tag, together
 from maskdm_server.report.units import count, figure
 
 MOST_RECORDS = 200
 MOST_CHARTS = 4
+MOST_SITES = 40
 
 
 def quality(folder: Path) -> Markup:
@@ -19,6 +21,30 @@ def quality(folder: Path) -> Markup:
     records = list(records_of(folder))[-MOST_RECORDS:]
     groups = groupby(sorted(records, key=_conditions), key=_conditions)
     return together(*(_group(sorted(group, key=_age)) for _, group in groups))
+
+
+def quality_at_sites(lines: Sequence[QualityLine]) -> Markup:
+    """What sites measured themselves: all of them together for each model, then each of them for the newest one."""
+    if not lines:
+        return Markup("")
+    shown = lines[-MOST_RECORDS:]
+    names = list(dict.fromkeys(name for line in shown for name in line.quality))
+    header = ["Model", "sites", "images of theirs", *names]
+    rows = [
+        [_model(line), count(line.sites), count(line.quality_images), *(figure(line.quality.get(n)) for n in names)]
+        for line in shown
+    ]
+    newest = shown[-1]
+    each = [
+        [site, count(found.get("quality_images")), *(figure(found.get(name)) for name in names)]
+        for site, found in list(newest.by_site.items())[:MOST_SITES]
+    ]
+    alone = table(f"Each site on its own: {_model(newest)}", ["Site", *header[2:]], each) if each else ""
+    return together(table("Compared by the sites with images of their own", header, rows), alone)
+
+
+def _model(line: QualityLine) -> str:
+    return f"after round {line.round}" if line.round else "the prior"
 
 
 def _conditions(record: Evaluation) -> str:

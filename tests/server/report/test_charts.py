@@ -149,3 +149,9 @@ def test_numbers_as_people_read_them() -> None:
     assert (figure(0.0411), figure(None), figure(123456.0), figure(0.0)) == ("0.04110", "–", "1.235e+05", "0")
     assert percent(-0.15) == "−15.0 %"
     assert (moment(0.0), moment(1e300), moment(math.nan)) == ("1970-01-01 00:00:00", "–", "–")
+
+
+def test_what_is_counted_has_whole_labels() -> None:
+    chart = drawn(line_chart("t", [Series("a", [(1, 0.0), (2, 2.0)])], x="x", y="sites", counts=True, from_zero=True))
+    labels = [text.text for text in chart.iter("text") if text.attrib.get("text-anchor") == "end"]
+    assert labels == ["0", "1", "2"]

@@ -6,7 +6,8 @@ import pytest
 
 from maskdm.data.pixels import PixelPolicy
 from maskdm.evaluation.record import FOLDER, Evaluation, write_record
-from maskdm_server.report.quality import quality
+from maskdm_server.report.gather import QualityLine
+from maskdm_server.report.quality import quality, quality_at_sites
 
 from .test_page import Document
 
@@ -73,3 +74,24 @@ def test_a_record_that_cannot_be_read_is_passed_over_and_none_is_nothing(tmp_pat
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "torn.json").write_text("{")
     assert quality(tmp_path) == ""
+
+
+def test_what_sites_measured_themselves_is_shown_together_and_one_by_one() -> None:
+    lines = [
+        QualityLine(
+            round=number,
+            sites=2,
+            quality_images=90,
+            quality={"fd": 12.5 - number},
+            by_site={"<b>evil</b>": {"quality_images": 50, "fd": 11.0}, "ward": {"quality_images": 40}},
+        )
+        for number in (0, 3)
+    ]
+    document = Document(quality_at_sites(lines))
+    assert not document.named("b")
+    said = document.text
+    assert [text for text in said if text in ("the prior", "after round 3", "12.50", "9.500")] == [
+        *("the prior", "12.50", "after round 3", "9.500")
+    ]
+    assert said[said.index("<b>evil</b>") :] == ["<b>evil</b>", "50", "11.00", "ward", "40", "–"]
+    assert quality_at_sites([]) == ""
