@@ -110,6 +110,13 @@ def tell(event: dict[str, Any]) -> None:
             say(f"round {event['round']}: going on at {event['images']:,} images")
     elif kind == "training":
         say(f"round {event['round']}: {event['images']:,}/{event['of']:,} images")
+    elif kind == "drawing":
+        say(f"evaluating a model: {event['images']:,}/{event['of']:,} images drawn")
+    elif kind == "evaluated":
+        found = ", ".join(f"{name} {value:g}" for name, value in event["quality"].items())
+        say(f"a model was evaluated with {event['drawn']:,} images that it drew: {found}")
+    elif kind == "not evaluated":
+        say(f"the coordinator wanted a model evaluated, which gets only its held-out loss: {event['reason']}")
     elif kind == "waiting":
         say(f"WARNING: {event['reason']}; trying again until it can be written")
     elif kind == "code refused":

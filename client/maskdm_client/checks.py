@@ -96,9 +96,11 @@ def allows(terms: SitePolicy) -> str:
     norm = f" and {terms.max_norm:g}" if terms.max_norm else ""
     size = f"{terms.max_bytes_per_round:,} bytes" if terms.max_bytes_per_round else "any size"
     rounds = f"{terms.max_rounds_per_day} a day" if terms.max_rounds_per_day else "any number a day"
+    quality = terms.quality_names()
     return (
         f"updates of {size}, {rounds}, no longer than {terms.max_relative_norm:g} of the model's norm{norm}, with all "
         f"{len(REPORT_NAMES)} numbers, from {terms.min_images:,} images on"
+        + (f", and of {terms.max_evaluations_per_day} evaluations a day {', '.join(quality)}" if quality else "")
         + (", the first after somebody here approves it" if terms.approve_first_round else "")
     )
 

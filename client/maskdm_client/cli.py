@@ -24,6 +24,7 @@ from maskdm_client.address import BANNER, address_of
 from maskdm_client.approval import approve
 from maskdm_client.doctor import doctor
 from maskdm_client.local_data import choose_slice
+from maskdm_client.quality import features_of
 from maskdm_client.settings import SiteSettings
 from maskdm_client.supervision import work
 
@@ -62,6 +63,9 @@ def join(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic of matrix products.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all.")] = 0,
+    features: Annotated[
+        str | None, typer.Option(help="File of a feature network, or random: for evaluations that the policy lists.")
+    ] = None,
 ) -> None:
     """Join a federation, fine-tune on a slice of the local images in each round, send back only the update."""
     if context.invoked_subcommand:
@@ -84,6 +88,7 @@ def join(
         "device": device,
         "precision": precision,
         "threads": threads,
+        "features": features and features_of(features),
     }
     open_source(data)
     check_apart(data, out)
@@ -107,7 +112,7 @@ def join(
             out,
             "client",
             identity,
-            may_change=("site.device", "site.precision", "site.threads", "site.bundle", *POLICY_KEYS),
+            may_change=("site.device", "site.precision", "site.threads", "site.features", "site.bundle", *POLICY_KEYS),
         )
         chosen, found = choose_slice(settings, out, interruption.check)
         say(

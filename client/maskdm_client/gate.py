@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from maskdm import auditlog
 from maskdm.auditlog import message_of
 from maskdm.errors import GateRefused
-from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.parcel import NUMBER_NAMES, QUALITY_NAMES, Outcome, Parcel, QualityReport, Report
 from maskdm.policy import SitePolicy
 from maskdm.tensorfile import Layout, layout_of, size_of
 
@@ -64,8 +64,8 @@ def check_update(
 
 
 def check_numbers(report: Report, policy: SitePolicy, audit: Path) -> Parcel:
-    """Check the fixed numbers alone; raises as `check_update` does."""
-    parcel = Parcel({}, report.model_dump(mode="json"))
+    """Check numbers alone; raises as `check_update` does."""
+    parcel = Parcel({}, report.model_dump(mode="json", exclude_none=True))
     return _checked(parcel, report.round, problem_of(parcel, policy, {}), audit)
 
 
@@ -127,6 +127,8 @@ def problem_of(parcel: Parcel, policy: SitePolicy, expected: Layout | None = Non
         return problem
     if parcel.scalars.get("outcome") != Outcome.DONE:
         return "it holds arrays, and is no answer"
+    if any(name in QUALITY_NAMES for name in parcel.scalars):
+        return "it holds arrays, and the numbers of an evaluation"
     return problem_of_size(size_of(layout_of(parcel.arrays)), policy)
 
 
@@ -135,7 +137,7 @@ def problem_of_numbers(numbers: Any, policy: SitePolicy) -> str | None:
     if not isinstance(numbers, Mapping):
         return "its numbers have no names"
     for name, value in numbers.items():
-        if type(name) is not str or name not in REPORT_NAMES:
+        if type(name) is not str or name not in NUMBER_NAMES:
             return "it holds a number that nobody asked for"
         if type(value) not in (int, float) or (type(value) is float and not math.isfinite(value)):
             return f"{name} is no finite number"
@@ -147,7 +149,7 @@ def problem_of_numbers(numbers: Any, policy: SitePolicy) -> str | None:
         return "it does not say how the work ended"
     outcome = Outcome(numbers["outcome"])
     listed = {Outcome.DONE: policy.metrics, Outcome.WORKING: ("outcome", *policy.metrics)}.get(outcome, CODE)
-    unlisted = [name for name in REPORT_NAMES if name in numbers and name not in listed]
+    unlisted = [name for name in NUMBER_NAMES if name in numbers and name not in listed]
     return f"{unlisted[0]} is not in the policy's list of numbers" if unlisted else None
 
 
@@ -178,8 +180,8 @@ def _checked(parcel: Parcel, round_number: int, problem: str | None, audit: Path
 
 @cache
 def _ranges() -> dict[str, TypeAdapter[Any]]:
-    """Of the numbers of `Report`, by name."""
-    return {name: _range(field) for name, field in Report.model_fields.items()}
+    """Of all numbers that may ever leave, by name."""
+    return {name: _range(field) for name, field in QualityReport.model_fields.items()}
 
 
 def _range(field: FieldInfo) -> TypeAdapter[Any]:

@@ -13,7 +13,7 @@ from maskdm.parcel import Parcel
 from maskdm.tensorfile import unpack
 from maskdm_client.gate import COORDINATOR
 
-ACTIONS = ("train", "measure", "finish")
+ACTIONS = ("train", "measure", "evaluate", "finish")
 
 
 def record_plan(audit: Path, exchange: int, document: str, weights: bytes) -> None:

@@ -28,6 +28,7 @@ class SiteSettings(Frozen):
     device: str = "auto"
     precision: Precision = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
+    features: str | None = None  # file of a feature network, or "random"
     bundle: Digest = Field(default_factory=bundle_sha256)  # of the Flower app that may run here
     policy: SitePolicy = SitePolicy()
 

@@ -20,7 +20,7 @@ from maskdm.data.pixels import IsColour
 from maskdm.data.preflight import compare
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
 from maskdm.model import Network
-from maskdm.parcel import Outcome, Parcel, Report
+from maskdm.parcel import Outcome, Parcel, QualityReport, Report
 from maskdm.policy import SitePolicy
 from maskdm.precision import pick_device
 from maskdm.protocol import RoundPlan
@@ -33,6 +33,7 @@ from maskdm_client.fine_tuning import Superseded, fine_tune, held_out_loss
 from maskdm_client.gate import check_numbers, check_update, code, norms, problem_of_size, record
 from maskdm_client.local_data import LocalImages, forget_pixels, local_images
 from maskdm_client.mailbox import Mailbox, note, plain
+from maskdm_client.quality import NotEvaluated, measure_quality
 from maskdm_client.received import PlanRefused, RestMissing, forget_others, key_of, read_weights
 from maskdm_client.residual import Residual
 from maskdm_client.saved import STARTS, Saved
@@ -73,7 +74,7 @@ def answer(
 
     def say(event: dict[str, Any]) -> None:
         note(folder, event)
-        if box and event["event"] == "training":
+        if box and event["event"] in ("training", "drawing"):
             with suppress(OSError):
                 box.progressed(exchange, event["round"], event["images"])
 
@@ -97,7 +98,7 @@ def answer(
                 ends = True
                 save_checkpoint(folder / "model.safetensors", received, plan.model)
                 kept = True
-            released, event = _measure(plan, received, settings, folder, say)
+            released, event = _measure(plan, received, settings, folder, key, say, superseded)
     except Superseded:
         say({"event": "superseded", "round": round_number})
         raise
@@ -160,12 +161,24 @@ def _train(
 
 
 def _measure(
-    plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
+    plan: RoundPlan,
+    weights: dict[str, Tensor],
+    settings: SiteSettings,
+    folder: Path,
+    key: str,
+    say: Say,
+    superseded: Callable[[], bool],
 ) -> tuple[Parcel, dict[str, Any]]:
     started = time.monotonic()
     model, images = _prepare(plan, weights, settings, folder, say)
     loss = held_out_loss(model, plan, images, settings)
-    report = Report(
+    quality: dict[str, int | float] = {}
+    if plan.quality:
+        try:
+            quality = measure_quality(model, plan, images, settings, folder, key, say, superseded)
+        except (NotEvaluated, PolicyRefused) as reason:
+            say({"event": "not evaluated", "round": plan.round, "reason": str(reason)})
+    nine = Report(
         round=plan.round,
         exchange=plan.exchange,
         examples=len(images.train),
@@ -175,7 +188,10 @@ def _measure(
         seconds=round(time.monotonic() - started, 3),
         skipped_steps=0,
     )
+    report = QualityReport.model_validate(nine.model_dump() | quality)
     released = check_numbers(report, settings.policy, folder / AUDIT)
+    if plan.quality and quality:
+        say({"event": "evaluated", "round": plan.round, "drawn": plan.quality.images, "quality": quality})
     return released, {"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": loss}
 
 
@@ -232,7 +248,7 @@ def _prepare(
     problem = settings.policy.problem_of_slice(len(images.train))
     if problem:
         raise PolicyRefused(problem)
-    if plan.round == 1 or plan.action == "finish":
+    if (plan.round == 1 and plan.action != "evaluate") or plan.action == "finish":
         counts = {"train": len(images.train), "held_out": len(images.held_out)}
         say({"event": "data", "summary": images.corpus.summary(), **counts})
         for warning in compare(images.corpus, plan.model):

@@ -1,15 +1,15 @@
 """What travels between coordinator and site, free of any transport and of PyTorch, which takes seconds to import.
 
-Down goes a document with the weights (fp32). Up comes an encoded update and the numbers of `Report`, or an `Outcome`
-alone. No names, no paths, no text come from a site.
+Down goes a document with the weights (fp32). Up comes an encoded update and the numbers of `Report`, those of
+`QualityReport`, or an `Outcome` alone. No names, no paths, no text come from a site.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from maskdm.config import Frozen
 from maskdm.tensorfile import Arrays, layout_of, size_of
@@ -75,7 +75,42 @@ class Report(Frozen):
     skipped_steps: Annotated[int, Field(ge=0, le=2**40, strict=True)]
 
 
+# Distances between features know no bound; sums of what hostile sites say must stay finite.
+LARGEST_DISTANCE = 1e9
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Distance = Annotated[float, Field(ge=0, le=LARGEST_DISTANCE, strict=True)]
+
+
+class QualityReport(Report):
+    """The same of a model that was evaluated, and how near images that it draws are to those that the site holds out.
+
+    Each further number is there only where the site's policy lists it, and it could be computed.
+    """
+
+    quality_images: Annotated[int, Field(ge=2, le=2**40, strict=True)] | None = None  # held out, and compared with
+    kernel: Annotated[float, Field(ge=-LARGEST_DISTANCE, le=LARGEST_DISTANCE, strict=True)] | None = None
+    frechet: Distance | None = None
+    precision: Share | None = None
+    recall: Share | None = None
+    density: Distance | None = None
+    coverage: Share | None = None
+    memorisation: Distance | None = None
+
+    @model_validator(mode="after")
+    def _says_of_how_many(self) -> Self:
+        if self.quality_images is None and self.quality():
+            raise ValueError("quality_images is missing: figures mean nothing without it")
+        return self
+
+    def quality(self) -> dict[str, float]:
+        """Those of the further numbers that are there, without the count of images."""
+        found = {name: getattr(self, name) for name in QUALITY_NAMES if name != "quality_images"}
+        return {name: value for name, value in found.items() if value is not None}
+
+
 REPORT_NAMES = tuple(Report.model_fields)
+QUALITY_NAMES = tuple(name for name in QualityReport.model_fields if name not in REPORT_NAMES)
+NUMBER_NAMES = REPORT_NAMES + QUALITY_NAMES
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from maskdm import cli
 from maskdm.config import Frozen
 from maskdm.errors import UsageError
 from maskdm.kit import Digest
-from maskdm.parcel import REPORT_NAMES
+from maskdm.parcel import NUMBER_NAMES, QUALITY_NAMES, REPORT_NAMES
 
 DAY = 86_400.0  # seconds
 MOST_ROUNDS = 1000  # a day; bounds what a site remembers
 
 
 def _known(name: str) -> str:
-    if name not in REPORT_NAMES:
-        raise ValueError(f"{name!r} is none of {', '.join(REPORT_NAMES)}")
+    if name not in NUMBER_NAMES:
+        raise ValueError(f"{name!r} is none of {', '.join(NUMBER_NAMES)}")
     return name
 
 
@@ -41,10 +41,16 @@ class SitePolicy(Frozen):
     max_norm: Norm | None = None
     max_bytes_per_round: Annotated[int, BeforeValidator(_bytes), Field(ge=1, strict=True)] | None = None
     max_rounds_per_day: Annotated[int, Field(ge=1, le=MOST_ROUNDS, strict=True)] | None = None
+    max_evaluations_per_day: Annotated[int, Field(ge=1, le=MOST_ROUNDS, strict=True)] = 10
     min_images: Annotated[int, Field(ge=1, strict=True)] = 2  # to train on
     require_dp: Annotated[bool, Field(strict=True)] = False
     approve_first_round: Annotated[bool, Field(strict=True)] = False
     bundles: tuple[Digest, ...] = ()  # of Flower apps that may run here besides the kit's
+
+    def quality_names(self) -> tuple[str, ...]:
+        """Numbers of an evaluation that may leave; none without the count of the images behind them."""
+        listed = tuple(name for name in QUALITY_NAMES if name in self.metrics)
+        return listed if "quality_images" in listed and len(listed) > 1 else ()
 
     def problem_of_slice(self, images: int) -> str | None:
         """What keeps a site with so many images to train on from taking part."""
@@ -60,7 +66,10 @@ TEMPLATE = """\
 # can change it. It is read each time maskdm-client starts. What is not listed here stays.
 
 # Numbers that may go with an update. An answer holds all nine of them: without one of them only codes such as DONE or
-# FAILED leave, and signs of life.
+# FAILED leave, and signs of life. A coordinator may also ask how near images of its model are to those that this site
+# holds out. Whoever chooses the model can learn from that whether an image that they already have is among those here,
+# so none of these numbers leaves unless it is added to the list, "quality_images" with the others:
+# "quality_images", "kernel", "frechet", "precision", "recall", "density", "coverage", "memorisation".
 metrics = [
     "outcome", "round", "exchange", "examples", "images_seen", "loss_before", "loss_after", "seconds", "skipped_steps",
 ]
@@ -75,6 +84,9 @@ max-relative-norm = 1.0
 
 # Updates that may leave in 24 hours, whatever federation asks for them.
 # max-rounds-per-day = 24
+
+# Evaluations whose numbers may leave in 24 hours.
+max-evaluations-per-day = 10
 
 # Fewest images to train on; with fewer this site takes no part. The fewer there are, the more an update tells of each:
 # 2 only keeps a single image from being all of it. No number makes an update anonymous.

@@ -2,25 +2,38 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from maskdm.checkpoint import CheckpointMetadata
 from maskdm.config import Frozen
+from maskdm.kit import Digest
+from maskdm.sampling import Sampler
 from maskdm.trainable import Trainable, changed_weights, update_shapes
 from maskdm.wire import Encoding
 
 PROTOCOL_VERSION: Literal[2] = 2
+# Figures of fewer images say little of the model, and much of each image.
+FEWEST_COMPARED = 10
+
+
+class QualityPlan(Frozen):
+    """How a model is to be evaluated: what to draw, and in whose features to compare it with the images held out."""
+
+    images: Annotated[int, Field(ge=FEWEST_COMPARED, le=100_000)]
+    features: Digest  # of the network that the site must have; none is ever sent
+    sampler: Sampler = "dpmpp"
+    steps: Annotated[int, Field(ge=1, le=10_000)] | None = None  # None: the sampler's usual number
 
 
 class RoundPlan(Frozen):
-    """What a site is asked to do: train for a round, measure a model, or take the final one and leave."""
+    """What a site is asked to do: train for a round, measure or evaluate a model, or take the final one and leave."""
 
     protocol: Literal[2] = PROTOCOL_VERSION
     federation: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     exchange: Annotated[int, Field(ge=0, lt=2**63)]  # of one question and its answers, never used twice
-    action: Literal["train", "measure", "finish"]
+    action: Literal["train", "measure", "evaluate", "finish"]
     round: Annotated[int, Field(ge=1, le=100_000)]
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     local_images: Annotated[int, Field(ge=1, le=100_000_000)]
@@ -34,6 +47,24 @@ class RoundPlan(Frozen):
     topk_share: Annotated[float, Field(gt=0, le=1)] = 0.01
     seed: Annotated[int, Field(ge=0)]
     model: CheckpointMetadata
+    quality: QualityPlan | None = None  # of evaluate
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        if (self.action == "evaluate") != (self.quality is not None):
+            raise ValueError("action evaluate and quality belong together")
+        diffusion, steps = self.model.diffusion, self.quality.steps if self.quality else None
+        if steps is not None and diffusion.process == "ddpm" and steps > diffusion.timesteps:
+            raise ValueError(f"quality.steps {steps} is more than the model's {diffusion.timesteps} timesteps")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_quality(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Sites that know no evaluation refuse a key that they do not know, and shall train all the same."""
+        found: dict[str, Any] = usual(self)
+        if self.quality is None:
+            del found["quality"]
+        return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the update that is asked for."""
@@ -44,7 +75,9 @@ class RoundPlan(Frozen):
         return changed_weights(self.model.model, self.train)
 
     def largest_images(self) -> int:
-        """Most images that a site can see in the round: the last batch is a whole one."""
+        """Most images that a site can see in the round, where the last batch is a whole one, or draw."""
+        if self.quality:
+            return self.quality.images
         return -(-self.local_images // self.batch_size) * self.batch_size
 
 

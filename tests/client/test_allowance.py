@@ -8,7 +8,7 @@ import pytest
 
 from maskdm.policy import DAY, SitePolicy
 from maskdm_client import allowance
-from maskdm_client.allowance import RELEASES, PolicyRefused, check_allowance, use_allowance
+from maskdm_client.allowance import UPDATES, PolicyRefused, check_allowance, use_allowance
 
 TWICE = SitePolicy(max_rounds_per_day=2)
 
@@ -66,21 +66,21 @@ def test_what_is_kept_does_not_grow(tmp_path: Path, clock: Clock) -> None:
     sizes = []
     for number in range(40):
         use_allowance(tmp_path, f"{number:064}", TWICE)
-        sizes.append((tmp_path / RELEASES).stat().st_size)
+        sizes.append((tmp_path / UPDATES.file).stat().st_size)
         clock.now += DAY
     assert max(sizes) < 200
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[["now", 1]]', "[[NaN, 1]]", "[[1, null]]"])
 def test_where_nobody_knows_what_left_nothing_leaves(tmp_path: Path, content: str) -> None:
-    (tmp_path / RELEASES).write_text(content)
+    (tmp_path / UPDATES.file).write_text(content)
     for refused in (check_allowance, use_allowance):
         with pytest.raises(PolicyRefused, match=r"releases\.json is damaged"):
             refused(tmp_path, "1", TWICE)
 
 
 def test_what_cannot_be_counted_does_not_leave(tmp_path: Path) -> None:
-    (tmp_path / RELEASES).mkdir()
+    (tmp_path / UPDATES.file).mkdir()
     with pytest.raises(OSError, match="directory"):
         use_allowance(tmp_path, "1", TWICE)
 

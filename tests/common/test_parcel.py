@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from maskdm.parcel import LARGEST_LOSS, REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.parcel import (
+    LARGEST_DISTANCE,
+    LARGEST_LOSS,
+    NUMBER_NAMES,
+    QUALITY_NAMES,
+    REPORT_NAMES,
+    Outcome,
+    Parcel,
+    QualityReport,
+    Report,
+)
 
 REPORT: dict[str, Any] = {
     "outcome": 0,
@@ -38,6 +48,54 @@ def test_nothing_but_these_numbers_leaves_a_site() -> None:
         "seconds",
         "skipped_steps",
     )
+
+
+QUALITY: dict[str, Any] = {
+    "quality_images": 20,
+    "kernel": -0.001,
+    "frechet": 12.5,
+    "precision": 0.5,
+    "recall": 0.25,
+    "density": 1.5,
+    "coverage": 1.0,
+    "memorisation": 0.9,
+}
+
+
+def test_of_an_evaluation_these_numbers_may_leave_too_each_or_none() -> None:
+    assert tuple(QUALITY) == QUALITY_NAMES
+    assert REPORT_NAMES + QUALITY_NAMES == NUMBER_NAMES
+    whole = QualityReport.model_validate(REPORT | QUALITY)
+    assert {"quality_images": 20, **whole.quality()} == QUALITY
+    for name in QUALITY_NAMES[1:]:
+        some = QualityReport.model_validate(REPORT | {"quality_images": 20, name: QUALITY[name]})
+        assert some.quality() == {name: QUALITY[name]}
+        with pytest.raises(ValidationError, match="quality_images is missing"):
+            QualityReport.model_validate(REPORT | {name: QUALITY[name]})
+    none = QualityReport.model_validate(REPORT)
+    assert none.quality() == {}
+    assert none.model_dump(exclude_none=True) == Report.model_validate(REPORT).model_dump()
+
+
+def test_an_update_brings_no_number_of_an_evaluation() -> None:
+    with pytest.raises(ValidationError, match="kernel"):
+        Report.model_validate(REPORT | {"kernel": 0.5})
+
+
+@pytest.mark.parametrize("name", QUALITY)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -2e9, 2 * LARGEST_DISTANCE, True, "0.5", [0.5]])
+def test_what_is_no_figure_of_an_evaluation_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=name):
+        QualityReport.model_validate(REPORT | QUALITY | {name: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"quality_images": 1}, {"precision": 1.5}, {"recall": -0.1}, {"coverage": 1.0001}, {"density": -1.0}],
+)
+def test_shares_are_shares(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        QualityReport.model_validate(REPORT | QUALITY | change)
 
 
 def test_the_codes_of_outcomes_never_change() -> None:

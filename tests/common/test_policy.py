@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maskdm.errors import UsageError
-from maskdm.parcel import REPORT_NAMES
+from maskdm.parcel import QUALITY_NAMES, REPORT_NAMES
 from maskdm.policy import POLICY_KEYS, TEMPLATE, SitePolicy, load_policy
 
 
@@ -21,11 +21,24 @@ def test_without_a_file_the_fixed_numbers_may_leave_and_no_update_longer_than_th
     assert policy.metrics == REPORT_NAMES
     assert policy.max_relative_norm == 1
     assert (policy.max_norm, policy.max_bytes_per_round, policy.max_rounds_per_day) == (None, None, None)
+    assert policy.quality_names() == (), "the site's owner has to want it"
+    assert policy.max_evaluations_per_day == 10
     assert (policy.min_images, policy.require_dp, policy.approve_first_round, policy.bundles) == (2, False, False, ())
 
 
 def test_the_template_says_what_holds_without_it(tmp_path: Path) -> None:
     assert policy_in(tmp_path, TEMPLATE) == SitePolicy()
+
+
+def test_the_template_tells_which_numbers_of_an_evaluation_there_are(tmp_path: Path) -> None:
+    assert all(f'"{name}"' in TEMPLATE for name in QUALITY_NAMES)
+    listed = ", ".join(f'"{name}"' for name in (*REPORT_NAMES, "quality_images", "coverage"))
+    assert policy_in(tmp_path, f"metrics = [{listed}]").quality_names() == ("quality_images", "coverage")
+
+
+def test_figures_leave_with_the_number_of_images_behind_them_or_not_at_all() -> None:
+    assert SitePolicy(metrics=(*REPORT_NAMES, "kernel")).quality_names() == ()
+    assert SitePolicy(metrics=(*REPORT_NAMES, "quality_images")).quality_names() == ()
 
 
 def test_the_template_names_every_key_and_what_it_comments_out_is_valid(tmp_path: Path) -> None:
@@ -45,6 +58,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         max-norm = 3
         max-bytes-per-round = "1.5MB"
         max-rounds-per-day = 4
+        max-evaluations-per-day = 3
         min-images = 50
         require-dp = true
         approve-first-round = true
@@ -56,6 +70,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         max_norm=3,
         max_bytes_per_round=1_500_000,
         max_rounds_per_day=4,
+        max_evaluations_per_day=3,
         min_images=50,
         require_dp=True,
         approve_first_round=True,

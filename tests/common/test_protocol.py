@@ -16,6 +16,8 @@ from maskdm.trainable import Trainable, expected_shapes, update_shapes
 
 WEIGHTS = bytes(range(100))
 
+QUALITY = {"images": 10, "features": "a" * 64}
+
 # Another value for everything that belongs to the work.
 CHANGES: dict[str, Any] = {
     "federation": "f" * 16,
@@ -85,7 +87,8 @@ def test_fractions_survive_their_way_exactly(
         ("protocol", [2], [1, 3, "2", True]),
         ("federation", ["0" * 16], ["short", "0" * 17, "0" * 16 + "\n", "F" * 16, "../../../../etc/a", None, 1]),
         ("exchange", [0, 2**63 - 1], [-1, 2**63, 0.5]),
-        ("action", ["train", "measure", "finish"], ["upload", "Train", "", None]),
+        ("action", ["train", "measure", "finish"], ["evaluate", "upload", "Train", "", None]),
+        ("quality", [None], [{}, QUALITY, "all"]),
         ("round", [1, 100_000], [0, -1, 1.5, 100_001, 10**30]),
         ("rounds", [1, 100_000], [0, 100_001]),
         ("local_images", [1, 100_000_000], [0, 100_000_001]),
@@ -147,6 +150,34 @@ def test_a_plan_cannot_be_changed(plan: RoundPlan) -> None:
         plan.lr = 1
 
 
+def test_a_site_that_knows_no_evaluation_understands_every_other_plan(plan: RoundPlan) -> None:
+    for action in ("train", "measure", "finish"):
+        document = json.loads(plan.model_copy(update={"action": action}).model_dump_json())
+        assert "quality" not in document
+    evaluation = RoundPlan.model_validate(plan.model_dump() | {"action": "evaluate", "quality": QUALITY})
+    assert RoundPlan.model_validate_json(evaluation.model_dump_json()) == evaluation
+    assert evaluation.shapes() == {}
+    assert evaluation.largest_images() == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"images": 9}, "images"),
+        ({"images": 100_001}, "images"),
+        ({"features": "https://example.org/network"}, "features"),
+        ({"features": "A" * 64}, "features"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 51}, "more than the model's 50 timesteps"),
+        ({"network": "bytes"}, "network"),
+    ],
+)
+def test_an_evaluation_has_bounds(asked: dict[str, Any], change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        RoundPlan.model_validate(asked | {"action": "evaluate", "quality": QUALITY | change})
+
+
 @pytest.mark.parametrize("train", get_args(Trainable))
 @pytest.mark.parametrize("rank", [1, 5])
 def test_an_update_has_the_shapes_of_what_is_trained(plan: RoundPlan, train: Trainable, rank: int) -> None:
@@ -190,7 +221,7 @@ def test_work_that_is_asked_for_again_has_the_same_key(plan: RoundPlan, exchange
 
 
 def test_any_other_work_has_another_key(plan: RoundPlan) -> None:
-    assert CHANGES.keys() | {"model", "exchange", "protocol"} == RoundPlan.model_fields.keys()
+    assert CHANGES.keys() | {"model", "exchange", "protocol", "quality"} == RoundPlan.model_fields.keys()
     about = plan.model.model_dump() | {"images_seen": 641}
     others = [RoundPlan.model_validate(plan.model_dump() | {name: value}) for name, value in CHANGES.items()]
     others += [
@@ -206,6 +237,9 @@ def test_any_other_work_has_another_key(plan: RoundPlan) -> None:
             {"diffusion": about["diffusion"] | {"timesteps": 51}},
         )
     ]
+    changes: list[dict[str, Any]] = [{}, {"images": 11}, {"features": "b" * 64}, {"sampler": "ddim"}, {"steps": 3}]
+    evaluation = plan.model_dump() | {"action": "evaluate"}
+    others += [RoundPlan.model_validate(evaluation | {"quality": QUALITY | change}) for change in changes]
     keys = {work_key(other, [WEIGHTS]) for other in (plan, *others)}
     assert len(keys) == 1 + len(others)
     weights = {work_key(plan, [bytes(w)]) for w in (WEIGHTS, WEIGHTS[:-1], WEIGHTS + b"\0", WEIGHTS[::-1], b"")}
