@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from maskdm.checkpoint import first_problem
-from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.parcel import NUMBER_NAMES, REPORT_NAMES, Outcome, Parcel, QualityReport, Report
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
 from maskdm.tensorfile import Arrays, Stored, chunks, layout_of
@@ -28,7 +28,8 @@ class UpdateRejected(Exception):
 
 
 def check_reply(parcel: Parcel, plan: RoundPlan, declared: int | None = None) -> Report:
-    """The numbers of a reply, after everything about it was checked but the values of its update.
+    """The numbers of a reply, those of a QualityReport to a plan to evaluate, after everything about it was checked but
+    the values of its update.
 
     Args:
         declared: images that the site said to have when it first answered.
@@ -36,14 +37,15 @@ def check_reply(parcel: Parcel, plan: RoundPlan, declared: int | None = None) ->
     Raises:
         UpdateRejected: a failure code, or numbers, names, shapes or types that do not fit the plan.
     """
-    if set(parcel.scalars) - set(REPORT_NAMES):
+    evaluated = plan.action == "evaluate"
+    if set(parcel.scalars) - set(NUMBER_NAMES if evaluated else REPORT_NAMES):
         raise UpdateRejected("it holds a number that was not asked for")  # whose name a stranger chose
     code = parcel.scalars.get("outcome")
     if code != Outcome.DONE and code in list(Outcome):
         outcome = Outcome(int(code))
         raise UpdateRejected(f"the site reports {outcome.name}: {outcome.words()}")
     try:
-        report = Report.model_validate(dict(parcel.scalars))
+        report = (QualityReport if evaluated else Report).model_validate(dict(parcel.scalars))
     except ValidationError as error:
         raise UpdateRejected(f"its numbers do not fit: {first_problem(error)}") from error
     if report.round != plan.round:

@@ -30,6 +30,10 @@ def described(event: Mapping[str, Any]) -> str:
         return f"{event['clients']} of {event['needed']} clients are there; waiting"
     if kind == "sent" and event["action"] == "train":
         return f"round {event['round']}/{event['rounds']}: {event['clients']} clients at work"
+    if kind == "sent" and event["action"] == "evaluate":
+        return f"{event['clients']} clients evaluate a model"
+    if kind == "quality":
+        return _quality(event)
     if kind == "rejected":
         return f"round {event['round']}: the reply of site {event['site']} was rejected: {event['reason']}"
     if kind == "round":
@@ -57,3 +61,17 @@ def described(event: Mapping[str, Any]) -> str:
     if kind == "finished":
         return "WARNING: no client was there at the end: the final model was not measured, and none of them has it"
     return ""
+
+
+def _quality(event: Mapping[str, Any]) -> str:
+    """An evaluation, headed by the kernel distance, which small numbers of images do not bias."""
+    model = f"the model of round {event['round']}" if event["round"] else "the prior"
+    if not event["sites"]:
+        return f"WARNING: no site evaluated {model}: each one's own log says why"
+    figures = dict(event["quality"])
+    headline = f"kernel distance {figures.pop('kernel'):.4g}, " if "kernel" in figures else ""
+    rest = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    return (
+        f"{model}: {headline}{rest} between {event['images']:,} drawn images and "
+        f"{event['quality_images']:,} held out at {event['sites']} sites"
+    )

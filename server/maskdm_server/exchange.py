@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from maskdm.auditlog import NOTHING, Message, message_of
-from maskdm.parcel import REPORT_NAMES, Outcome, Parcel
+from maskdm.parcel import NUMBER_NAMES, Outcome, Parcel
 from maskdm.protocol import RoundPlan
 from maskdm.tensorfile import Stored
 from maskdm_server.aggregation import UpdateRejected
@@ -240,6 +240,6 @@ class Exchange:
 
 def described(parcel: Parcel) -> Message:
     """A stranger's reply, of whose numbers those are written down that JSON and a reader can bear."""
-    known = {name: parcel.scalars[name] for name in REPORT_NAMES if name in parcel.scalars}
+    known = {name: parcel.scalars[name] for name in NUMBER_NAMES if name in parcel.scalars}
     readable = {name: value for name, value in known.items() if isinstance(value, int | float) and abs(value) < 2**63}
     return replace(message_of(replace(parcel, scalars=readable)), bytes=parcel.size())

@@ -6,6 +6,9 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from maskdm.config import Frozen, ModelConfig
+from maskdm.kit import Digest
+from maskdm.protocol import FEWEST_COMPARED, QualityPlan
+from maskdm.sampling import Sampler
 from maskdm.trainable import Trainable, changed_weights, expected_shapes, update_shapes
 from maskdm.wire import Encoding, size
 from maskdm_server.optimizers import Decay, ServerOptimizer, ServerStep
@@ -53,6 +56,11 @@ class FederationConfig(Frozen):
     server_epsilon: Annotated[float, Field(gt=0)] = 1e-3
     server_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
+    evaluate: Annotated[int, Field(ge=0, le=100_000)] = 0  # images that each site draws from prior and final model
+    evaluate_features: Digest | None = None  # of the feature network
+    evaluate_sampler: Sampler = "dpmpp"
+    evaluate_steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
+
     @model_validator(mode="after")
     def _can_work(self) -> Self:
         least = needed(self.aggregation, self.byzantine)
@@ -64,7 +72,22 @@ class FederationConfig(Frozen):
             raise ValueError(f"--clients-per-round {self.clients_per_round} is less than --min-replies")
         if self.patience and self.server_ema:
             raise ValueError("--patience and --server-ema exclude each other: what sites measure is no average")
+        if 0 < self.evaluate < FEWEST_COMPARED:
+            raise ValueError(f"--evaluate {self.evaluate}: {FEWEST_COMPARED} images are the fewest that tell anything")
+        if self.evaluate and self.evaluate_features is None:
+            raise ValueError("--evaluate needs --evaluate-features")
         return self
+
+    def quality_plan(self) -> QualityPlan | None:
+        """How sites evaluate a model; None where they do not."""
+        if not self.evaluate or self.evaluate_features is None:
+            return None
+        return QualityPlan(
+            images=self.evaluate,
+            features=self.evaluate_features,
+            sampler=self.evaluate_sampler,
+            steps=self.evaluate_steps,
+        )
 
     def rounds_between_grids(self) -> int:
         """0 for no grids between the first and the last."""
@@ -101,5 +124,6 @@ MAY_CHANGE = tuple(
     for name in (
         *("rounds", "min_clients", "min_replies", "clients_per_round", "join_deadline", "round_deadline"),
         *("round_limit", "patience", "keep_every", "sample_every", "max_upload"),
+        *("evaluate", "evaluate_features", "evaluate_sampler", "evaluate_steps"),
     )
 )

@@ -1,5 +1,6 @@
 """`maskdm-server serve` and `simulate`."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,15 +9,19 @@ import typer
 
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint
+from maskdm.config import DiffusionConfig
 from maskdm.data.cache import load_corpus
 from maskdm.data.corpus import Corpus
 from maskdm.data.options import Upscale
 from maskdm.data.packing import check_apart
 from maskdm.data.sources import open_source
 from maskdm.errors import UsageError
+from maskdm.evaluation.features import RANDOM
+from maskdm.kit import POLICY
+from maskdm.parcel import NUMBER_NAMES
 from maskdm.processes import Child, free_port
 from maskdm.reporting import say
-from maskdm.runfolder import owned
+from maskdm.runfolder import atomic_write, owned
 from maskdm_server.dashboard import Dashboard
 from maskdm_server.federation import FederationConfig
 from maskdm_server.inline import simulate_inline, write_settings
@@ -47,8 +52,9 @@ def serve_command(
     federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
 ) -> None:
     """Hand a prior to institutions, gather their updates round by round, and keep the federated model."""
-    load_checkpoint(prior, "--prior")
+    _, metadata = load_checkpoint(prior, "--prior")
     config = cli.configure(FederationConfig, federation_config(prior, federation))
+    _check_steps(config.evaluate_steps, metadata.diffusion)
     address, at = address_of(tls, insecure, host, port)
     with owned(out), Dashboard(out, dashboard) if dashboard else nullcontext(), follow(out, FEDERATION, log):
         model = serve(prior, out, config, host=address, port=at, tls=tls)
@@ -84,8 +90,11 @@ def simulate(
     given = cli.given(context)
     values = federation | {name: value for name, value in wanted.items() if name not in given}
     config = cli.configure(FederationConfig, federation_config(prior, values))
+    _check_steps(config.evaluate_steps, metadata.diffusion)
     for path in data:
         check_apart(path, out)
+    network = context.params["evaluate_features"] or RANDOM
+    features = network if network == RANDOM else str(Path(network).absolute())
     simulation = {
         **{"clients": clients, "split": split, "alpha": alpha, "fraction": fraction, "upscale": upscale},
         "data": [str(path.absolute()) for path in data],
@@ -104,8 +113,13 @@ def simulate(
         if engine == "processes":
             server = f"127.0.0.1:{(port := free_port())}"
             options = ["--fraction", str(fraction), "--seed", str(config.seed), *(["--upscale"] if upscale else [])]
+            policy = out / "sites" / POLICY
+            if config.evaluate:
+                options += ["--features", features, "--policy", str(policy)]
 
             def start_sites() -> list[Child]:
+                if config.evaluate:
+                    atomic_write(policy, f"metrics = {json.dumps(NUMBER_NAMES)}\n")
                 return start_clients(paths(), out / "sites", server, options)
 
             model = serve(
@@ -119,13 +133,20 @@ def simulate(
                 simulation=simulation,
             )
         else:
-            settings = {"fraction": fraction, "seed": config.seed, "upscale": upscale}
+            settings: dict[str, Any] = {"fraction": fraction, "seed": config.seed, "upscale": upscale}
+            if config.evaluate:
+                settings |= {"features": features, "policy": {"metrics": NUMBER_NAMES}}
 
             def prepare_sites() -> list[Path]:
                 return write_settings(paths(), out / "sites", settings)
 
             model = simulate_inline(prior, out, config, prepare_sites, simulation, ray=engine == "ray")
     say(f"model: {model}; samples before and after: {out / 'samples'}")
+
+
+def _check_steps(steps: int | None, diffusion: DiffusionConfig) -> None:
+    if steps is not None and diffusion.process == "ddpm" and steps > diffusion.timesteps:
+        raise UsageError(f"--evaluate-steps {steps} is more than the prior's {diffusion.timesteps} timesteps")
 
 
 def _shares(corpus: Corpus, clients: int, split: str, alpha: float, seed: int) -> list[Rows]:

@@ -53,14 +53,12 @@ class InlineLink:
 
 
 def write_settings(data: Sequence[Path], folder: Path, settings: Mapping[str, Any]) -> list[Path]:
-    """The folder of each virtual client, with the settings that `maskdm-client` would have written."""
+    """The folder of each virtual client, with the settings that `maskdm-client` would write."""
     folders = []
     for number, path in enumerate(data, start=1):
         site = folder / f"site-{number}" / "client"
-        if not (site / "config.json").exists():
-            site.mkdir(parents=True, exist_ok=True)
-            document = {"data": str(path.absolute()), "threads": 1, **settings}
-            write_json(site / "config.json", {"kind": "client", "site": document})
+        document = {"data": str(path.absolute()), "threads": 1, **settings}
+        write_json(site / "config.json", {"kind": "client", "site": document})
         folders.append(site)
     return folders
 

@@ -10,6 +10,8 @@ import typer
 from maskdm import cli
 from maskdm.config import Precision
 from maskdm.data.pixels import PixelPolicy
+from maskdm.evaluation.features import RANDOM, open_extractor, random_extractor
+from maskdm.sampling import Sampler
 from maskdm.trainable import Trainable
 from maskdm.wire import Encoding
 from maskdm_server.optimizers import ServerOptimizer
@@ -80,6 +82,15 @@ def federation_options(
     server_ema: Annotated[
         float, typer.Option(help="Longest decay of the average of the rounds' models; 0: none.")
     ] = 0.0,
+    evaluate: Annotated[
+        int,
+        typer.Option(help="Images that sites draw from prior and final model, to compare with held-out ones; 0: none."),
+    ] = 0,
+    evaluate_features: Annotated[
+        str | None, typer.Option(help="File of the feature network that sites have, too; default: random.")
+    ] = None,
+    evaluate_sampler: Annotated[Sampler, typer.Option(help="Sampler of --evaluate.")] = "dpmpp",
+    evaluate_steps: Annotated[int | None, typer.Option(help="Its steps; default: as usual for it.")] = None,
     seed: Seed = 0,
 ) -> dict[str, Any]:
     """Everything that FederationConfig takes, as `serve` and `simulate` offer it."""
@@ -88,7 +99,15 @@ def federation_options(
     values["local_images"] = cli.count("--local-images", usual if local_images is None else local_images)
     values["max_upload"] = max_upload and cli.size("--max-upload", max_upload)
     values["server_betas"] = cli.pair("--server-betas", server_betas)
+    values["evaluate_features"] = _digest_of(evaluate_features or RANDOM) if evaluate else None
     return values
+
+
+def _digest_of(features: str) -> str:
+    """What sites know a feature network by: the sha256 of its file."""
+    if features == RANDOM:
+        return random_extractor().sha256
+    return open_extractor(Path(features), "--evaluate-features").sha256
 
 
 def with_options(shared: Callable[..., dict[str, Any]], **defaults: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -31,6 +31,7 @@ from maskdm_server.intake import Intake
 from maskdm_server.journal import Journal, Known, fp32
 from maskdm_server.link import Link
 from maskdm_server.optimizers import Moments, step
+from maskdm_server.quality import QUALITY, known_line, new_line
 from maskdm_server.standings import Standing, choose
 
 # Under-quorum rounds are tried again before the run gives up, after pauses of so many seconds.
@@ -64,6 +65,7 @@ def run_federation(
     """
     rounds = Rounds(link, folder, config, pause, clock)
     rounds.announce()
+    rounds.evaluate_prior()
     while rounds.journal.number < config.rounds and not rounds.has_stopped():
         rounds.next_round()
     rounds.finish()
@@ -91,6 +93,17 @@ class Rounds:
         down, changes = self.journal.model_path().stat().st_size, changes_size(config, model)
         sizes = {"bytes_down": down, "bytes_down_later": changes or down, "bytes_up": update_size(config, model)}
         self.say({"event": "start", "round": self.journal.number, **sizes})
+
+    def evaluate_prior(self) -> None:
+        """What the federation is measured by, once.
+
+        Raises:
+            FederationError: too few clients came.
+        """
+        done = self.journal.number >= self._config.rounds  # then nobody need come any more
+        if self._config.quality_plan() and not self._quality_of(0) and not done:
+            self._wait_for_sites()
+            self._evaluate(0, self._folder / "prior.safetensors")
 
     def has_stopped(self) -> bool:
         """Whether the held-out loss has not improved for `patience` rounds."""
@@ -168,28 +181,53 @@ class Rounds:
         self._wait(wanted, min(RETURN_SECONDS, self._config.join_deadline))
         chosen = journal.number
         if self._config.patience:
-            _, last = self._hand_out("measure", journal.model_path())
+            last = self._loss(self._hand_out("measure", journal.model_path())[1])
             best = journal.known.best_loss
             if best is not None and last is not None and best <= last:
                 chosen = journal.known.best_round
                 self._write(lambda: journal.adopt(chosen))
-        exchange, loss = self._hand_out("finish", self._folder / "model.safetensors")
+        model = self._folder / "model.safetensors"
+        if self._config.quality_plan() and not self._quality_of(chosen):
+            self._evaluate(chosen, model)
+        exchange, reports = self._hand_out("finish", model)
+        asked = [*lines, *read_lines(self._folder / QUALITY)]
         result = {
             "rounds": journal.number,
             "model_of_round": chosen,
             "stopped_by_patience": self._config.patience if self.has_stopped() else 0,
             "clients": len(exchange.accepted),
             "loss_prior": lines[0]["loss_before"] if lines else None,
-            "loss_final": loss,
-            "bytes_down": sum(line["bytes_down"] for line in lines) + exchange.bytes_down,
-            "bytes_up": sum(line["bytes_up"] for line in lines) + exchange.bytes_up,
+            "loss_final": self._loss(reports),
+            "quality_prior": self._quality_of(0),
+            "quality_final": self._quality_of(chosen),
+            "bytes_down": sum(line["bytes_down"] for line in asked) + exchange.bytes_down,
+            "bytes_up": sum(line["bytes_up"] for line in asked) + exchange.bytes_up,
         }
         self._write(lambda: write_json(self._folder / "result.json", result))
         self.say({"event": "finished", **result})
 
-    def _hand_out(self, action: Literal["measure", "finish"], weights: Path) -> tuple[Exchange, float | None]:
-        """Have a model measured by every site that is there; returns the loss too, where one answered."""
-        plan = self._plan(action, self.journal.number).model_copy(
+    def _quality_of(self, number: int) -> dict[str, Any] | None:
+        """What sites found of the model after a round, 0 for the prior, where they were asked."""
+        plan = self._config.quality_plan()
+        return known_line(read_lines(self._folder / QUALITY), number, plan) if plan else None
+
+    def _evaluate(self, number: int, weights: Path) -> None:
+        """Have every site that is there compare images that a model draws with its own."""
+        plan = self._config.quality_plan()
+        assert plan is not None
+        limits = {"deadline": self._config.round_deadline, "limit": self._config.round_limit}
+        exchange, reports = self._hand_out("evaluate", weights, **limits)
+        named = {self._link.name(site): report for site, report in reports.items()}
+        line = new_line(number, plan, named, self._config.aggregation, exchange.bytes_down, exchange.bytes_up)
+        if line["sites"]:  # else it may be asked for again
+            self._write(lambda: append_line(self._folder / QUALITY, line))
+        self.say({"event": "quality", **line})
+
+    def _hand_out(
+        self, action: Literal["measure", "evaluate", "finish"], weights: Path, **limits: float
+    ) -> tuple[Exchange, dict[int, Report]]:
+        """Have a model measured by every site that is there; returns what they answered too."""
+        plan = self._plan(action, max(1, self.journal.number)).model_copy(
             update={"model": describe_checkpoint(weights, "--out")}
         )
         reports: dict[int, Report] = {}
@@ -201,9 +239,12 @@ class Rounds:
         allowed = self._config.round_deadline
         deadline = max(min(MEASURE_SECONDS, allowed), allowed / 4)
         limit = min(MEASURE_LIMIT * deadline, self._config.round_limit)
-        exchange = self._exchange(plan, weights, deadline=deadline, limit=limit)
+        exchange = self._exchange(plan, weights, **({"deadline": deadline, "limit": limit} | limits))
         self._write(lambda: exchange.run(self._link.sites, take))
-        return exchange, self._overall([(report.loss_before, report) for report in reports.values()])
+        return exchange, reports
+
+    def _loss(self, reports: dict[int, Report]) -> float | None:
+        return self._overall([(report.loss_before, report) for report in reports.values()])
 
     def _commit(
         self, aggregate: Aggregate, line: dict[str, Any], standings: dict[int, Standing], intake: Intake
@@ -286,7 +327,7 @@ class Rounds:
         shared = {"say": self.say, "record": self._record, "clock": self._clock, "pause": self._pause}
         return Exchange(self._link, plan, weights or self.journal.model_path(), **(usual | shared | more))
 
-    def _plan(self, action: Literal["train", "measure", "finish"], number: int) -> RoundPlan:
+    def _plan(self, action: Literal["train", "measure", "evaluate", "finish"], number: int) -> RoundPlan:
         config, self._number = self._config, number
         shared = RoundPlan.model_fields.keys() & FederationConfig.model_fields.keys()
         return RoundPlan.model_validate(
@@ -296,6 +337,7 @@ class Rounds:
                 "action": action,
                 "round": number,
                 "model": self.journal.metadata,
+                "quality": config.quality_plan() if action == "evaluate" else None,
             }
         )
 

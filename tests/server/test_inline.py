@@ -173,6 +173,21 @@ def test_other_ways_to_federate_run_too(simulate: Callable[..., int], tmp_path: 
     assert len(weights_of(out)) > 0
 
 
+def test_virtual_clients_evaluate_also_where_the_option_came_later(
+    simulate: Callable[..., int], tmp_path: Path
+) -> None:
+    out, data = tmp_path / "fed", tmp_path / "more.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (240, 8, 8, 1), dtype=np.uint8)
+    np.savez(data, images=pixels)
+    options = ("--evaluate", "12", "--evaluate-steps", "2")
+    assert simulate(out, 2, "--rounds", "1", data=data) == 0
+    assert simulate(out, 2, "--rounds", "2", *options, data=data) == 0
+    lines = read_lines(out / "quality.jsonl")
+    assert [(line["round"], line["sites"]) for line in lines] == [(0, 2), (2, 2)]
+    assert all(line["quality_images"] >= 2 * 10 for line in lines)
+    assert json.loads((out / "result.json").read_text())["quality_final"] == lines[1]
+
+
 def test_a_client_without_usable_images_is_rejected_and_the_others_go_on(
     simulate: Callable[..., int], tmp_path: Path, prior: Path
 ) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from maskdm import cli
 from maskdm.errors import UsageError
+from maskdm.evaluation.features import random_extractor
 from maskdm_server import federation_commands
 from maskdm_server.cli import app
 from maskdm_server.federation import MAY_CHANGE, FederationConfig
@@ -50,6 +51,10 @@ OTHER: dict[str, tuple[str, Any]] = {
     "server_betas": ("0.8,0.95", (0.8, 0.95)),
     "server_epsilon": ("0.01", 0.01),
     "server_ema": ("0.9", 0.9),
+    "evaluate": ("200", 200),
+    "evaluate_features": ("random", random_extractor().sha256),
+    "evaluate_sampler": ("ddim", "ddim"),
+    "evaluate_steps": ("12", 12),
 }
 COMMANDS = ["serve", "simulate"]
 
@@ -205,6 +210,10 @@ def test_images_that_are_given_count_also_where_they_are_as_many_as_usual(
         (("--host", "::1", "--insecure"), "--host ::1 is an IPv6 address"),
         (("--tls", "."), "--tls . holds no ca.crt"),
         (("--tls", ".", "--insecure"), "--tls and --insecure exclude each other"),
+        (("--evaluate", "9"), "--evaluate 9: 10 images are the fewest"),
+        (("--evaluate", "200", "--evaluate-features", "nowhere"), "--evaluate-features nowhere does not exist"),
+        (("--evaluate-sampler", "magic"), "--evaluate-sampler"),
+        (("--insecure", "--evaluate", "20", "--evaluate-steps", "51"), "--evaluate-steps 51 is more than the prior's"),
         (("--unknown", "1"), "--unknown"),
     ],
 )
@@ -279,5 +288,5 @@ def test_other_numbers_are_refused(read: Callable[[str, str], int], text: str) -
 
 @pytest.mark.parametrize("text", ["", "1", "1,2,3", "a,b", "0.9;0.99"])
 def test_a_pair_is_two_numbers(text: str) -> None:
-    with pytest.raises(UsageError, match=r"give two numbers"):
+    with pytest.raises(UsageError, match=r"give (two )?numbers such as"):
         cli.pair("--betas", text)
