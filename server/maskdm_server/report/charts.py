@@ -104,9 +104,8 @@ def line_chart(
         return Markup("")
     across = _axis([px for line in lines for px, _ in line.points], LEFT, RIGHT, whole=whole)
     ys = [py for line in lines for _, py in line.points]
-    up = _axis(
-        [*ys, *([0.0] if from_zero else [])], BOTTOM, TOP, log=log and min(ys) > 0, whole=counts, roomy=not from_zero
-    )
+    log, zero = log and min(ys) > 0, [0.0] if from_zero else []
+    up = _axis([*ys, *zero], BOTTOM, TOP, log=log, whole=counts, below=not from_zero, above=True)
     drawn = [_frame(across, up, x, y)]
     for begin in stages:
         if across.low < begin < across.high:
