@@ -102,7 +102,7 @@ class Comparison:
     def _measured(
         self, better: Literal["lower", "higher", "one"], value: float, resampled: Tensor | None, floor: float | None
     ) -> Measured:
-        interval = percentiles(value, resampled, CONFIDENCE) if resampled is not None and self.resamples else None
+        interval = percentiles(value, resampled, CONFIDENCE) if resampled is not None and len(resampled) else None
         return Measured(
             value=value,
             better=better,

@@ -39,8 +39,10 @@ def percentiles(value: float, resampled: Tensor, confidence: float = 0.95) -> In
 def counts(images: int, resamples: int, seed: int, name: str) -> Tensor:
     """How often each image is in each resample, (B, N) fp64; each row sums to N."""
     randomness = generator("bootstrap", seed, name)
-    drawn = torch.randint(images, (resamples, images), generator=randomness)
-    return torch.zeros(resamples, images, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+    found = torch.zeros(resamples, images, dtype=torch.float64)
+    for row in found:
+        row.copy_(torch.bincount(torch.randint(images, (images,), generator=randomness), minlength=images))
+    return found
 
 
 def mean_resamples(values: Tensor, resamples: int, seed: int, name: str) -> Tensor:
@@ -51,12 +53,14 @@ def mean_resamples(values: Tensor, resamples: int, seed: int, name: str) -> Tens
 def median_resamples(values: Tensor, resamples: int, seed: int, name: str) -> Tensor:
     """Medians of resamples of values (N,), (B,)."""
     randomness = generator("bootstrap", seed, name)
-    drawn = (torch.randint(len(values), (len(values),), generator=randomness) for _ in range(resamples))
-    return torch.stack([values.cpu()[rows].median() for rows in drawn])
+    found = torch.zeros(resamples, dtype=torch.float64)
+    for number in range(resamples):
+        found[number] = values[torch.randint(len(values), (len(values),), generator=randomness)].median()
+    return found
 
 
 def kernel_resamples(first: Tensor, second: Tensor, resamples: int, seed: int) -> Tensor:
-    """Kernel distances of resamples of features (N, D) and (M, D), (B,) fp64.
+    """Kernel distances of resamples of features (N, D) and (M, D), (B,) fp64; fewer where one repeats a single image.
 
     Images are drawn by their weight in sums over the kernel matrix, of which each part is made once for all resamples.
     A pair of an image and its own repetition does not count, as in the distance itself, which stays unbiased so.
@@ -67,7 +71,7 @@ def kernel_resamples(first: Tensor, second: Tensor, resamples: int, seed: int) -
     for features, weights in ((first, left), (second, right)):
         pairs = len(features) ** 2 - weights.square().sum(dim=1)  # of two different images
         total += _weighted(features, features, weights, weights, diagonal=False) / pairs
-    return total
+    return total[total.isfinite()]
 
 
 def _weighted(first: Tensor, second: Tensor, left: Tensor, right: Tensor, *, diagonal: bool = True) -> Tensor:

@@ -49,7 +49,10 @@ def test_floors_are_the_numbers_of_disjoint_halves_of_the_reference() -> None:
 
 
 def test_without_resamples_there_are_no_intervals_and_tiny_references_have_no_floors() -> None:
-    metrics = Comparison(drawn(0, 12), real(1, 3), resamples=0).distances("FD-x", "KD-x")
+    comparison = Comparison(drawn(0, 12), real(1, 3), resamples=0)
+    metrics = comparison.distances("FD-x", "KD-x")
+    found = memorisation(comparison.generated, drawn(2, 9), comparison.reference.features)
+    assert all(number.low is None for number in comparison.memorisation(found, drawn(2, 9)).values())
     assert all(number.low is number.high is number.floor is None for number in metrics.values())
     metrics = Comparison(drawn(0, 12), real(1, 8), resamples=5).neighbours(5)
     assert all(number.floor is None and number.low is not None for number in metrics.values())
@@ -63,3 +66,11 @@ def test_with_fewer_images_than_features_the_kernel_distance_is_the_one_to_look_
     assert "there are 8 features: go by KD" in first
     assert "look at the intervals" in second
     assert notes("FD", "KD", drawn(0, 100), drawn(1, 100)) == []
+
+
+def test_two_images_of_each_kind_are_enough_for_distances() -> None:
+    metrics = Comparison(drawn(0, 2), real(1, 2), resamples=50).distances("FD-x", "KD-x", extrapolate=True)
+    low, high = metrics["KD-x"].low, metrics["KD-x"].high
+    assert low is not None
+    assert high is not None
+    assert low <= metrics["KD-x"].value <= high
