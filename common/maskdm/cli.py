@@ -70,18 +70,19 @@ def configure(build: type[Config], values: dict[str, Any], options: dict[str, st
 
 def pair(option: str, text: str) -> tuple[float, float]:
     """Two numbers in one option, e.g. 0.9,0.99."""
-    found = numbers(option, text)
-    if len(found) != 2:
-        raise UsageError(f"{option} {text}: give two numbers such as 0.9,0.99")
-    return found[0], found[1]
+    first, second = numbers(option, text, "two numbers", exactly=2)
+    return first, second
 
 
-def numbers(option: str, text: str) -> tuple[float, ...]:
+def numbers(option: str, text: str, wanted: str = "numbers", *, exactly: int | None = None) -> tuple[float, ...]:
     """Numbers in one option, e.g. 0.9,0.99."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
+        if exactly not in (None, len(found)):
+            raise ValueError
     except ValueError as error:
-        raise UsageError(f"{option} {text}: give numbers such as 0.9,0.99") from error
+        raise UsageError(f"{option} {text}: give {wanted} such as 0.9,0.99") from error
+    return found
 
 
 def count(option: str, text: str) -> int:

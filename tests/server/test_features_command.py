@@ -12,7 +12,7 @@ from maskdm.evaluation.features import open_extractor
 from maskdm_server.cli import app
 
 
-def stripes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def stripes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows against columns, with noise, (N, 16, 16, 1)."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 2, count)
@@ -40,7 +40,7 @@ def test_learns_the_classes_and_sees_what_is_unlike_them(
     extractor = open_extractor(out)
     assert extractor.name == "Stripes"
 
-    def found(images: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    def found(images: np.ndarray) -> torch.Tensor:
         return extractor.features(torch.from_numpy(np.moveaxis(images, 3, 1).copy()))
 
     real, other = found(stripes(200, seed=1)[0]), found(stripes(200, seed=2)[0])

@@ -143,6 +143,7 @@ def run_federated(place: Place, arm: Arm, prior: Path, sites: list[Path], seed: 
         "lr": lr,
         "seed": seed,
         "keep_every": 1,
+        "sample_every": 0,
     }
     wanted = FederationConfig.model_validate(federation_config(prior, values))
     say(f"{arm.name}, seed {seed}, rate {lr:g}: {rounds} rounds at {config.clients} sites")

@@ -10,12 +10,15 @@ import torch
 
 from maskdm import cli
 from maskdm.checkpoint import load_checkpoint
-from maskdm.config import ModelConfig
+from maskdm.config import SIZES, DiffusionConfig, MaskConfig, ModelConfig
+from maskdm.data.corpus import in_memory
 from maskdm.evaluation.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
 from maskdm.runfolder import read_lines
 from maskdm_server.cli import app
-from maskdm_server.experiment import command, images
+from maskdm_server.experiment import images
+from maskdm_server.experiment.arms import Sites
 from maskdm_server.experiment.budget import ExperimentConfig
+from maskdm_server.experiment.quality import Judge
 
 ARMS = "scratch,masked,unmasked,federated-skewed"
 
@@ -49,7 +52,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(command.SIZES, "tiny", {"dim": 16, "depth": 2, "heads": 2})
+    monkeypatch.setitem(SIZES, "tiny", {"dim": 16, "depth": 2, "heads": 2})
 
 
 def test_all_arms_run_and_the_same_command_again_adds_nothing(
@@ -88,19 +91,19 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
 ) -> None:
     options = ("--arms", "scratch", "--rates", "0.01", "--seeds", "1")
     assert experiment(*options) == 0
-    judged = command.Judge.judge
+    judged = Judge.judge
     calls = 0
 
-    def stopping(self: command.Judge, weights: dict[str, torch.Tensor], seed: int) -> dict[str, object]:
+    def stopping(self: Judge, weights: dict[str, torch.Tensor], seed: int) -> dict[str, object]:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
         return judged(self, weights, seed)
 
-    monkeypatch.setattr(command.Judge, "judge", stopping)
+    monkeypatch.setattr(Judge, "judge", stopping)
     assert experiment(*options, out="again") == 130
-    monkeypatch.setattr(command.Judge, "judge", judged)
+    monkeypatch.setattr(Judge, "judge", judged)
     assert experiment(*options, out="again") == 0
     curves = [read_lines(next((tmp_path / out).rglob("curve.jsonl"))) for out in ("out", "again")]
     assert curves[0] == curves[1]
@@ -133,9 +136,6 @@ def test_mistakes_are_one_line(
 
 def test_pooled_and_federated_arms_train_on_the_same_images(tmp_path: Path) -> None:
     """Equal and skewed sites too: a slice is chosen by content, wherever an image lies."""
-    from maskdm.config import DiffusionConfig, MaskConfig
-    from maskdm.data.corpus import in_memory
-
     random = np.random.default_rng(1)
     labels = ["a", "b"] * 200
     corpus = in_memory(random.integers(0, 256, (400, 1, 8, 8), np.uint8), labels)
@@ -149,10 +149,8 @@ def test_pooled_and_federated_arms_train_on_the_same_images(tmp_path: Path) -> N
     )
     parted = images.part(corpus, 50)
     assert not set(parted.local) & {*parted.validation, *parted.test}
-    pools = [
-        images.pool(images.make_sites(parted, config, kind, tmp_path / kind, seed=3))  # type: ignore[arg-type]
-        for kind in ("iid", "skewed")
-    ]
+    kinds: tuple[Sites, ...] = ("iid", "skewed")
+    pools = [images.pool(images.make_sites(parted, config, kind, tmp_path / kind, seed=3)) for kind in kinds]
     assert {image.tobytes() for image in pools[0]} == {image.tobytes() for image in pools[1]}
     held_out = {corpus.pixels[row].tobytes() for row in (*parted.validation, *parted.test)}
     assert not held_out & {image.tobytes() for image in pools[0]}
