@@ -3,7 +3,7 @@
 The public corpus shows bare heads. Each institution sees what the others and the public do not: a clinic surgical
 masks, a laboratory safety glasses, a workshop hard hats.
 
-    python -m maskdm_server.faces DOMAIN COUNT SIZE FOLDER     draws them as PNG files, for docker-compose.yml
+    python -m maskdm_server.faces DOMAIN COUNT SIZE FOLDER [SEED]     draws them as PNG files, for docker-compose.yml
 """
 
 import sys
@@ -141,5 +141,6 @@ def _draw(count: int, domain: Domain, size: int, rng: np.random.Generator) -> ND
 
 
 if __name__ == "__main__":
-    name, number, side, path = sys.argv[1:]
-    write_faces(Path(path), int(number), {str(known): known for known in get_args(Domain)}[name], size=int(side))
+    name, number, side, path, *rest = sys.argv[1:]
+    kind = {str(known): known for known in get_args(Domain)}[name]
+    write_faces(Path(path), int(number), kind, size=int(side), seed=int(rest[0]) if rest else 0)
