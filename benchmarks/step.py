@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Size, TrainingConfig
+from maskdm.flops import forward_flops
 from maskdm.forward_process import forward_process
 from maskdm.layers import patchify
 from maskdm.masking import draw_visible, visible_count
@@ -60,12 +61,7 @@ class Case:
 
     def flops(self) -> float:
         """Floating-point operations of matrix products, forwards and twice that backwards."""
-        model, tokens = self.model(), self.tokens()
-        half = model.depth // 2
-        linear = (2 * half + 1) * (4 + 2 * model.mlp_ratio) * model.dim**2 + half * 2 * model.dim**2
-        linear += 2 * model.dim * model.patch_dim
-        attention = (2 * half + 1) * 2 * tokens * model.dim
-        return 3 * 2 * self.batch * tokens * (linear + attention)
+        return 3 * self.batch * forward_flops(self.model(), self.tokens())
 
 
 CPU_CASES = (
