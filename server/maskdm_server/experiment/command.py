@@ -24,7 +24,7 @@ from maskdm.runfolder import atomic_write, claim, owned, read_lines, write_json
 from maskdm_server.experiment.arms import Arm, arms_named, known_arms
 from maskdm_server.experiment.budget import ExperimentConfig, spending
 from maskdm_server.experiment.images import LocalImages, make_sites, part, pool
-from maskdm_server.experiment.page import experiment_page
+from maskdm_server.experiment.page import curves_file, experiment_page
 from maskdm_server.experiment.quality import Judge
 from maskdm_server.experiment.summary import Run, sentences, table
 from maskdm_server.experiment.training import CURVE, PICTURE, Place, make_prior, run_federated, run_pooled
@@ -151,7 +151,7 @@ def _train(place: Place, arm: Arm, prior: Path, images: LocalImages, seed: int, 
 
 
 def write_results(place: Place, arms: Mapping[str, Arm], results: dict[str, list[Run]]) -> None:
-    """results.json for programs, results.md and results.html for people: of the arms that are done."""
+    """results.json for programs, results.md, results.html and curves.svg for people: of the arms that are done."""
     floor, extractor = place.judge.floor(), place.judge.extractor
     about: dict[str, Any] = {
         "config": place.config.model_dump(mode="json"),
@@ -180,4 +180,5 @@ def write_results(place: Place, arms: Mapping[str, Arm], results: dict[str, list
         time.time(),
     )
     atomic_write(place.folder / "results.html", page)
+    atomic_write(place.folder / "curves.svg", curves_file(results))
     say(f"results so far: {place.folder / 'results.html'}")

@@ -20,7 +20,7 @@ from maskdm_server.report.blocks import (
     section,
     table,
 )
-from maskdm_server.report.charts import Series, line_chart
+from maskdm_server.report.charts import Series, line_chart, picture_of
 from maskdm_server.report.files import read_picture
 from maskdm_server.report.markup import Markup, tag, together
 from maskdm_server.report.units import compact, count, figure
@@ -84,6 +84,13 @@ def curves(title: str, results: Results, names: Sequence[str], over: str) -> Mar
     series = [Series(name, mean_curve(results[name], over)) for name in names if name in results]
     x = "local images seen" if over == "images" else "FLOPs"
     return line_chart(title, series, x=x, y="Fréchet distance", log=True)
+
+
+def curves_file(results: Results) -> str:
+    """The chart of the pooled arms over local images, as an SVG file."""
+    names = [name for name in POOLED if name in results]
+    drawn = curves("Distance against local images", results, names, "images")
+    return picture_of(drawn, names) if drawn else ""
 
 
 def _curves(title: str, results: Results, names: Sequence[str], over: str) -> Markup:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from maskdm_server.report.markup import Markup, tag, together
+from maskdm_server.report.markup import Markup, stylesheet, tag, together
 from maskdm_server.report.units import compact, figure
 
 WIDTH, HEIGHT = 520, 288
@@ -117,6 +117,20 @@ def line_chart(
         _legend(lines),
         tag("svg", *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title}: {described}"),
     )
+
+
+def picture_of(chart: Markup, names: Sequence[str]) -> str:
+    """A chart of these lines as an SVG file of its own, light or dark as who looks at it likes: for pages elsewhere."""
+    drawn = chart[chart.rindex("<svg viewBox=") :]
+    keys = []
+    for number, name in enumerate(names):
+        y = TOP + 8 + 18 * number
+        piece = tag("g", tag("polyline", points=f"{RIGHT - 150},{y} {RIGHT - 120},{y}"), _mark(number, RIGHT - 135, y))
+        keys.append(tag("g", piece, tag("text", name, x=RIGHT - 112, y=y + 4.5), class_=f"line s{number}"))
+    head, _, rest = drawn.partition(">")
+    size = f'xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="system-ui, sans-serif"'
+    style = tag("style", stylesheet(), Markup("svg { background: var(--paper) } .line text { stroke: none }"))
+    return f"{head} {size}>{style}{rest.removesuffix('</svg>')}{together(*keys)}</svg>\n"
 
 
 def _axis(

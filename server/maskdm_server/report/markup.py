@@ -61,11 +61,12 @@ def document(title: str, *body: str, refresh: int | None = None) -> str:
         tag("meta", name="referrer", content="no-referrer"),
         *([tag("meta", http_equiv="refresh", content=refresh)] if refresh else []),
         tag("title", title),
-        tag("style", _style()),
+        tag("style", stylesheet()),
     ]
     return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', *body), lang='en')}\n"
 
 
 @cache
-def _style() -> Markup:
+def stylesheet() -> Markup:
+    """What all pages look like."""
     return Markup(files("maskdm_server.report").joinpath("report.css").read_text("utf-8"))

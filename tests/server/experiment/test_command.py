@@ -81,6 +81,7 @@ def test_all_arms_run_and_the_same_command_again_adds_nothing(
     page = (tmp_path / "out" / "results.html").read_text()
     assert page.count("<img") == len(results["runs"])
     assert all(sentence in page for sentence in results["sentences"])
+    assert "unmasked" in (tmp_path / "out" / "curves.svg").read_text()
     before = {path: path.read_bytes() for path in folder.rglob("curve.jsonl")}
     assert experiment() == 0
     assert {path: path.read_bytes() for path in folder.rglob("curve.jsonl")} == before

@@ -20,6 +20,7 @@ from maskdm_server.report.charts import (
     Series,
     line_chart,
     nice_step,
+    picture_of,
     thinned,
 )
 from maskdm_server.report.units import compact, duration, figure, moment, percent
@@ -155,3 +156,12 @@ def test_what_is_counted_has_whole_labels() -> None:
     chart = drawn(line_chart("t", [Series("a", [(1, 0.0), (2, 2.0)])], x="x", y="sites", counts=True, from_zero=True))
     labels = [text.text for text in chart.iter("text") if text.attrib.get("text-anchor") == "end"]
     assert labels == ["0", "1", "2"]
+
+
+def test_a_chart_as_a_file_of_its_own_is_whole_and_names_its_lines() -> None:
+    lines = [Series("masked & shared", [(1.0, 3.0), (2.0, 1.0)]), Series("scratch", [(1.0, 4.0), (2.0, 2.0)])]
+    written = picture_of(line_chart("Distance", lines, x="images", y="FD"), [line.name for line in lines])
+    root = ET.fromstring(written)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {"masked & shared", "scratch", "FD"} <= {element.text for element in root.iter()}
+    assert "prefers-color-scheme: dark" in written
