@@ -32,7 +32,7 @@ def faults(found: Federation) -> Markup:
     shown = (
         f"The newest {KEPT} of {total:,} events, oldest first"
         if len(rows) == KEPT
-        else f"{total:,} events, oldest first"
+        else f"{total:,} event{'' if total == 1 else 's'}, oldest first"
     )
     kinds = "; ".join(f"{kind} {times:,}×" for kind, times in counted.most_common())
     return together(
