@@ -5,8 +5,8 @@
 
 Cost: seconds an image of the published S network at 64 pixels, random weights, and evaluations of the network.
 Closeness: with the exact denoiser of a mixture of two Gaussians in the network's place, the Wasserstein-1 distance
-between 4,000 samples and the mixture's quantiles; the floor is what 4,000 true samples give. With a trained model also
-the Fréchet distance of its samples to real images.
+between 4,000 samples and the mixture's quantiles; the floor is what 4,000 true samples give. With a trained model
+instead: the Fréchet distance of its samples to real images.
 """
 
 import argparse
@@ -125,12 +125,26 @@ def real_distances(options: argparse.Namespace, device: torch.device, precision:
         }
 
 
+def costs(count: int, device: torch.device, precision: Any) -> Iterator[dict[str, Any]]:
+    """Seconds and closeness of each process, sampler and number of steps."""
+    model = build_model(ModelConfig.preset("S", image_size=64, channels=3), device=device)
+    sample(model, DiffusionConfig(), count, steps=1, precision=precision)
+    started = time.perf_counter()
+    sample(model, DiffusionConfig(), count, steps=10, precision=precision)
+    evaluation = (time.perf_counter() - started) / 10 / count  # the same for every sampler
+    yield {"what": "floor: true samples", "distance": floor()}
+    for process, sampler, steps in CASES:
+        off, calls = distance(process, sampler, steps)
+        row = {"process": process, "sampler": sampler, "steps": steps, "evaluations": calls}
+        yield row | {"seconds an image": evaluation * calls, "distance": off}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", type=Path, help="also: a trained model, with --reference and --features")
+    parser.add_argument("--model", type=Path, help="a trained model, with --reference and --features")
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--features", type=Path)
     parser.add_argument("--samples", type=int, default=2000)
@@ -139,24 +153,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     precision = pick_precision("auto", device)
-    model = build_model(ModelConfig.preset("S", image_size=64, channels=3), device=device)
     machine = {"cpu": platform.machine(), "device": str(device), "threads": options.threads, "precision": precision}
-    sample(model, DiffusionConfig(), options.count, steps=1, precision=precision)
-    started = time.perf_counter()
-    sample(model, DiffusionConfig(), options.count, steps=10, precision=precision)
-    evaluation = (time.perf_counter() - started) / 10 / options.count  # the same for every sampler
-    rows: list[dict[str, Any]] = [{"what": "floor: true samples", "distance": floor()}]
-    print(f"floor {rows[0]['distance']:.4f}\nprocess  sampler  steps evaluations s/image distance")
-    for process, sampler, steps in CASES:
-        off, calls = distance(process, sampler, steps)
-        row = {"process": process, "sampler": sampler, "steps": steps, "evaluations": calls}
-        rows.append(row | {"seconds an image": evaluation * calls, "distance": off})
-        print(f"{process:8} {sampler:8} {steps:5} {calls:11} {evaluation * calls:7.2f} {off:8.4f}", flush=True)
-    for row in real_distances(options, device, precision) if options.model else ():
+    rows = []
+    for row in real_distances(options, device, precision) if options.model else costs(options.count, device, precision):
         rows.append(row)
         print(
-            f"{row['what']} {row['sampler']:6} η {row['eta']:g} {row['evaluations']:5} {row['distance']:8.3f}",
-            flush=True,
+            "  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True
         )
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if options.json:

@@ -15,7 +15,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -95,15 +94,13 @@ def main() -> None:
         *("--features", str(network), "--out", str(arguments.out / "experiment")),
         *(*OPTIONS[arguments.task], *rest.split()),
     ]
-    started = time.monotonic()
     _run(*command)
     if arguments.json:
         results = json.loads((arguments.out / "experiment" / "results.json").read_text())
         about = {
             "task": arguments.task,
-            "command": " ".join(["maskdm-server", *command]),
+            "command": f"python benchmarks/transfer.py {arguments.task} --data DIR --out WORK -- {rest}",
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "seconds": round(time.monotonic() - started),
             "python": platform.python_version(),
         }
         write_json(arguments.json, [{**about, **results}])
