@@ -25,7 +25,7 @@ from maskdm_server.cli import app as server_app
 from maskdm_server.faces import Domain, draw_faces
 from maskdm_server.provision import provision
 
-DEADLINE = 240.0
+DEADLINE = 600.0
 Run = Callable[..., tuple[int, str]]
 
 # The smallest work that still shows a falling loss; flags of a command come before these.
