@@ -99,11 +99,7 @@ def _tiles(found: Federation) -> Markup:
             ("Images trained on", count(sum(line.images_seen for line in rounds)), "repetitions counted"),
             ("Sent to sites", readable_size(down), "models"),
             ("Received", readable_size(up), "updates"),
-            (
-                "Updates rejected",
-                count(rejected),
-                "1 time a site was silent" if silent == 1 else f"{count(silent)} times a site was silent",
-            ),
+            ("Updates rejected", count(rejected), f"a site silent: {count(silent)}×"),
             ("ε spent", "none", "no differential privacy, so no ε applies"),
         ]
     )

@@ -29,11 +29,7 @@ def faults(found: Federation) -> Markup:
         )
     total = sum(counted.values())
     rows = [[moment(fault.first), fault.kind, fault.words + _times(fault)] for fault in found.happened.faults]
-    shown = (
-        f"The newest {KEPT} of {total:,} events, oldest first"
-        if len(rows) == KEPT
-        else f"{total:,} event{'' if total == 1 else 's'}, oldest first"
-    )
+    shown = f"The newest {KEPT} of {total:,} events, oldest first" if len(rows) == KEPT else "Every event, oldest first"
     kinds = "; ".join(f"{kind} {times:,}×" for kind, times in counted.most_common())
     return together(
         note(f"{kinds}."), table(f"{shown}; times are UTC", ["Time", "Kind", "What"], rows, text=(1, 2), class_="words")
