@@ -17,6 +17,7 @@ class Arm(Frozen):
     prior: tuple[MaskConfig, ...] | None  # masks of equal parts of pre-training; None: random weights
     sites: Sites = "pooled"
     everything: bool = False  # all local images instead of a slice of them
+    short: bool = False  # without a prior: as many local images as after one, instead of as many FLOPs in all
 
 
 def known_arms(mask: MaskConfig) -> dict[str, Arm]:
@@ -28,11 +29,19 @@ def known_arms(mask: MaskConfig) -> dict[str, Arm]:
     half = mask.model_copy(update={"ratio": 0.5})
     arms = (
         Arm(name="scratch", what="random weights, slices of all sites pooled", prior=None),
+        Arm(name="scratch-short", what="random weights, no more local images than others", prior=None, short=True),
         Arm(name="masked", what="masked prior, slices pooled", prior=(mask,)),
         Arm(name="unmasked", what="unmasked prior of as many FLOPs, slices pooled", prior=(UNMASKED,)),
         Arm(name="federated", what="masked prior, federated over equal sites", prior=(mask,), sites="iid"),
         Arm(name="federated-skewed", what="masked prior, federated, label skew", prior=(mask,), sites="skewed"),
         Arm(name="federated-scratch", what="random weights, federated over equal sites", prior=None, sites="iid"),
+        Arm(
+            name="federated-scratch-short",
+            what="random weights, federated over equal sites, no more local images than others",
+            prior=None,
+            sites="iid",
+            short=True,
+        ),
         Arm(name="everything", what="random weights, all local images pooled", prior=None, everything=True),
         Arm(name="curriculum", what="prior masked less and less, slices pooled", prior=(mask, half, UNMASKED)),
     )

@@ -1,4 +1,4 @@
-"""What each arm may spend: all of them the same number of FLOPs in training, pre-training counted."""
+"""What each arm may spend: the same number of FLOPs in training, pre-training counted, unless it is a short one."""
 
 from dataclasses import dataclass
 from typing import Annotated, Self
@@ -82,7 +82,7 @@ def spending(config: ExperimentConfig, arm: Arm) -> Spending:
     steps = config.local_images // batch
     points = [max(1, round(steps * share)) * batch for share in POINTS]
     if arm.prior is None:
-        more = budget // whole // batch  # steps
+        more = 0 if arm.short else budget // whole // batch  # steps
         points += [points[-1] + more // 2 * batch, points[-1] + more * batch]
         return Spending((), (), 0, points[-1], whole, tuple(dict.fromkeys(points)))
     images, batches, spent = [], [], 0

@@ -30,7 +30,7 @@ from maskdm_server.experiment.summary import Run, sentences, table
 from maskdm_server.experiment.training import CURVE, PICTURE, Place, make_prior, run_federated, run_pooled
 from maskdm_server.options import Device, Out, PrecisionOption, pixel_policy
 
-USUAL_ARMS = "scratch,masked,unmasked,federated,federated-skewed,federated-scratch,everything"
+USUAL_ARMS = ",".join(name for name in known_arms(MaskConfig()) if name != "curriculum")
 
 
 def experiment(

@@ -25,8 +25,9 @@ from maskdm_server.report.files import read_picture
 from maskdm_server.report.markup import Markup, tag, together
 from maskdm_server.report.units import compact, count, figure
 
-POOLED = ("masked", "unmasked", "scratch", "everything")
-FEDERATED = ("masked", "federated", "federated-skewed", "federated-scratch")
+BY_IMAGES = ("masked", "unmasked", "scratch-short", "scratch")
+BY_COMPUTE = ("masked", "unmasked", "scratch", "everything")
+FEDERATED = ("masked", "federated", "federated-skewed", "federated-scratch-short")
 
 Results = Mapping[str, Sequence[Run]]
 
@@ -51,18 +52,24 @@ def experiment_page(
         written: when, in seconds since 1970.
     """
     runs = max((len(seeds) for seeds in results.values()), default=0)
-    lead = [tag("p", f"{len(results)} arms of equal compute, {runs} seeds.", class_="lead")]
-    others = [arm for arm in results if arm not in {*POOLED, *FEDERATED}]
+    lead = [
+        tag(
+            "p",
+            f"{len(results)} arms, {runs} seeds: equal compute for each, less for those called short.",
+            class_="lead",
+        )
+    ]
+    others = [arm for arm in results if arm not in {*BY_IMAGES, *BY_COMPUTE, *FEDERATED}]
     sections = [
         section("What the numbers allow to say", tag("ul", *(tag("li", sentence) for sentence in said))),
         section(
             "Curves",
             note("Means of the seeds; logarithmic. Lower is better, and real images score ", figure(floor["fd"]), "."),
             row_of(
-                _curves("Distance against local images", results, POOLED, "images"),
-                _curves("Distance against compute, prior included", results, POOLED, "flops"),
+                _curves("Distance against local images", results, BY_IMAGES, "images"),
+                _curves("Distance against compute, prior included", results, BY_COMPUTE, "flops"),
                 _curves("Federated, against local images of all sites", results, FEDERATED, "images"),
-                _curves("Other priors", results, ("masked", *others[:3]), "images") if others else "",
+                _curves("Other arms", results, ("masked", *others[:3]), "images") if others else "",
             ),
         ),
         section("Samples", _samples(results, arms, pictures)),
@@ -88,7 +95,7 @@ def curves(title: str, results: Results, names: Sequence[str], over: str) -> Mar
 
 def curves_file(results: Results) -> str:
     """The chart of the pooled arms over local images, as an SVG file."""
-    names = [name for name in POOLED if name in results]
+    names = [name for name in BY_IMAGES if name in results]
     drawn = curves("Distance against local images", results, names, "images")
     return picture_of(drawn, names) if drawn else ""
 

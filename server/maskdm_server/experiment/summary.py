@@ -31,10 +31,6 @@ class Run:
         """The point that is best on the images held out to choose by."""
         return min(self.curve, key=lambda line: line["fd_validation"])
 
-    def at(self, images: int) -> Line:
-        """The point nearest to so many local images."""
-        return min(self.curve, key=lambda line: abs(line["images"] - images))
-
 
 def flops_to_reach(curve: Sequence[Line], distance: float) -> float | None:
     """FLOPs at which a curve first is as low as `distance`, straight between points in both logarithms.
@@ -52,12 +48,15 @@ def flops_to_reach(curve: Sequence[Line], distance: float) -> float | None:
     return None
 
 
-def compute_ratio(scratch: Run, other: Run, sharers: int) -> float | None:
+def compute_ratio(scratch: Run, other: Run, counted: float) -> float | None:
     """How many times the compute of `scratch` at its best `other` needs to be as good, less than 1: it needs more.
 
-    Its prior is shared by `sharers` sites. None where it never is as good.
+    None where it never is as good.
+
+    Args:
+        counted: share of its prior that counts, 1/N where N fine-tunings use it.
     """
-    local = [{**line, "flops": line["flops"] - other.prior_flops * (1 - 1 / sharers)} for line in other.curve]
+    local = [{**line, "flops": line["flops"] - other.prior_flops * (1 - counted)} for line in other.curve]
     needed = flops_to_reach(local, scratch.best["fd"])
     return None if needed is None else scratch.best["flops"] / needed
 
@@ -79,34 +78,32 @@ def table(runs: Mapping[str, Sequence[Run]], floor: float) -> str:
 
 
 def sentences(runs: Mapping[str, Sequence[Run]], config: ExperimentConfig) -> list[str]:
-    """Comparisons that the experiment was made for, each with what all seeds say."""
-    found = []
-    budget = config.local_images
+    """Comparisons that the experiment was made for, each with what all seeds say, at the end of each arm's budget."""
     pairs = (
-        ("masked", "scratch", "the masked prior, at an equal number of local images", budget),
-        ("masked", "scratch", "the masked prior, at equal compute in all", None),
-        ("masked", "unmasked", "the masked prior, beside an unmasked one of equal compute", None),
-        ("curriculum", "masked", "the curriculum of masks, beside a constant mask", None),
-        ("federated", "masked", "the federation of equal sites, beside pooling their images", None),
-        ("federated-skewed", "masked", "the federation of sites with label skew, beside pooling their images", None),
-        ("federated", "federated-scratch", "the masked prior in a federation, at equal compute in all", None),
-        ("masked", "everything", "the masked prior and a slice, beside training from scratch on all images", None),
+        ("masked", "scratch-short", "the masked prior, at an equal number of local images"),
+        ("masked", "scratch", "the masked prior, at equal compute in all"),
+        ("masked", "unmasked", "the masked prior, beside an unmasked one of equal compute"),
+        ("curriculum", "masked", "the curriculum of masks, beside a constant mask"),
+        ("federated", "masked", "the federation of equal sites, beside pooling their images"),
+        ("federated-skewed", "masked", "the federation of sites with label skew, beside pooling their images"),
+        ("federated", "federated-scratch-short", "a federation with the masked prior, at as many local images"),
+        ("federated", "federated-scratch", "a federation with the masked prior, at equal compute in all"),
+        ("masked", "everything", "the masked prior and a slice, beside training from scratch on all images"),
     )
-    for first, second, what, images in pairs:
-        if first in runs and second in runs:
-            found.append(_compared(runs[first], runs[second], what, images))
-    if "masked" in runs and "scratch" in runs:
-        found += [_cheaper(runs["scratch"], runs["masked"], sharers) for sharers in (1, config.clients)]
+    found = [_compared(runs[one], runs[other], what) for one, other, what in pairs if {one, other} <= set(runs)]
+    for scratch in ("scratch-short", "scratch"):
+        if {scratch, "masked"} <= set(runs):
+            found += _cheaper(scratch, runs[scratch], runs["masked"], config.clients)
     return found
 
 
-def _compared(first: Sequence[Run], second: Sequence[Run], what: str, images: int | None) -> str:
-    ratios = []
-    for one in first:
-        other = next((run for run in second if run.seed == one.seed), None)
-        if other is not None:
-            a, b = (run.last if images is None else run.at(images) for run in (one, other))
-            ratios.append(a["fd"] / b["fd"])
+def _pairs(first: Sequence[Run], second: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs of the same seed."""
+    return [(one, other) for one in first for other in second if one.seed == other.seed]
+
+
+def _compared(first: Sequence[Run], second: Sequence[Run], what: str) -> str:
+    ratios = [one.last["fd"] / other.last["fd"] for one, other in _pairs(first, second)]
     low, high = min(ratios), max(ratios)
     seeds = f"{len(ratios)} seeds: {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
     if high < 1:
@@ -116,12 +113,13 @@ def _compared(first: Sequence[Run], second: Sequence[Run], what: str, images: in
     return f"{what}: no difference that all seeds agree on (ratios of {seeds})"
 
 
-def _cheaper(scratch: Sequence[Run], masked: Sequence[Run], sharers: int) -> str:
-    ratios = []
-    for one in scratch:
-        other = next((run for run in masked if run.seed == one.seed), None)
-        if other is not None:
-            ratios.append(compute_ratio(one, other, sharers))
-    what = "the whole prior counted" if sharers == 1 else f"the prior shared by {sharers} sites"
-    shown = ", ".join("never" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-    return f"compute of scratch at its best over that of the masked prior to be as good, {what}: {shown}"
+def _cheaper(name: str, scratch: Sequence[Run], masked: Sequence[Run], uses: int) -> list[str]:
+    shares = {"counted whole": 1.0, f"counted over {uses} such uses": 1 / uses, "at hand already": 0.0}
+    found = []
+    for how, counted in shares.items():
+        ratios = [compute_ratio(one, other, counted) for one, other in _pairs(scratch, masked)]
+        shown = ", ".join("never" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        found.append(
+            f"compute of {name} at its best over that of the masked prior to be as good, the prior {how}: {shown}"
+        )
+    return found

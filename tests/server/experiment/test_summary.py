@@ -40,9 +40,9 @@ def test_a_curve_that_rises_again_has_reached_it() -> None:
 def test_the_prior_counts_as_a_whole_or_shared() -> None:
     scratch = run("scratch", 0, [80.0, 40.0, 20.0, 10.0])
     masked = run("masked", 0, [40.0, 10.0], prior=2000)  # as good as scratch ever is after 2,000 local FLOPs
-    assert compute_ratio(scratch, masked, sharers=1) == pytest.approx(4000 / (2000 + 2000))
-    assert compute_ratio(scratch, masked, sharers=4) == pytest.approx(4000 / (500 + 2000))
-    assert compute_ratio(scratch, run("masked", 0, [40.0, 11.0]), sharers=4) is None
+    assert compute_ratio(scratch, masked, counted=1.0) == pytest.approx(4000 / (2000 + 2000))
+    assert compute_ratio(scratch, masked, counted=0.25) == pytest.approx(4000 / (500 + 2000))
+    assert compute_ratio(scratch, run("masked", 0, [40.0, 11.0]), counted=0.0) is None
 
 
 def test_the_best_point_is_chosen_by_other_images_than_it_is_reported_on() -> None:
@@ -53,11 +53,25 @@ def test_the_best_point_is_chosen_by_other_images_than_it_is_reported_on() -> No
 
 def test_a_difference_is_claimed_where_all_seeds_have_it() -> None:
     runs = {
-        "scratch": [run("scratch", seed, [80.0, 60.0, 50.0, 40.0]) for seed in range(3)],
+        "scratch-short": [run("scratch", seed, [80.0, 60.0, 50.0, 40.0]) for seed in range(3)],
         "masked": [run("masked", seed, [30.0, 25.0, 22.0, last]) for seed, last in enumerate((20.0, 16.0, 12.0))],
     }
     said = sentences(runs, CONFIG)
-    assert "60% lower distance (ratios of 3 seeds: 0.50, 0.40, 0.30)" in said[0]
+    assert said[0].startswith("the masked prior, at an equal number of local images: 60% lower distance")
+    assert said[0].endswith("(ratios of 3 seeds: 0.50, 0.40, 0.30)")
+
+
+def test_compute_is_told_with_the_prior_whole_shared_and_at_hand() -> None:
+    runs = {
+        "scratch": [run("scratch", 0, [80.0, 40.0, 20.0, 10.0])],
+        "masked": [run("masked", 0, [40.0, 10.0], prior=2000)],
+    }
+    _, *said = sentences(runs, CONFIG)
+    assert [line.partition("to be as good, the prior ")[2] for line in said] == [
+        "counted whole: 1.00",
+        "counted over 4 such uses: 1.60",
+        "at hand already: 2.00",
+    ]
 
 
 def test_no_difference_is_claimed_where_seeds_disagree() -> None:
