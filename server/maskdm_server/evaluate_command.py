@@ -15,12 +15,13 @@ from torch import Tensor
 from maskdm import __version__
 from maskdm.checkpoint import CheckpointMetadata, load_checkpoint, model_from, sha256_of
 from maskdm.data.batches import class_numbers
+from maskdm.data.corpus import in_both
 from maskdm.data.options import Upscale
 from maskdm.errors import UsageError
 from maskdm.evaluation.features import RANDOM, Extractor, open_extractor, random_extractor
 from maskdm.evaluation.measure import Comparison, headline, notes
 from maskdm.evaluation.neighbours import Memorisation, memorisation
-from maskdm.evaluation.real import Real, in_both, load_real
+from maskdm.evaluation.real import Real, load_real
 from maskdm.evaluation.record import (
     FOLDER,
     Evaluation,
@@ -213,7 +214,7 @@ def remarks_on(real: Real, training: Real | None, features: str, names: tuple[st
             f"the reference is {'all' if real.part == 'all' else 'the training part'} of {real.path}: make sure that "
             f"the model never saw these images, since learning them by heart improves every number"
         )
-    if training and (shared := in_both(real, training)):
+    if training and (shared := in_both(real.records, training.records)):
         found.append(f"{shared:,} images of --reference are in --train too, which hides memorisation")
     if names and not len(known_classes(real, names)):
         found.append("the reference has none of the model's classes: they are drawn equally often")

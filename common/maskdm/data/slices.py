@@ -125,11 +125,11 @@ def divide(
     chosen = list(chosen)
     sides = {digest: "left_out" for digest in chosen if earlier.get(digest) == "left_out"}
     free: list[tuple[float, list[bytes]]] = []
-    for members in _units([digest for digest in chosen if digest not in sides], found.groups, alike):
+    for members in units([digest for digest in chosen if digest not in sides], found.groups, alike):
         old = [digest for digest in members if digest in earlier]
         if len({earlier[digest] for digest in old}) > 1:
             sides |= dict.fromkeys(members, "left_out")  # but for those that are not tied to the other side directly
-            for part in _units(old, found.groups, alike):
+            for part in units(old, found.groups, alike):
                 both = len({earlier[digest] for digest in part}) > 1
                 sides |= {d: earlier[d] for d in part if not both or earlier[d] == "train"}
         elif old:
@@ -197,8 +197,8 @@ def look_alike(
     return [(digests[first], digests[second]) for first, second in pairs]
 
 
-def _units(
-    chosen: list[bytes], groups: Mapping[bytes, set[int]], alike: Iterable[tuple[bytes, bytes]]
+def units(
+    chosen: list[bytes], groups: Mapping[bytes, set[int]], alike: Iterable[tuple[bytes, bytes]] = ()
 ) -> list[list[bytes]]:
     """Images that must stand on one side, by union of groups and pairs."""
     parent = {digest: digest for digest in chosen}
@@ -215,7 +215,7 @@ def _units(
     for first, second in alike:
         if first in parent and second in parent:
             parent[root(first)] = root(second)
-    units: dict[bytes, list[bytes]] = {}
+    found: dict[bytes, list[bytes]] = {}
     for digest in chosen:
-        units.setdefault(root(digest), []).append(digest)
-    return list(units.values())
+        found.setdefault(root(digest), []).append(digest)
+    return list(found.values())

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskdm.data.cache import load_corpus
-from maskdm.data.corpus import SPLITS, Corpus
+from maskdm.data.corpus import SPLITS, Corpus, Index
 from maskdm.data.pixels import PixelPolicy
 from maskdm.data.sources import open_source
 from maskdm.errors import DataError
@@ -26,6 +26,11 @@ class Real(NamedTuple):
     part: Part
     rows: NDArray[np.int64]  # of the corpus
     features: RealFeatures  # of these rows
+
+    @property
+    def records(self) -> Index:
+        """Of the index of the corpus."""
+        return self.corpus.index[self.rows]
 
 
 def load_real(
@@ -63,12 +68,6 @@ def load_real(
         )
     features = real_features(corpus, rows, extractor, title=f"features of {option}", batch_size=batch_size)
     return Real(path, corpus, chosen, rows, features)
-
-
-def in_both(first: Real, second: Real) -> int:
-    """How many images of the first the second has too, by the hashes of their files."""
-    one, other = (real.corpus.index["sha256"][real.rows][:, :8].copy().view("<u8")[:, 0] for real in (first, second))
-    return int(np.isin(one, other).sum())
 
 
 def _rows(corpus: Corpus, part: Part) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from maskdm.reporting import say
 from maskdm.runfolder import atomic_write, claim, owned, read_lines, write_json
 from maskdm_server.experiment.arms import Arm, arms_named, known_arms
 from maskdm_server.experiment.budget import ExperimentConfig, spending
-from maskdm_server.experiment.images import LocalImages, make_sites, part, pool
+from maskdm_server.experiment.images import LocalImages, check, make_sites, part, pool
 from maskdm_server.experiment.page import curves_file, experiment_page
 from maskdm_server.experiment.quality import Judge
 from maskdm_server.experiment.summary import Run, sentences, table
@@ -63,7 +63,9 @@ def experiment(
     clients: Annotated[int, typer.Option(help="Sites.")] = 4,
     rounds: Annotated[int, typer.Option(help="Rounds in which the local images are seen.")] = 20,
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration of the label skew.")] = 0.1,
-    references: Annotated[int, typer.Option(help="Images held out to choose by, and as many to report.")] = 1000,
+    references: Annotated[
+        int, typer.Option(min=16, help="Images held out to choose by, and as many to report.")
+    ] = 1000,
     samples: Annotated[int, typer.Option(help="Images drawn for each measurement.")] = 1000,
     sampling_steps: Annotated[int, typer.Option(help="Evaluations of the network for an image.")] = 20,
     seeds: Annotated[int, typer.Option(help="Repetitions with other randomness.")] = 3,
@@ -110,6 +112,7 @@ def experiment(
             **{option: corpus.manifest.sha256 for option, corpus in corpora.items()},
         }
         images = part(corpora["--local"], references)
+        check(images, corpora["--public"], config, chosen)
         judge = Judge(images, features, config, pick_device(device))
         claim(out, "experiment", identity | {"features": judge.extractor.sha256}, may_change=())
         place = Place(out, config, judge, pick_device(device), interruption.check)
@@ -165,7 +168,7 @@ def write_results(place: Place, arms: Mapping[str, Arm], results: dict[str, list
     lines = "\n".join(f"- {sentence}" for sentence in about["sentences"])
     name = extractor.name
     title = f"Fréchet distance in the features of {name} (FD-{name}), {place.config.samples:,} samples"
-    atomic_write(place.folder / "results.md", f"{title}\n\n{table(results, floor['fd'])}\n\n{lines}\n")
+    atomic_write(place.folder / "results.md", f"{title}\n\n{table(results, floor)}\n\n{lines}\n")
     facts = {"Feature network": f"{name}, {extractor.resize}", "sha256 of the feature network": extractor.sha256}
     pictures = {arm: place.run(arms[arm], runs[0].seed, runs[0].lr) / PICTURE for arm, runs in results.items()}
     page = experiment_page(
@@ -180,5 +183,6 @@ def write_results(place: Place, arms: Mapping[str, Arm], results: dict[str, list
         time.time(),
     )
     atomic_write(place.folder / "results.html", page)
-    atomic_write(place.folder / "curves.svg", curves_file(results))
+    if curves := curves_file(results):
+        atomic_write(place.folder / "curves.svg", curves)
     say(f"results so far: {place.folder / 'results.html'}")

@@ -5,7 +5,7 @@ The slice is the one that a real client would take, so that pooled and federated
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskdm.data.corpus import Corpus
+from maskdm.data.corpus import Corpus, in_both
 from maskdm.data.pixels import Pixels
+from maskdm.data.slices import units
 from maskdm.errors import UsageError
 from maskdm.seeding import derive_seed
-from maskdm_server.experiment.arms import Sites
+from maskdm_server.experiment.arms import Arm, Sites
 from maskdm_server.experiment.budget import ExperimentConfig
 from maskdm_server.inline import CLIENT, write_settings
 from maskdm_server.simulate import Rows, split_by_label, split_iid, write_shares
 
-MOST_TRIES = 100  # a small concentration may leave a site with next to nothing
+MOST_TRIES = 1000  # a small concentration may leave a site with next to nothing
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class LocalImages:
 def part(corpus: Corpus, references: int) -> LocalImages:
     """Hold out `references` images to choose by, and as many to report.
 
+    What belongs together (images of one group, equal images) stands on one side only; the rest of a group of which the
+    last references are is used nowhere.
+
     Raises:
         UsageError: too few would be left.
     """
@@ -52,13 +56,34 @@ def part(corpus: Corpus, references: int) -> LocalImages:
             f"--references {references}: twice as many are held out, but --local holds {len(rows):,} images: give at "
             f"most {len(rows) // 4:,}"
         )
-    order = np.random.default_rng(derive_seed("references")).permutation(rows)
+    unit = _units(corpus, rows)  # (n,)
+    place = np.random.default_rng(derive_seed("references")).permutation(unit.max() + 1)[unit]
+    order = np.argsort(place, kind="stable")
+    ends = np.flatnonzero(np.diff(place[order], append=-1)) + 1  # where a unit ends
+    second = ends[np.searchsorted(ends, references)]  # the first image of the images to report
+    if second + references > ends[-1] * 3 // 4:
+        raise UsageError(f"--references {references}: groups of --local are too large to hold out as many: lower it")
+    rest = ends[np.searchsorted(ends, second + references)]
     return LocalImages(
         corpus,
-        np.sort(order[2 * references :]),
-        np.sort(order[:references]),
-        np.sort(order[references : 2 * references]),
+        np.sort(rows[order[rest:]]),
+        np.sort(rows[order[:references]]),
+        np.sort(rows[order[second : second + references]]),
     )
+
+
+def check(images: LocalImages, public: Corpus, config: ExperimentConfig, arms: Sequence[Arm]) -> None:
+    """Find out before anything is trained what would end the experiment later, or make its numbers worthless.
+
+    Raises:
+        UsageError: priors would see images that are held out, or an arm's sites cannot be made.
+    """
+    held_out = images.corpus.index[np.concatenate([images.validation, images.test])]
+    if shared := in_both(public.index, held_out):
+        raise UsageError(f"--public holds {shared:,} of the images that --local holds out: remove what both have")
+    for sites in {arm.sites for arm in arms}:
+        for seed in range(config.seeds):
+            _shares(images, config, sites, seed)
 
 
 def make_sites(images: LocalImages, config: ExperimentConfig, sites: Sites, folder: Path, seed: int) -> list[Path]:
@@ -100,11 +125,24 @@ def _shares(images: LocalImages, config: ExperimentConfig, sites: Sites, seed: i
     return [np.array([place[row] for row in local[rows].tolist()], np.int64) for rows in parts]
 
 
+def _units(corpus: Corpus, rows: Rows) -> Rows:
+    """What belongs together has the same number, from 0 on, (n,)."""
+    digests = [digest.tobytes() for digest in corpus.index["sha256"][rows]]
+    groups: dict[bytes, set[int]] = {digest: set() for digest in digests}
+    for digest, group in zip(digests, corpus.index["group"][rows].tolist(), strict=True):
+        groups[digest] |= {group} - {0}
+    number = {digest: i for i, unit in enumerate(units(list(groups), groups)) for digest in unit}
+    return np.array([number[digest] for digest in digests], np.int64)
+
+
 def _skewed(labels: list[str], config: ExperimentConfig, seed: int) -> list[Rows]:
     """The first draw that leaves every site with images to use."""
     least = 20 / config.fraction
     for attempt in range(MOST_TRIES):
-        parts = split_by_label(labels, config.clients, config.alpha, derive_seed("skew", seed, attempt))
+        try:
+            parts = split_by_label(labels, config.clients, config.alpha, derive_seed("skew", seed, attempt))
+        except UsageError:  # a site with none or one
+            continue
         if min(len(rows) for rows in parts) >= least:
             return parts
     raise UsageError(f"--alpha {config.alpha} leaves a site with next to no images: raise it, or use fewer --clients")

@@ -64,12 +64,20 @@ def experiment_page(
         section("What the numbers allow to say", tag("ul", *(tag("li", sentence) for sentence in said))),
         section(
             "Curves",
-            note("Means of the seeds; logarithmic. Lower is better, and real images score ", figure(floor["fd"]), "."),
+            note(
+                "Means of the seeds; logarithmic. Lower is better, and ",
+                f"{int(floor['n']):,} real images score ",
+                figure(floor["fd"]),
+                ".",
+            ),
             row_of(
                 _curves("Distance against local images", results, BY_IMAGES, "images"),
                 _curves("Distance against compute, prior included", results, BY_COMPUTE, "flops"),
                 _curves("Federated, against local images of all sites", results, FEDERATED, "images"),
-                _curves("Other arms", results, ("masked", *others[:3]), "images") if others else "",
+                *(
+                    _curves("Other arms", results, ("masked", *others[i : i + 3]), "images")
+                    for i in range(0, len(others), 3)
+                ),
             ),
         ),
         section("Samples", _samples(results, arms, pictures)),
@@ -133,6 +141,18 @@ def _table(results: Results, floor: Mapping[str, float]) -> Markup:
         for name, runs in results.items()
         for run in runs
     ]
-    rows.append(["real images", "", "", "", "", figure(floor["fd"]), figure(floor["fd"]), figure(floor["kd"]), ""])
+    rows.append(
+        [
+            f"{int(floor['n']):,} real images",
+            "",
+            "",
+            "",
+            "",
+            figure(floor["fd"]),
+            figure(floor["fd"]),
+            figure(floor["kd"]),
+            "",
+        ]
+    )
     header = ["Arm", "seed", "rate", "local images", "FLOPs", "FD, best", "FD, last", "KD, last", "held-out loss, last"]
     return table("Best: at the point that other held-out images choose; last: at the end of the budget", header, rows)

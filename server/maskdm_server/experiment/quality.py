@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,16 +41,21 @@ class Judge:
     def __init__(self, images: LocalImages, extractor: Path, config: ExperimentConfig, device: torch.device) -> None:
         self.extractor: Extractor = open_extractor(extractor, device=device)
         self._config, self._device = config, device
-        self._pixels = images.pixels(images.test[:LOSS_IMAGES])
+        spread = np.linspace(0, len(images.test) - 1, min(LOSS_IMAGES, len(images.test))).round().astype(int)
+        self._pixels = images.pixels(images.test[spread])  # not the first: files of one label stand together
         self.validation, self.test = (
             Reference.of(self.extractor.features(images.pixels(rows))) for rows in (images.validation, images.test)
         )
 
     def floor(self) -> dict[str, float]:
-        """What real images score: those held out to choose by against those to report."""
+        """What `n` real images score: of those held out to choose by as many as samples are drawn, if there are."""
+        features = self.validation.features
+        n = min(self._config.samples, len(features))
+        chosen = features[torch.linspace(0, len(features) - 1, n, dtype=torch.float64).round().long()]
         return {
-            "fd": frechet_distance(self.validation.moments, self.test.moments),
-            "kd": kernel_distance(self.validation.features, self.test.features),
+            "fd": frechet_distance(moments(chosen), self.test.moments),
+            "kd": kernel_distance(chosen, self.test.features),
+            "n": n,
         }
 
     def judge(self, weights: Mapping[str, Tensor], seed: int) -> dict[str, Any]:

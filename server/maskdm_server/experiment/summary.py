@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import geometric_mean
 from typing import Any
 
 from maskdm_server.experiment.budget import ExperimentConfig
 
 Line = dict[str, Any]  # of curve.jsonl
+FEWEST_SEEDS = 3  # that a difference is claimed from
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def flops_to_reach(curve: Sequence[Line], distance: float) -> float | None:
 
 
 def compute_ratio(scratch: Run, other: Run, counted: float) -> float | None:
-    """How many times the compute of `scratch` at its best `other` needs to be as good, less than 1: it needs more.
+    """How many times less compute `other` needs to be as good as `scratch` at its best; below 1 it needs more.
 
     None where it never is as good.
 
@@ -57,11 +58,12 @@ def compute_ratio(scratch: Run, other: Run, counted: float) -> float | None:
         counted: share of its prior that counts, 1/N where N fine-tunings use it.
     """
     local = [{**line, "flops": line["flops"] - other.prior_flops * (1 - counted)} for line in other.curve]
-    needed = flops_to_reach(local, scratch.best["fd"])
-    return None if needed is None else scratch.best["flops"] / needed
+    spent, needed = (flops_to_reach(curve, scratch.best["fd"]) for curve in (scratch.curve, local))
+    assert spent is not None
+    return None if needed is None else spent / needed
 
 
-def table(runs: Mapping[str, Sequence[Run]], floor: float) -> str:
+def table(runs: Mapping[str, Sequence[Run]], floor: Mapping[str, float]) -> str:
     """Markdown: distances of each arm and seed."""
     lines = [
         "| arm | seed | rate | distance, best | distance, last | kernel distance, last | held-out loss | PFLOPs |",
@@ -74,7 +76,8 @@ def table(runs: Mapping[str, Sequence[Run]], floor: float) -> str:
                 f"| {arm} | {run.seed} | {run.lr:g} | {best['fd']:.2f} | {last['fd']:.2f} | {last['kd']:.4f} | "
                 f"{last['loss']:.4f} | {last['flops'] / 1e15:.4f} |"
             )
-    return "\n".join([*lines, f"| real images | – | – | {floor:.2f} | {floor:.2f} | | | |"])
+    real = f"| {floor['n']:,} real images | – | – | {floor['fd']:.2f} | {floor['fd']:.2f} | {floor['kd']:.4f} | | |"
+    return "\n".join([*lines, real])
 
 
 def sentences(runs: Mapping[str, Sequence[Run]], config: ExperimentConfig) -> list[str]:
@@ -91,6 +94,9 @@ def sentences(runs: Mapping[str, Sequence[Run]], config: ExperimentConfig) -> li
         ("masked", "everything", "the masked prior and a slice, beside training from scratch on all images"),
     )
     found = [_compared(runs[one], runs[other], what) for one, other, what in pairs if {one, other} <= set(runs)]
+    seeds = max((len(some) for some in runs.values()), default=0)
+    if found and seeds >= FEWEST_SEEDS:
+        found.append(f"{seeds} seeds agree by chance alone, where there is no difference, once in {2 ** (seeds - 1)}")
     for scratch in ("scratch-short", "scratch"):
         if {scratch, "masked"} <= set(runs):
             found += _cheaper(scratch, runs[scratch], runs["masked"], config.clients)
@@ -104,12 +110,14 @@ def _pairs(first: Sequence[Run], second: Sequence[Run]) -> list[tuple[Run, Run]]
 
 def _compared(first: Sequence[Run], second: Sequence[Run], what: str) -> str:
     ratios = [one.last["fd"] / other.last["fd"] for one, other in _pairs(first, second)]
-    low, high = min(ratios), max(ratios)
-    seeds = f"{len(ratios)} seeds: {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
-    if high < 1:
-        return f"{what}: {1 - fmean(ratios):.0%} lower distance (ratios of {seeds})"
-    if low > 1:
-        return f"{what}: {fmean(ratios) - 1:.0%} higher distance (ratios of {seeds})"
+    shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    if len(ratios) < FEWEST_SEEDS:
+        return f"{what}: too few seeds to say (ratios {shown}; {FEWEST_SEEDS} are the least)"
+    seeds, mean = f"{len(ratios)} seeds: {shown}", geometric_mean(ratios)
+    if max(ratios) < 1:
+        return f"{what}: {1 - mean:.0%} lower distance (ratios of {seeds})"
+    if min(ratios) > 1:
+        return f"{what}: {mean - 1:.0%} higher distance (ratios of {seeds})"
     return f"{what}: no difference that all seeds agree on (ratios of {seeds})"
 
 

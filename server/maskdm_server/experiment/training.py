@@ -104,9 +104,9 @@ def make_prior(place: Place, arm: Arm, corpus: Corpus, seed: int) -> Path:
 def run_pooled(place: Place, arm: Arm, prior: Path, pixels: Pixels, seed: int, lr: float) -> None:
     """Train on pooled images and measure at each point of the budget."""
     folder, spent, config = place.run(arm, seed, lr), spending(place.config, arm), place.config
-    measured = _measured(folder)
-    if len(measured) == len(spent.points):
+    if (folder / PICTURE).exists():  # what is written last
         return
+    measured = _measured(folder)
     training = _training(config, spent.local, config.batch_size, lr, seed)
     model = model_from(load_checkpoint(prior)[0], config.model, place.device)
     state = TrainingState.fresh(model, training)
@@ -115,12 +115,14 @@ def run_pooled(place: Place, arm: Arm, prior: Path, pixels: Pixels, seed: int, l
         load_state(kept, state)
     order = batches(pixels, training.batch_size, state.images_seen, seed, device=place.device)
     say(f"{arm.name}, seed {seed}, rate {lr:g}: {spent.local:,} images from {len(pixels):,}")
-    for point in spent.points[len(measured) :]:
+    for number, point in enumerate(spent.points):
         if state.images_seen < point:
             until = training.model_copy(update={"images": point})
             train(state, order, until, config.diffusion, UNMASKED, on_progress=lambda progress: place.check())
             save_state(kept, state, training)
-        _measure(place, folder, state.average, seed, point, spent.flops(point))
+        if number >= len(measured):
+            _measure(place, folder, state.average, seed, point, spent.flops(point))
+            place.check()
     _keep(place, folder, state.average, prior, seed)
     kept.unlink()
 
@@ -129,9 +131,9 @@ def run_federated(place: Place, arm: Arm, prior: Path, sites: list[Path], seed: 
     """Run a whole federation, with the real code of server and client, and measure its rounds."""
     folder, spent, config = place.run(arm, seed, lr), spending(place.config, arm), place.config
     rounds, marks = rounds_of(config, spent)
-    measured = _measured(folder)
-    if len(measured) == len(marks):
+    if (folder / PICTURE).exists():  # what is written last
         return
+    measured = _measured(folder)
     federation = folder / "federation"
     federation.mkdir(parents=True, exist_ok=True)
     values = {
@@ -149,12 +151,11 @@ def run_federated(place: Place, arm: Arm, prior: Path, sites: list[Path], seed: 
     say(f"{arm.name}, seed {seed}, rate {lr:g}: {rounds} rounds at {config.clients} sites")
     simulate_inline(prior, federation, wanted, lambda: sites, {"sites": [str(site) for site in sites]})
     a_round = config.round_images() * config.clients
-    weights: dict[str, Tensor] = {}
     for mark in marks[len(measured) :]:
         weights, _ = load_checkpoint(model_of_round(federation, mark))
         _measure(place, folder, weights, seed, mark * a_round, spent.flops(mark * a_round))
         place.check()
-    _keep(place, folder, weights, prior, seed)
+    _keep(place, folder, load_checkpoint(model_of_round(federation, marks[-1]))[0], prior, seed)
     shutil.rmtree(federation / ROUNDS)
 
 

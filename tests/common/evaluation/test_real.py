@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maskdm.data.corpus import in_both
 from maskdm.data.pixels import PixelPolicy
 from maskdm.errors import DataError
 from maskdm.evaluation.features import Extractor
-from maskdm.evaluation.real import Real, in_both, load_real
+from maskdm.evaluation.real import Real, load_real
 
 POLICY = PixelPolicy(image_size=8, channels=1)
 
@@ -57,8 +58,8 @@ def test_with_labels_only_images_of_these_are_compared(tmp_path: Path, extractor
 def test_images_that_both_have_are_counted(tmp_path: Path, extractor: Extractor) -> None:
     path = source(tmp_path / "a", 12, 6)
     held, everything, train = (load(path, extractor, part) for part in ("test", "all", "train"))
-    assert in_both(held, everything) == 6
-    assert in_both(held, train) == 0
+    assert in_both(held.records, everything.records) == 6
+    assert in_both(held.records, train.records) == 0
 
 
 def test_too_few_images_and_images_of_another_size_are_named(tmp_path: Path, extractor: Extractor) -> None:

@@ -15,8 +15,8 @@ from maskdm.data.corpus import in_memory
 from maskdm.evaluation.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
 from maskdm.runfolder import read_lines
 from maskdm_server.cli import app
-from maskdm_server.experiment import images
-from maskdm_server.experiment.arms import Sites
+from maskdm_server.experiment import images, training
+from maskdm_server.experiment.arms import Sites, arms_named
 from maskdm_server.experiment.budget import ExperimentConfig
 from maskdm_server.experiment.quality import Judge
 
@@ -110,6 +110,43 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     assert curves[0] == curves[1]
 
 
+@pytest.mark.parametrize("arm", ["scratch", "federated"])
+def test_a_run_stopped_after_its_last_measurement_still_leaves_its_model_and_picture(
+    experiment: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
+) -> None:
+    options = ("--arms", arm, "--rates", "0.01", "--seeds", "1")
+    assert experiment(*options) == 0
+    with monkeypatch.context() as stopped:
+        stopped.setattr(training, "save_png", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert experiment(*options, out="again") == 130
+    assert not list((tmp_path / "again").rglob("samples.png"))
+    assert experiment(*options, out="again") == 0
+    for name in ("samples.png", "model.safetensors", "curve.jsonl"):
+        first, second = (next((tmp_path / out / "runs").rglob(name)) for out in ("out", "again"))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_a_public_corpus_with_held_out_images_is_refused(
+    experiment: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "local.npz").rename(tmp_path / "public.npz")
+    with np.load(tmp_path / "public.npz", allow_pickle=False) as public:
+        np.savez(tmp_path / "local.npz", images=public["images"], labels=public["labels"])
+    assert experiment() == 2
+    assert "--public holds 60 of the images that --local holds out" in capsys.readouterr().err
+
+
+def test_skewed_sites_without_labels_are_refused_before_anything_is_trained(
+    experiment: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(tmp_path / "local.npz", allow_pickle=False) as local:
+        images_alone = local["images"]
+    np.savez(tmp_path / "local.npz", images=images_alone)
+    assert experiment() == 2
+    assert "needs labels" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "priors").exists()
+
+
 def test_another_experiment_is_not_mixed_in(experiment: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert experiment("--arms", "scratch", "--rates", "0.01", "--seeds", "1") == 0
     assert experiment("--arms", "scratch", "--rates", "0.01", "--seeds", "2") == 0  # more seeds are the same experiment
@@ -133,6 +170,39 @@ def test_mistakes_are_one_line(
     assert experiment(*options) == 2
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert message in error
+
+
+def test_images_of_one_group_and_equal_images_are_held_out_together() -> None:
+    random = np.random.default_rng(2)
+    pixels = random.integers(0, 256, (200, 1, 8, 8), np.uint8)
+    pixels[100:110] = pixels[:10]
+    corpus = in_memory(pixels)
+    corpus.index["group"][20:80] = np.arange(60) // 5 + 1
+    parted = images.part(corpus, 30)
+    sides = {"local": parted.local, "validation": parted.validation, "test": parted.test}
+    assert (len(parted.validation), len(parted.test)) == (30, 30)
+    of_group: dict[object, set[str]] = {}
+    for side, rows in sides.items():
+        for row in rows.tolist():
+            group = int(corpus.index["group"][row])
+            of_group.setdefault(group or corpus.index["sha256"][row].tobytes(), set()).add(side)
+    assert [found for found in of_group.values() if len(found) > 1] == []
+    assert len(parted.local) >= 120
+
+
+def test_a_strong_skew_over_few_labels_is_drawn_until_every_site_has_images() -> None:
+    corpus = in_memory(
+        np.random.default_rng(3).integers(0, 256, (4000, 1, 8, 8), np.uint8), ["a", "b", "c", "c"] * 1000
+    )
+    config = ExperimentConfig(
+        model=ModelConfig(image_size=8, channels=1, patch_size=2, dim=16, depth=2, heads=2),
+        diffusion=DiffusionConfig(),
+        mask=MaskConfig(kind="patch", ratio=0.5),
+        fraction=0.5,
+        alpha=0.1,
+    )
+    public = in_memory(np.zeros((1, 1, 8, 8), np.uint8))
+    images.check(images.part(corpus, 50), public, config, arms_named(["federated-skewed"], config.mask))
 
 
 def test_pooled_and_federated_arms_train_on_the_same_images(tmp_path: Path) -> None:

@@ -57,8 +57,17 @@ def test_a_difference_is_claimed_where_all_seeds_have_it() -> None:
         "masked": [run("masked", seed, [30.0, 25.0, 22.0, last]) for seed, last in enumerate((20.0, 16.0, 12.0))],
     }
     said = sentences(runs, CONFIG)
-    assert said[0].startswith("the masked prior, at an equal number of local images: 60% lower distance")
-    assert said[0].endswith("(ratios of 3 seeds: 0.50, 0.40, 0.30)")
+    assert said[0].startswith("the masked prior, at an equal number of local images: 61% lower distance")
+    assert said[0].endswith("(ratios of 3 seeds: 0.50, 0.40, 0.30)")  # whose geometric mean is 0.391
+    assert said[1] == "3 seeds agree by chance alone, where there is no difference, once in 4"
+
+
+def test_two_seeds_are_too_few_to_claim_anything() -> None:
+    runs = {arm: [run(arm, seed, [last]) for seed in range(2)] for arm, last in (("masked", 1.0), ("unmasked", 9.0))}
+    assert sentences(runs, CONFIG) == [
+        "the masked prior, beside an unmasked one of equal compute: too few seeds to say (ratios 0.11, 0.11; 3 are the "
+        "least)"
+    ]
 
 
 def test_compute_is_told_with_the_prior_whole_shared_and_at_hand() -> None:
@@ -66,7 +75,7 @@ def test_compute_is_told_with_the_prior_whole_shared_and_at_hand() -> None:
         "scratch": [run("scratch", 0, [80.0, 40.0, 20.0, 10.0])],
         "masked": [run("masked", 0, [40.0, 10.0], prior=2000)],
     }
-    _, *said = sentences(runs, CONFIG)
+    _, *said = sentences(runs, CONFIG)  # the first compares distances
     assert [line.partition("to be as good, the prior ")[2] for line in said] == [
         "counted whole: 1.00",
         "counted over 4 such uses: 1.60",
@@ -76,10 +85,10 @@ def test_compute_is_told_with_the_prior_whole_shared_and_at_hand() -> None:
 
 def test_no_difference_is_claimed_where_seeds_disagree() -> None:
     runs = {
-        "masked": [run("masked", 0, [10.0]), run("masked", 1, [10.0])],
-        "unmasked": [run("unmasked", 0, [20.0]), run("unmasked", 1, [9.0])],
+        "masked": [run("masked", seed, [10.0]) for seed in range(3)],
+        "unmasked": [run("unmasked", seed, [last]) for seed, last in enumerate((20.0, 9.0, 20.0))],
     }
-    (said,) = sentences(runs, CONFIG)
+    said, _ = sentences(runs, CONFIG)
     assert "no difference that all seeds agree on" in said
 
 
@@ -88,7 +97,10 @@ def test_arms_that_did_not_run_are_not_spoken_of() -> None:
 
 
 def test_the_table_has_a_row_for_each_run_and_one_for_real_images() -> None:
-    lines = table({"masked": [run("masked", 0, [30.0, 20.0]), run("masked", 1, [20.0, 25.0])]}, floor=1.5).split("\n")
+    lines = table(
+        {"masked": [run("masked", 0, [30.0, 20.0]), run("masked", 1, [20.0, 25.0])]},
+        floor={"fd": 1.5, "kd": 0.25, "n": 1000},
+    ).split("\n")
     assert len(lines) == 5
     assert "| masked | 1 | 0.001 | 20.00 | 25.00 |" in lines[3]
-    assert "| 1.50 |" in lines[4]
+    assert lines[4].startswith("| 1,000 real images | – | – | 1.50 | 1.50 | 0.2500 |")
