@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,17 +273,14 @@ def exponent(precision: str, device: torch.device, repeats: int) -> float:
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def run_cpu(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def run_cpu(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     peer = import_peer(options.peer) if options.peer else None
-    rows: list[dict[str, Any]] = []
     if peer:
-        rows.append({"what": "the same network as the peer's", **check_equal(peer)})
-        print_row(rows[-1])
+        yield {"what": "the same network as the peer's", **check_equal(peer)}
     peaks = {"fp32": gemm_peak(torch.float32, device), "bf16": gemm_peak(torch.bfloat16, device)}
     row: dict[str, Any] = {"what": "GEMM peak, GFLOP/s"} | {name: value / 1e9 for name, value in peaks.items()}
     row["the other fp32 route pays"] = other_route_pays()
-    rows.append(row)
-    print_row(row)
+    yield row
     for case in CPU_CASES:
         steps = {name: our_step(case, name, device) for name in ("stock", "fp32", "bf16")}
         if peer:
@@ -297,34 +294,33 @@ def run_cpu(options: argparse.Namespace, device: torch.device) -> list[dict[str,
             for name, against in (("stock", "fp32"), ("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")):
                 pairs = zip(seconds[f"peer {against}"], seconds[name], strict=True)
                 row[f"{name} against the peer's {against}"] = statistics.median(theirs / mine for theirs, mine in pairs)
-        rows.append(row)
-        print_row(row)
-    row = {"what": "exponent of cost in visible tokens"} | {
+        yield row
+    yield {"what": "exponent of cost in visible tokens"} | {
         name: exponent(name, device, max(2, options.repeats // 2)) for name in ("fp32", "bf16")
     }
-    rows.append(row)
-    print_row(row)
     names = ("stock", "bf16", "peer") if peer else ("stock", "bf16")
-    row = {"what": f"peak memory, {LARGE.name}, MiB"} | {name: peak_memory(name, options) for name in names}
-    rows.append(row)
-    print_row(row)
-    return rows
+    yield {"what": f"peak memory, {LARGE.name}, MiB"} | {name: peak_memory(name, options) for name in names}
 
 
-def run_gpu(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def run_gpu(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Compiled steps last: to compile takes most of the time, and a borrowed GPU may have to go back before."""
     peak = gemm_peak(torch.bfloat16, device)
-    rows: list[dict[str, Any]] = [{"what": "bf16 GEMM peak, TFLOP/s", "value": peak / 1e12}]
-    print_row(rows[0])
-    for case in GPU_CASES:
-        for compiled in (False, True):
-            torch.cuda.empty_cache()
+    yield {"what": "bf16 GEMM peak, TFLOP/s", "value": peak / 1e12}
+    peer = import_peer(options.peer) if options.peer else None
+    for compiled in (False, True):
+        for case in GPU_CASES:
+            steps = {"": our_step(case, "bf16", device, compiled=compiled)}
             torch.cuda.reset_peak_memory_stats()
             try:
-                step = our_step(case, "bf16", device, compiled=compiled)
-                seconds = statistics.median(timed({"": step}, options.repeats, device)[""])
+                steps[""]()
+                memory = torch.cuda.max_memory_allocated() / 2**20
+                if peer and not compiled:
+                    steps["peer"] = peer_step(case, peer, "bf16", device)
+                found = timed(steps, options.repeats, device)
             except torch.OutOfMemoryError:
-                rows.append({"what": case.name, "compiled": compiled, "out of memory": True})
+                yield {"what": case.name, "compiled": compiled, "out of memory": "peer" if "peer" in steps else "ours"}
                 continue
+            seconds = statistics.median(found[""])
             row = {
                 "what": case.name,
                 "compiled": compiled,
@@ -332,11 +328,14 @@ def run_gpu(options: argparse.Namespace, device: torch.device) -> list[dict[str,
                 "images/s": case.batch / seconds,
                 "TFLOP/s": case.flops() / seconds / 1e12,
                 "share of peak": case.flops() / seconds / peak,
-                "MiB": torch.cuda.max_memory_allocated() / 2**20,
+                "MiB": memory,
             }
-            rows.append(row)
-            print_row(row)
-    return rows
+            if "peer" in steps:
+                pairs = zip(found["peer"], found[""], strict=True)
+                row["bf16 against the peer's bf16"] = statistics.median(theirs / mine for theirs, mine in pairs)
+            yield row
+            del steps
+            torch.cuda.empty_cache()
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -361,7 +360,6 @@ def main() -> None:
     if options.memory_of:
         print_memory(options.memory_of, options)
         return
-    rows = (run_cpu if device.type == "cpu" else run_gpu)(options, device)
     machine = {
         "cpu": cpu_name(),
         "threads": options.threads,
@@ -369,8 +367,12 @@ def main() -> None:
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    if options.json:
-        write_json(options.json, [{**row, "machine": machine, "versions": versions} for row in rows])
+    rows = []
+    for row in (run_cpu if device.type == "cpu" else run_gpu)(options, device):
+        print_row(row)
+        rows.append({**row, "machine": machine, "versions": versions})
+        if options.json:
+            write_json(options.json, rows)
 
 
 def cpu_name() -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from maskdm.checkpoint import METADATA_KEY, CheckpointMetadata, describe_checkpoint, sha256_of
+from maskdm.checkpoint import METADATA_KEY, CheckpointMetadata, describe_checkpoint, load_checkpoint, sha256_of
 from maskdm.config import Frozen
 from maskdm.errors import CheckpointError
 from maskdm.runfolder import atomic_write, keep_lines, read_lines
@@ -194,6 +194,15 @@ class Journal:
 def model_of_round(federation: Path, number: int) -> Path:
     """The model after a round, or the prior."""
     return federation / ROUNDS / f"{number:06d}.safetensors" if number else federation / "prior.safetensors"
+
+
+def published_after(federation: Path, number: int) -> dict[str, Tensor]:
+    """Weights of `model.safetensors` as it was after a round that is kept: its moving average, where there is one."""
+    state = Stored(federation / ROUNDS / f"{number:06d}.state.safetensors")
+    names = [name for name in layout_of(state) if name.startswith("ema.")]
+    if not names:
+        return load_checkpoint(model_of_round(federation, number))[0]
+    return {name.removeprefix("ema."): torch.from_numpy(np.array(state[name])) for name in names}
 
 
 def _is_torn(path: Path) -> bool:

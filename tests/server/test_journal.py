@@ -18,7 +18,7 @@ from maskdm.errors import CheckpointError
 from maskdm.runfolder import append_line, read_lines
 from maskdm_server import journal as under_test
 from maskdm_server.intake import Measured
-from maskdm_server.journal import KEPT, Journal, Known
+from maskdm_server.journal import KEPT, Journal, Known, published_after
 from maskdm_server.rounds import finetuned
 from maskdm_server.standings import Standing
 
@@ -393,3 +393,17 @@ def test_a_round_that_did_not_fit_leaves_the_journal_as_it_was(
     assert (journal.number, journal.known, journal.metadata.rounds) == (1, known_in(1), 1)
     assert {name: sha256_of(folder / name) for name in before} == before
     assert Journal(folder).number == 1
+
+
+@pytest.mark.parametrize("ema", [0.0, EMA])
+def test_what_was_published_after_an_earlier_round_can_be_read_again(
+    folder: Path, prior: dict[str, Tensor], ema: float
+) -> None:
+    journal, published = Journal(folder, keep_every=1), []
+    for _ in range(4):
+        do_round(journal, prior, ema)
+        published.append(load_checkpoint(folder / "model.safetensors")[0])
+    for number, expected in enumerate(published, start=1):
+        found = published_after(folder, number)
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -31,6 +31,8 @@ class ExperimentConfig(Frozen):
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     clients: Annotated[int, Field(ge=2, le=1000)] = 4
     rounds: Positive = 20  # in which the local images are seen
+    site_batch_size: Positive | None = None  # images a step at a site; None: `batch_size` shared out
+    server_ema: Annotated[float, Field(ge=0, lt=1)] = 0.6  # over rounds, as the pooled arms average over steps
     alpha: Annotated[float, Field(gt=0)] = 0.1  # of the skewed sites
     samples: Annotated[int, Field(ge=16)] = 1000
     sampling_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
@@ -39,15 +41,15 @@ class ExperimentConfig(Frozen):
 
     @model_validator(mode="after")
     def _shares_out(self) -> Self:
-        if self.batch_size % self.clients:
+        if self.site_batch_size is None and self.batch_size % self.clients:
             raise ValueError(f"--batch-size {self.batch_size} cannot be shared out to --clients {self.clients}")
         if self.round_images() < self.site_batch():
             raise ValueError(f"--rounds {self.rounds}: less than one step of a site in each: lower it")
         return self
 
     def site_batch(self) -> int:
-        """Images a step at a site, so that a step of all of them is one of the pooled arms."""
-        return self.batch_size // self.clients
+        """Images a step at a site; where nothing else is wanted, a step of all of them is one of the pooled arms."""
+        return self.site_batch_size or self.batch_size // self.clients
 
     def round_images(self) -> int:
         """Images that a site sees in a round, in whole steps."""

@@ -62,6 +62,10 @@ def experiment(
     fraction: Annotated[float, typer.Option(help="Share of its images that each site uses.")] = 0.1,
     clients: Annotated[int, typer.Option(help="Sites.")] = 4,
     rounds: Annotated[int, typer.Option(help="Rounds in which the local images are seen.")] = 20,
+    site_batch_size: Annotated[
+        int | None, typer.Option(help="Images a step at a site; without it --batch-size is shared out.")
+    ] = None,
+    server_ema: Annotated[float, typer.Option(help="Decay of the average of the rounds' models; 0: none.")] = 0.6,
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration of the label skew.")] = 0.1,
     references: Annotated[
         int, typer.Option(min=16, help="Images held out to choose by, and as many to report.")
@@ -91,6 +95,8 @@ def experiment(
             "fraction": fraction,
             "clients": clients,
             "rounds": rounds,
+            "site_batch_size": site_batch_size,
+            "server_ema": server_ema,
             "alpha": alpha,
             "samples": samples,
             "sampling_steps": sampling_steps,

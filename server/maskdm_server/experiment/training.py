@@ -41,7 +41,7 @@ from maskdm_server.experiment.budget import ExperimentConfig, rounds_of, spendin
 from maskdm_server.experiment.quality import Judge
 from maskdm_server.federation import FederationConfig
 from maskdm_server.inline import simulate_inline
-from maskdm_server.journal import ROUNDS, model_of_round
+from maskdm_server.journal import ROUNDS, published_after
 from maskdm_server.pretrain import Run, pretrain
 from maskdm_server.serve import federation_config
 
@@ -145,6 +145,7 @@ def run_federated(place: Place, arm: Arm, prior: Path, sites: list[Path], seed: 
         "lr": lr,
         "seed": seed,
         "keep_every": 1,
+        "server_ema": config.server_ema,
         "sample_every": 0,
     }
     wanted = FederationConfig.model_validate(federation_config(prior, values))
@@ -152,10 +153,10 @@ def run_federated(place: Place, arm: Arm, prior: Path, sites: list[Path], seed: 
     simulate_inline(prior, federation, wanted, lambda: sites, {"sites": [str(site) for site in sites]})
     a_round = config.round_images() * config.clients
     for mark in marks[len(measured) :]:
-        weights, _ = load_checkpoint(model_of_round(federation, mark))
+        weights = published_after(federation, mark)
         _measure(place, folder, weights, seed, mark * a_round, spent.flops(mark * a_round))
         place.check()
-    _keep(place, folder, load_checkpoint(model_of_round(federation, marks[-1]))[0], prior, seed)
+    _keep(place, folder, published_after(federation, marks[-1]), prior, seed)
     shutil.rmtree(federation / ROUNDS)
 
 

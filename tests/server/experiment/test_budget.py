@@ -89,3 +89,11 @@ def test_a_mask_that_does_not_fit_is_the_users_mistake() -> None:
     (arm,) = arms_named(["mask=block:0.5:3"], MASK)
     with pytest.raises(UsageError, match="does not divide"):
         spending(config(), arm)
+
+
+def test_sites_take_their_part_of_a_batch_or_what_they_are_given() -> None:
+    assert config(batch_size=64, clients=4).site_batch() == 16
+    assert config(batch_size=64, clients=4, site_batch_size=32).site_batch() == 32
+    assert config(batch_size=64, clients=3, site_batch_size=8).site_batch() == 8
+    with pytest.raises(ValidationError, match="cannot be shared out"):
+        config(batch_size=64, clients=3)

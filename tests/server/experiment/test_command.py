@@ -115,15 +115,18 @@ def test_a_run_stopped_after_its_last_measurement_still_leaves_its_model_and_pic
     experiment: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
 ) -> None:
     options = ("--arms", arm, "--rates", "0.01", "--seeds", "1")
-    assert experiment(*options) == 0
     with monkeypatch.context() as stopped:
         stopped.setattr(training, "save_png", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert experiment(*options, out="again") == 130
-    assert not list((tmp_path / "again").rglob("samples.png"))
-    assert experiment(*options, out="again") == 0
-    for name in ("samples.png", "model.safetensors", "curve.jsonl"):
-        first, second = (next((tmp_path / out / "runs").rglob(name)) for out in ("out", "again"))
-        assert first.read_bytes() == second.read_bytes(), name
+        assert experiment(*options) == 130
+    (kept,) = (tmp_path / "out" / "runs").rglob("curve.jsonl")
+    model, curve = kept.with_name("model.safetensors"), kept.read_bytes()
+    before = load_checkpoint(model)[0]
+    model.unlink()
+    assert experiment(*options) == 0
+    after = load_checkpoint(model)[0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert kept.read_bytes() == curve
+    assert kept.with_name("samples.png").exists()
 
 
 def test_a_public_corpus_with_held_out_images_is_refused(
