@@ -95,8 +95,8 @@ def measure_quality(
         **{name: float(v.mean()) for name, v in neighbourhoods(generated, reference, NEIGHBOURS)._asdict().items()},
     }
     if "memorisation" in names:
-        training = _features(images.corpus, images.train[: len(held_out)], extractor)  # as many, by chance
-        found["memorisation"] = memorisation(generated, training, reference, seed=settings.seed).ratio
+        training = _features(images.corpus, images.train, extractor)  # all: any of them may have been learned by heart
+        found["memorisation"] = memorisation(generated, training, reference).ratio
     use_allowance(folder, key, policy, EVALUATIONS)
     told = {name: _rounded(found[name]) for name in names if name in found and math.isfinite(found[name])}
     return {"quality_images": len(held_out), **told}

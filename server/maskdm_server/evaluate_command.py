@@ -147,7 +147,7 @@ def evaluate(
         generated = features_of(blocks, extractor, batch_size, pixels if training else None)
         similar = None
         if training:
-            found = memorisation(generated, training.features.features, real.features.features, seed=seed)
+            found = memorisation(generated, training.features.features, real.features.features)
             similar = most_similar(found, training, pixels)
 
     say("comparing")
@@ -268,8 +268,8 @@ def most_similar(found: Memorisation, training: Real, pixels: BinaryIO) -> Simil
     corpus = training.corpus
     rows = training.rows[found.row.numpy()]
     pairs = tuple(
-        Pair(sample=number, training=int(rows[number]), ratio=float(found.whole[number]))
-        for number in found.whole.argsort()[:PAIRS].tolist()
+        Pair(sample=number, training=int(rows[number]), ratio=float(found.distances[number]))
+        for number in found.distances.argsort()[:PAIRS].tolist()
     )
     shape = corpus.pixels.shape[1:]
     above = []

@@ -139,7 +139,8 @@ def test_images_that_the_model_learned_by_heart_are_told_from_others(
         found[name] = answer(*evaluation(), folder).scalars
     assert found["held out"]["kernel"] < found["train"]["kernel"]
     assert found["held out"]["coverage"] == found["held out"]["recall"] == 1
-    assert found["held out"]["memorisation"] > 1 > found["train"]["memorisation"]
+    assert found["held out"]["memorisation"] > 1
+    assert found["train"]["memorisation"] == 0  # more of them than are held out, and none is overlooked
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from maskdm.evaluation.uncertainty import (
     halves,
     kernel_resamples,
     mean_resamples,
-    median_resamples,
     percentiles,
 )
 
@@ -89,8 +88,8 @@ class Comparison:
             training: features (T, D) of training images, for the floor; the reference is held out.
         """
         first, second = self.halves
-        unseen = memorisation(first, training, second, seed=self.seed) if len(first) else None
-        ratios = median_resamples(found.balanced, self.resamples, self.seed, "generated")
+        unseen = memorisation(first, training, second) if len(first) else None
+        ratios = mean_resamples(found.unseen, self.resamples, self.seed, "generated")
         copies = mean_resamples(found.copies, self.resamples, self.seed, "generated")
         return {
             "memorisation": self._measured("one", found.ratio, ratios, unseen.ratio if unseen else None),

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskdm.seeding import generator
-
 PART = 2**24  # distances at a time: 128 MB
 # Below this share of the distance to the next image a sample counts as a copy: Yoon et al. 2023 ("Diffusion
 # Probabilistic Models Generalize when They Fail to Memorize"), Gu et al. 2023 (arXiv 2310.02664).
@@ -69,43 +67,40 @@ def nearest(features: Tensor, others: Tensor) -> Nearest:
 class Memorisation(NamedTuple):
     """How much nearer samples are to training images than to held-out ones."""
 
-    balanced: Tensor  # (N,) distance to the nearest of m training images over that to the nearest of m held-out ones
-    whole: Tensor  # (N,) distance to the nearest of all training images over that to the nearest of all held-out ones
-    row: Tensor  # (N,) int64, the nearest of all training images
+    unseen: Tensor  # (N,) (T + H)/H where a held-out image is the nearest of all, 0 where a training image is
+    distances: Tensor  # (N,) distance to the nearest training image over that to the nearest held-out one
+    row: Tensor  # (N,) int64, the nearest training image
 
     @property
     def ratio(self) -> float:
-        """Median of the balanced ratios: 1 where samples are no more like the training images than like held-out ones,
-        less where they are; 0 where most are copies."""
-        return float(self.balanced.median())
+        """Samples that a held-out image is nearest to, over how many chance would give: 1 where training images are no
+        nearer than others, 0 where one of them is always the nearest."""
+        return float(self.unseen.mean())
 
     @property
     def copies(self) -> Tensor:
         """(N,) 1 where the nearest training image is less than a third as far as the nearest held-out one, else 0."""
-        return (self.whole < COPY).double()
+        return (self.distances < COPY).double()
 
 
-def memorisation(generated: Tensor, training: Tensor, held_out: Tensor, *, seed: int = 0) -> Memorisation:
-    """Distances of samples to the nearest training image, over those to the nearest held-out image.
+def memorisation(generated: Tensor, training: Tensor, held_out: Tensor) -> Memorisation:
+    """Whether samples are nearer to training images than to images of the same distribution that were not trained on.
 
-    As Meehan, Chaudhuri and Dasgupta 2020 (arXiv 2004.05675) it takes images of the same distribution that were not
-    trained on as the yardstick, and as Carlini et al. 2023 (arXiv 2301.13188, section 5) it divides by what is usual
-    around the sample, so that a sample of a crowded place is not taken for a copy. The more images, the nearer the
-    nearest: for the balanced ratio the larger of the two sets is thinned to the size of the smaller, so that its median
-    is 1 for a model that memorised nothing, whatever the sizes. The whole ratio misses no copy, but is below 1 anyhow
-    where there are more training than held-out images.
+    As Meehan, Chaudhuri and Dasgupta 2020 (arXiv 2004.05675) it takes held-out images as the yardstick, and as Carlini
+    et al. 2023 (arXiv 2301.13188, section 5) it divides distances by what is usual around the sample, so that a sample
+    of a crowded place is not taken for a copy. The more images, the nearer the nearest: a model that learned nothing
+    by heart has a training image nearest with probability T/(T + H), since all images are alike to it, which the ratio
+    divides by. No image is left out: a copy of any of them is seen. The distances are below 1 anyhow where there are
+    more training than held-out images.
 
     Args:
         generated: (N, D). training: (T, D), T ≥ 1. held_out: (H, D), H ≥ 1, never trained on.
-        seed: of the thinning.
     """
-    size = min(len(training), len(held_out))
-    thinned = [
-        nearest(generated, part[torch.randperm(len(part), generator=generator("thinned", seed, name))[:size]]).distance
-        for name, part in (("training", training), ("held out", held_out))
-    ]
-    found, unseen = nearest(generated, training), nearest(generated, held_out)
-    return Memorisation(_ratio(thinned[0], thinned[1]), _ratio(found.distance, unseen.distance), found.row)
+    found, usual = nearest(generated, training), nearest(generated, held_out)
+    chance = len(held_out) / (len(training) + len(held_out))
+    unseen = (usual.distance < found.distance).double() / chance
+    unseen[usual.distance == found.distance] = 1.0  # the image is in both sets
+    return Memorisation(unseen, _ratio(found.distance, usual.distance), found.row)
 
 
 def _ratio(distance: Tensor, usual: Tensor) -> Tensor:

@@ -50,15 +50,6 @@ def mean_resamples(values: Tensor, resamples: int, seed: int, name: str) -> Tens
     return counts(len(values), resamples, seed, name) @ values.double().cpu() / len(values)
 
 
-def median_resamples(values: Tensor, resamples: int, seed: int, name: str) -> Tensor:
-    """Medians of resamples of values (N,), (B,)."""
-    randomness = generator("bootstrap", seed, name)
-    found = torch.zeros(resamples, dtype=torch.float64)
-    for number in range(resamples):
-        found[number] = values[torch.randint(len(values), (len(values),), generator=randomness)].median()
-    return found
-
-
 def kernel_resamples(first: Tensor, second: Tensor, resamples: int, seed: int) -> Tensor:
     """Kernel distances of resamples of features (N, D) and (M, D), (B,) fp64; fewer where one repeats a single image.
 

@@ -37,7 +37,7 @@ def test_every_number_lies_in_its_interval_and_says_what_it_was_made_of() -> Non
             assert number.high is not None
             assert number.low <= number.value <= number.high, name
     assert metrics["FD-x"].value > 2 * (metrics["FD-x"].floor or 0)
-    assert metrics["memorisation"].floor == pytest.approx(1, abs=0.2)
+    assert metrics["memorisation"].floor == pytest.approx(1, abs=0.5)
 
 
 def test_floors_are_the_numbers_of_disjoint_halves_of_the_reference() -> None:
