@@ -97,6 +97,8 @@ def evaluate(
     """Measure generated images against real ones: Fréchet and kernel distance, precision and recall, memorisation."""
     if (model is None) == (samples is None):
         raise UsageError("give either --model, or --samples with images made elsewhere")
+    if samples:
+        refuse_drawing(count=count, sampler=sampler, steps=steps, eta=eta, guidance=guidance, class_=class_name)
     picked = pick_device(device)
     extractor = random_extractor(picked) if features == RANDOM else open_extractor(Path(features), device=picked)
     metadata: CheckpointMetadata | None = None
@@ -201,6 +203,20 @@ def evaluate(
     say(f"record: {path}")
 
 
+def refuse_drawing(**given: object) -> None:
+    """With images made elsewhere, what decides how a model draws would be overlooked.
+
+    Raises:
+        UsageError: one of them differs from what it is if nobody gives it.
+    """
+    usual = {"count": 2000, "sampler": "dpmpp", "eta": 0.0, "guidance": 1.0}
+    for name, value in given.items():
+        if value and value != usual.get(name):
+            raise UsageError(
+                f"--{name.strip('_')} is for --model: the images of --samples are drawn already; leave it out"
+            )
+
+
 def remarks_on(real: Real, training: Real | None, features: str, names: tuple[str, ...]) -> list[str]:
     """What a reader must know about the choice of images."""
     found = []
@@ -211,8 +227,8 @@ def remarks_on(real: Real, training: Real | None, features: str, names: tuple[st
         )
     if real.part in ("train", "all"):
         found.append(
-            f"the reference is {'all' if real.part == 'all' else 'the training part'} of {real.path}: make sure that "
-            f"the model never saw these images, since learning them by heart improves every number"
+            f"the reference is {'all' if real.part == 'all' else 'the training part'} of {real.path.name}: make sure "
+            f"that the model never saw these images, since learning them by heart improves every number"
         )
     if training and (shared := in_both(real.records, training.records)):
         found.append(f"{shared:,} images of --reference are in --train too, which hides memorisation")

@@ -183,8 +183,9 @@ class Follower:
 
     def _x_of(self, picture: Path, sink: Sink) -> int:
         """Grids are named by their x, or say that they are of the beginning or of the end."""
-        if picture.stem.isdecimal():
-            return int(picture.stem)
+        number = picture.stem.removeprefix("round-")
+        if number.isdecimal():
+            return int(number)
         return 0 if picture.stem == "before" or sink.last == -math.inf else int(sink.last)
 
     def _numbers(self, line: Mapping[str, Any]) -> dict[str, float]:

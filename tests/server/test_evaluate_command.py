@@ -41,7 +41,8 @@ def evaluate(folder: Path) -> Evaluate:
     def run(*arguments: str) -> Evaluation:
         out = folder / "out.json"
         command = ["evaluate", "--reference", str(folder / "real.npz"), "--features", str(folder / "cells.safetensors")]
-        small = ["--steps", "3", "--count", "24", "--resamples", "20", "--precision", "fp32", "--json", str(out)]
+        small = ["--resamples", "20", "--precision", "fp32", "--json", str(out)]
+        small += [] if "--samples" in arguments else ["--steps", "3", "--count", "24"]
         assert cli.run(app, "maskdm-server", [*command, *small, *arguments]) == 0
         return read_record(out)
 
@@ -170,6 +171,9 @@ def test_what_makes_numbers_better_than_they_are_is_said(folder: Path, evaluate:
         (["--model", "fed/model.safetensors", "--count", "1"], "--count"),
         (["--model", "real.npz"], "--model real.npz"),
         (["--samples", "wide.npz"], "give square ones"),
+        (["--samples", "like.npz", "--steps", "10"], "--steps is for --model"),
+        (["--samples", "like.npz", "--class", "a"], "--class is for --model"),
+        (["--samples", "like.npz", "--guidance", "2"], "--guidance is for --model"),
         (["--samples", "large.npz"], "--reference: none of 60 images can be used (60: smaller than 16x16)"),
     ],
 )

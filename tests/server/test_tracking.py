@@ -151,6 +151,14 @@ def test_tensorboard_shows_the_configuration_and_the_grids_of_samples(new_run: N
     assert len(list((out / "tensorboard").iterdir())) == 1
 
 
+def test_a_grid_of_a_round_stands_at_that_round_though_later_ones_are_done(new_run: NewRun) -> None:
+    out = new_run(seed=7)
+    add_rounds(out, 1, 2, 3, 4, 5)
+    save_png(out / "samples" / "round-000003.png", Image.new("L", (6, 4), 10))
+    finish(out, FEDERATION, "tensorboard")
+    assert [picture.step for picture in in_tensorboard(out).Images("samples")] == [3]
+
+
 def test_mlflow_shows_the_configuration_the_grids_and_how_the_run_ended(new_run: NewRun) -> None:
     out = new_run(seed=7)
     add_rounds(out, 1)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from maskdm.errors import UsageError
 
-# pt_inception-2015-12-05-6726825d.pth, whose name carries the first digits of its sha256.
-INCEPTION_SHA256 = "6726825d"
+# weights-inception-2015-12-05-6726825d.pth of torch-fidelity; pytorch-fid's pt_inception-… is the same file.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 RESIZE = "bilinear as TensorFlow 1, to 299x299"
 
 

@@ -48,7 +48,7 @@ def load_real(
     Args:
         option: what the user chose the source with.
         part: auto is the test part where there is one, else the validation part, else all.
-        labels: only images of these, where the corpus has any of them.
+        labels: only images of these, where the corpus has labels at all.
 
     Raises:
         DataError: see `open_source` and `load_corpus`; or there are fewer than two such images.
@@ -58,6 +58,10 @@ def load_real(
     chosen = next(name for name in PARTS if counts[name]) if part == "auto" else part
     rows = _rows(corpus, chosen)
     numbers = [number for number, label in enumerate(corpus.labels) if label in labels]
+    if labels and corpus.labels and not numbers:
+        raise DataError(
+            f"{option} {path} has no images of class {', '.join(labels)}: it has {', '.join(corpus.labels)}"
+        )
     if numbers:
         rows = rows[np.isin(corpus.index["label"][rows], numbers)]
     if len(rows) < 2:

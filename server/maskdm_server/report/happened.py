@@ -43,7 +43,7 @@ class Happened:
         try:
             event = json.loads(line)
             self._take(str(event["event"]), float(event["time"]), event)
-        except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
+        except (ValueError, KeyError, TypeError, RecursionError, AttributeError, OverflowError):
             self.unreadable += bool(line.strip())
 
     def _take(self, kind: str, time: float, event: dict[str, Any]) -> None:

@@ -53,6 +53,8 @@ def test_with_labels_only_images_of_these_are_compared(tmp_path: Path, extractor
     assert len(found.rows) == 3
     unlabelled = load(source(tmp_path / "b", 12, 0), extractor, labels=("1",))
     assert len(unlabelled.rows) == 12
+    with pytest.raises(DataError, match="has no images of class 7: it has"):
+        load(source(tmp_path / "c", 12, 6), extractor, labels=("7",))
 
 
 def test_images_that_both_have_are_counted(tmp_path: Path, extractor: Extractor) -> None:
