@@ -80,26 +80,28 @@ def _save(path: Path, images: Array, labels: NDArray[Any]) -> None:
 
 def main() -> None:
     """Prepare, run, and copy the results."""
-    own, _, rest = " ".join(sys.argv[1:]).partition(" -- ")
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    own, rest = given[:cut], given[cut + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(OPTIONS))
     parser.add_argument("--data", type=Path, required=True, help="folder with the packs")
     parser.add_argument("--out", type=Path, required=True, help="working folder; the same command again continues")
     parser.add_argument("--json", type=Path, help="write the results there, and the table beside it")
-    arguments = parser.parse_args(own.split())
+    arguments = parser.parse_args(own)
     arguments.out.mkdir(parents=True, exist_ok=True)
     network = {"fashion": fashion, "xray": xray}[arguments.task](arguments.data, arguments.out)
     command = [
         *("experiment", "--public", str(arguments.out / "public.npz"), "--local", str(arguments.out / "local.npz")),
         *("--features", str(network), "--out", str(arguments.out / "experiment")),
-        *(*OPTIONS[arguments.task], *rest.split()),
+        *(*OPTIONS[arguments.task], *rest),
     ]
     _run(*command)
     if arguments.json:
         results = json.loads((arguments.out / "experiment" / "results.json").read_text())
         about = {
             "task": arguments.task,
-            "command": f"python benchmarks/transfer.py {arguments.task} --data DIR --out WORK -- {rest}",
+            "command": f"python benchmarks/transfer.py {arguments.task} --data DIR --out WORK -- {' '.join(rest)}",
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
         }
