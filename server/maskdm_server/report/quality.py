@@ -40,7 +40,10 @@ def quality_at_sites(lines: Sequence[QualityLine]) -> Markup:
         for site, found in list(newest.by_site.items())[:MOST_SITES]
     ]
     alone = table(f"Each site on its own: {_model(newest)}", ["Site", *header[2:]], each) if each else ""
-    return together(table("Compared by the sites with images of their own", header, rows), alone)
+    measured_by = {frozenset(line.by_site) for line in shown}
+    warning = note("Not all of these models were measured by the same sites: part of a difference may be theirs.")
+    compared = table("Compared by the sites with images of their own", header, rows)
+    return together(compared, warning if len(measured_by) > 1 else "", alone)
 
 
 def _model(line: QualityLine) -> str:
@@ -77,7 +80,8 @@ def _group(records: Sequence[Evaluation]) -> Markup:
     return together(
         table(said, header, rows),
         note(
-            f"In brackets the {100 * last.confidence:.0f} % interval; the floor is what real images get. ",
+            f"In brackets the {100 * last.confidence:.0f} % interval; the floor is what "
+            f"{count(last.metrics[last.headline].floor_images)} real images get against as many others. ",
             *_spaced(about),
         ),
         row_of(*(_over_time(name, records) for name in names[:MOST_CHARTS])),

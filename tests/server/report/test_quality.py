@@ -95,3 +95,13 @@ def test_what_sites_measured_themselves_is_shown_together_and_one_by_one() -> No
     ]
     assert said[said.index("<b>evil</b>") :] == ["<b>evil</b>", "50", "11.00", "ward", "40", "–"]
     assert quality_at_sites([]) == ""
+
+
+def test_models_that_other_sites_measured_carry_a_warning() -> None:
+    def line(number: int, *sites: str) -> QualityLine:
+        by_site = {site: {"quality_images": 40} for site in sites}
+        return QualityLine(round=number, sites=len(sites), quality_images=40, quality={"fd": 1.0}, by_site=by_site)
+
+    warning = "Not all of these models were measured by the same sites: part of a difference may be theirs."
+    assert warning in Document(quality_at_sites([line(0, "a", "b"), line(3, "b")])).text
+    assert warning not in Document(quality_at_sites([line(0, "a", "b"), line(3, "b", "a")])).text
