@@ -46,7 +46,8 @@ def start(place: Path, name: str, *arguments: str) -> Started:
         "--json",
         f"{name}.json",
     ]
-    small = ["--count", "100", "--steps", "10", "--batch-size", "50", "--precision", "fp32"]
+    small = ["--batch-size", "50", "--precision", "fp32"]
+    small += [] if "--samples" in arguments else ["--count", "100", "--steps", "10"]
     command = ["maskdm-server", "evaluate", *common, *small, *arguments]
     return Started(command, place, name, MASKDM_CACHE=str(place / "cache"))
 

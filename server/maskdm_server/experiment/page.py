@@ -65,7 +65,7 @@ def experiment_page(
         section(
             "Curves",
             note(
-                "Means of the seeds; logarithmic. Lower is better, and ",
+                "Means of the seeds; both axes are logarithmic. Lower is better, and ",
                 f"{int(floor['n']):,} real images score ",
                 figure(floor["fd"]),
                 ".",
@@ -98,7 +98,7 @@ def curves(title: str, results: Results, names: Sequence[str], over: str) -> Mar
     """The chart of some arms, as far as they ran."""
     series = [Series(name, mean_curve(results[name], over)) for name in names if name in results]
     x = "local images seen" if over == "images" else "FLOPs"
-    return line_chart(title, series, x=x, y="Fréchet distance", log=True)
+    return line_chart(title, series, x=x, y="Fréchet distance", log=True, log_x=True)
 
 
 def curves_file(results: Results) -> str:

@@ -83,6 +83,7 @@ def line_chart(
     x: str,
     y: str,
     log: bool = False,
+    log_x: bool = False,
     whole: bool = True,
     counts: bool = False,
     from_zero: bool = False,
@@ -92,7 +93,7 @@ def line_chart(
 
     Args:
         x, y: what the axes show, with units.
-        log: the y axis is logarithmic where all values are above 0.
+        log, log_x: the y or the x axis is logarithmic where all its values are above 0.
         whole: x counts something.
         counts: y counts something.
         from_zero: the y axis begins at 0.
@@ -102,7 +103,8 @@ def line_chart(
     lines = [line for line in lines if line.points]
     if not lines:
         return Markup("")
-    across = _axis([px for line in lines for px, _ in line.points], LEFT, RIGHT, whole=whole)
+    xs = [px for line in lines for px, _ in line.points]
+    across = _axis(xs, LEFT, RIGHT, log=log_x and min(xs) > 0, whole=whole)
     ys = [py for line in lines for _, py in line.points]
     log, zero = log and min(ys) > 0, [0.0] if from_zero else []
     up = _axis([*ys, *zero], BOTTOM, TOP, log=log, whole=counts, below=not from_zero, above=True)
