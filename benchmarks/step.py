@@ -236,6 +236,11 @@ def timed(steps: dict[str, Step], repeats: int, device: torch.device) -> dict[st
     return seconds
 
 
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times as fast ours is: the median over rounds."""
+    return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
+
+
 def gemm_peak(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second of the best of several square products."""
     side = 1024 if device.type == "cpu" else 8192
@@ -292,8 +297,7 @@ def run_cpu(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
             row[f"share of peak, {name}"] = case.flops() / median[name] / peaks["bf16" if name == "bf16" else "fp32"]
         if peer:
             for name, against in (("stock", "fp32"), ("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")):
-                pairs = zip(seconds[f"peer {against}"], seconds[name], strict=True)
-                row[f"{name} against the peer's {against}"] = statistics.median(theirs / mine for theirs, mine in pairs)
+                row[f"{name} against the peer's {against}"] = ratio(seconds[f"peer {against}"], seconds[name])
         yield row
     yield {"what": "exponent of cost in visible tokens"} | {
         name: exponent(name, device, max(2, options.repeats // 2)) for name in ("fp32", "bf16")
@@ -309,33 +313,34 @@ def run_gpu(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
     peer = import_peer(options.peer) if options.peer else None
     for compiled in (False, True):
         for case in GPU_CASES:
-            steps = {"": our_step(case, "bf16", device, compiled=compiled)}
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                steps[""]()
-                memory = torch.cuda.max_memory_allocated() / 2**20
-                if peer and not compiled:
-                    steps["peer"] = peer_step(case, peer, "bf16", device)
-                found = timed(steps, options.repeats, device)
-            except torch.OutOfMemoryError:
-                yield {"what": case.name, "compiled": compiled, "out of memory": "peer" if "peer" in steps else "ours"}
-                continue
-            seconds = statistics.median(found[""])
-            row = {
-                "what": case.name,
-                "compiled": compiled,
-                "seconds": seconds,
-                "images/s": case.batch / seconds,
-                "TFLOP/s": case.flops() / seconds / 1e12,
-                "share of peak": case.flops() / seconds / peak,
-                "MiB": memory,
-            }
-            if "peer" in steps:
-                pairs = zip(found["peer"], found[""], strict=True)
-                row["bf16 against the peer's bf16"] = statistics.median(theirs / mine for theirs, mine in pairs)
-            yield row
-            del steps
             torch.cuda.empty_cache()
+            yield {"what": case.name, "compiled": compiled} | gpu_row(
+                case, compiled, peer, peak, options.repeats, device
+            )
+
+
+def gpu_row(
+    case: Case, compiled: bool, peer: tuple[Any, Any] | None, peak: float, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    steps = {"": our_step(case, "bf16", device, compiled=compiled)}
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        steps[""]()
+        memory = torch.cuda.max_memory_allocated() / 2**20
+        if peer and not compiled:
+            steps["peer"] = peer_step(case, peer, "bf16", device)
+        found = timed(steps, repeats, device)
+    except torch.OutOfMemoryError:
+        return {"out of memory": "peer" if "peer" in steps else "ours"}
+    seconds = statistics.median(found[""])
+    row = {
+        "seconds": seconds,
+        "images/s": case.batch / seconds,
+        "TFLOP/s": case.flops() / seconds / 1e12,
+        "share of peak": case.flops() / seconds / peak,
+        "MiB": memory,
+    }
+    return row | {"bf16 against the peer's bf16": ratio(found["peer"], found[""])} if "peer" in steps else row
 
 
 def print_row(row: dict[str, Any]) -> None:

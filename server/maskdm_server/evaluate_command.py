@@ -1,5 +1,6 @@
 """`maskdm-server evaluate`: how near a model's images are to real ones, with all that belongs to such numbers."""
 
+import inspect
 import math
 import tempfile
 from collections.abc import Iterator
@@ -98,7 +99,9 @@ def evaluate(
     if (model is None) == (samples is None):
         raise UsageError("give either --model, or --samples with images made elsewhere")
     if samples:
-        refuse_drawing(count=count, sampler=sampler, steps=steps, eta=eta, guidance=guidance, class_=class_name)
+        refuse_drawing(
+            count=count, sampler=sampler, steps=steps, eta=eta, guidance=guidance, class_name=class_name or None
+        )
     picked = pick_device(device)
     extractor = random_extractor(picked) if features == RANDOM else open_extractor(Path(features), device=picked)
     metadata: CheckpointMetadata | None = None
@@ -209,12 +212,11 @@ def refuse_drawing(**given: object) -> None:
     Raises:
         UsageError: one of them differs from what it is if nobody gives it.
     """
-    usual = {"count": 2000, "sampler": "dpmpp", "eta": 0.0, "guidance": 1.0}
+    usual = inspect.signature(evaluate).parameters
     for name, value in given.items():
-        if value and value != usual.get(name):
-            raise UsageError(
-                f"--{name.strip('_')} is for --model: the images of --samples are drawn already; leave it out"
-            )
+        if value != usual[name].default:
+            option = name.removesuffix("_name")
+            raise UsageError(f"--{option} is for --model: the images of --samples are drawn already; leave it out")
 
 
 def remarks_on(real: Real, training: Real | None, features: str, names: tuple[str, ...]) -> list[str]:

@@ -170,7 +170,7 @@ class Journal:
         return Stored(self._state_path(self.number)) if self.number else {}
 
     def _state_path(self, number: int) -> Path:
-        return self._rounds / f"{number:06d}.state.safetensors"
+        return state_of_round(self.folder, number)
 
     def _numbers(self) -> list[int]:
         return sorted(int(p.stem) for p in self._rounds.glob("*.safetensors") if p.stem.isdecimal())
@@ -196,13 +196,16 @@ def model_of_round(federation: Path, number: int) -> Path:
     return federation / ROUNDS / f"{number:06d}.safetensors" if number else federation / "prior.safetensors"
 
 
+def state_of_round(federation: Path, number: int) -> Path:
+    """What a round left beside its model."""
+    return federation / ROUNDS / f"{number:06d}.state.safetensors"
+
+
 def published_after(federation: Path, number: int) -> dict[str, Tensor]:
     """Weights of `model.safetensors` as it was after a round that is kept: its moving average, where there is one."""
-    state = Stored(federation / ROUNDS / f"{number:06d}.state.safetensors")
-    names = [name for name in layout_of(state) if name.startswith("ema.")]
-    if not names:
-        return load_checkpoint(model_of_round(federation, number))[0]
-    return {name.removeprefix("ema."): torch.from_numpy(np.array(state[name])) for name in names}
+    state = Stored(state_of_round(federation, number))
+    average = {name.removeprefix("ema."): torch.from_numpy(state[name]) for name in state if name.startswith("ema.")}
+    return average or load_checkpoint(model_of_round(federation, number))[0]
 
 
 def _is_torn(path: Path) -> bool:

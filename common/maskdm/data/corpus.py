@@ -163,15 +163,20 @@ def in_memory(pixels: Pixels, labels: Sequence[str] | None = None) -> Corpus:
     return Corpus(pixels, index, manifest)
 
 
+def content_keys(index: Index) -> NDArray[np.uint64]:
+    """A number for each image, the same for equal files: 8 bytes of their hash, (N,)."""
+    keys: NDArray[np.uint64] = index["sha256"][:, :8].copy().view("<u8")[:, 0]
+    return keys
+
+
 def in_both(first: Index, second: Index) -> int:
-    """How many images of the first the second has too, by the hashes of their files."""
-    one, other = (index["sha256"][:, :8].copy().view("<u8")[:, 0] for index in (first, second))
-    return int(np.isin(one, other).sum())
+    """How many images of the first the second has too, byte by byte."""
+    return int(np.isin(content_keys(first), content_keys(second)).sum())
 
 
 def repeated(index: Index) -> int:
     """Images whose file repeats that of another one byte by byte."""
-    keys = np.sort(index["sha256"][:, :8].copy().view("<u8")[:, 0])
+    keys = np.sort(content_keys(index))
     return int(np.sum(keys[1:] == keys[:-1]))
 
 

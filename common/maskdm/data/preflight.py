@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maskdm.config import Frozen
-from maskdm.data.corpus import SKIPPED, Corpus, Manifest, Statistics
+from maskdm.data.corpus import SKIPPED, Corpus, Manifest, Statistics, content_keys
 from maskdm.data.duplicates import near_duplicates, thumbnail
 from maskdm.data.pixels import PixelPolicy
 from maskdm.pictures import grid_picture, save_png
@@ -49,7 +49,7 @@ class Preflight(Frozen):
 def inspect(corpus: Corpus, prior: "CheckpointMetadata | None" = None) -> Preflight:
     """Look a corpus over, and compare it with a prior's metadata where one is given."""
     manifest, index = corpus.manifest, corpus.index
-    _, different = np.unique(index["sha256"][:, :8].copy().view("<u8")[:, 0], return_index=True)
+    _, different = np.unique(content_keys(index), return_index=True)
     some = np.sort(np.random.default_rng(derive_seed("preflight")).permutation(different)[:LOOKED_AT])
     alike = near_duplicates(np.stack([thumbnail(corpus.image(row)) for row in some]))
     area = index["width"].astype(np.int64) * index["height"]

@@ -147,6 +147,8 @@ def run_arm(place: Place, arm: Arm, public: Corpus, images: LocalImages) -> list
 
 
 def _train(place: Place, arm: Arm, prior: Path, images: LocalImages, seed: int, lr: float) -> None:
+    if (place.run(arm, seed, lr) / PICTURE).exists():  # what a run writes last
+        return
     kind = "skewed" if arm.sites == "skewed" else "iid"
     folder = place.folder / "sites" / f"{kind}-seed{seed}"
     if arm.everything:

@@ -66,7 +66,7 @@ def experiment_page(
             "Curves",
             note(
                 "Means of the seeds; both axes are logarithmic. Lower is better, and ",
-                f"{int(floor['n']):,} real images score ",
+                f"{count(floor['n'])} real images score ",
                 figure(floor["fd"]),
                 ".",
             ),
@@ -143,7 +143,7 @@ def _table(results: Results, floor: Mapping[str, float]) -> Markup:
     ]
     rows.append(
         [
-            f"{int(floor['n']):,} real images",
+            f"{count(floor['n'])} real images",
             "",
             "",
             "",

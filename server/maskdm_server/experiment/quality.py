@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from maskdm.checkpoint import model_from
@@ -41,8 +42,7 @@ class Judge:
     def __init__(self, images: LocalImages, extractor: Path, config: ExperimentConfig, device: torch.device) -> None:
         self.extractor: Extractor = open_extractor(extractor, device=device)
         self._config, self._device = config, device
-        spread = np.linspace(0, len(images.test) - 1, min(LOSS_IMAGES, len(images.test))).round().astype(int)
-        self._pixels = images.pixels(images.test[spread])  # not the first: files of one label stand together
+        self._pixels = images.pixels(images.test[_evenly(len(images.test), LOSS_IMAGES)])
         self.validation, self.test = (
             Reference.of(self.extractor.features(images.pixels(rows))) for rows in (images.validation, images.test)
         )
@@ -50,12 +50,11 @@ class Judge:
     def floor(self) -> dict[str, float]:
         """What `n` real images score: of those held out to choose by as many as samples are drawn, if there are."""
         features = self.validation.features
-        n = min(self._config.samples, len(features))
-        chosen = features[torch.linspace(0, len(features) - 1, n, dtype=torch.float64).round().long()]
+        chosen = features[_evenly(len(features), self._config.samples)]
         return {
             "fd": frechet_distance(moments(chosen), self.test.moments),
             "kd": kernel_distance(chosen, self.test.features),
-            "n": n,
+            "n": len(chosen),
         }
 
     def judge(self, weights: Mapping[str, Tensor], seed: int) -> dict[str, Any]:
@@ -83,3 +82,8 @@ class Judge:
             "kd": kernel_distance(found, self.test.features),
             "loss": loss,
         }
+
+
+def _evenly(count: int, most: int) -> NDArray[np.int64]:
+    """Places of at most `most` of `count` images from first to last: those of one label often stand together."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)

@@ -104,8 +104,6 @@ def make_prior(place: Place, arm: Arm, corpus: Corpus, seed: int) -> Path:
 def run_pooled(place: Place, arm: Arm, prior: Path, pixels: Pixels, seed: int, lr: float) -> None:
     """Train on pooled images and measure at each point of the budget."""
     folder, spent, config = place.run(arm, seed, lr), spending(place.config, arm), place.config
-    if (folder / PICTURE).exists():  # what is written last
-        return
     measured = _measured(folder)
     training = _training(config, spent.local, config.batch_size, lr, seed)
     model = model_from(load_checkpoint(prior)[0], config.model, place.device)
@@ -131,8 +129,6 @@ def run_federated(place: Place, arm: Arm, prior: Path, sites: list[Path], seed: 
     """Run a whole federation, with the real code of server and client, and measure its rounds."""
     folder, spent, config = place.run(arm, seed, lr), spending(place.config, arm), place.config
     rounds, marks = rounds_of(config, spent)
-    if (folder / PICTURE).exists():  # what is written last
-        return
     measured = _measured(folder)
     federation = folder / "federation"
     federation.mkdir(parents=True, exist_ok=True)

@@ -175,6 +175,14 @@ def test_mistakes_are_one_line(
     assert message in error
 
 
+def small_config(**more: object) -> ExperimentConfig:
+    model = ModelConfig(image_size=8, channels=1, patch_size=2, dim=16, depth=2, heads=2)
+    mask = MaskConfig(kind="patch", ratio=0.5)
+    return ExperimentConfig.model_validate(
+        {"model": model, "diffusion": DiffusionConfig(), "mask": mask, "fraction": 0.5, **more}
+    )
+
+
 def test_images_of_one_group_and_equal_images_are_held_out_together() -> None:
     random = np.random.default_rng(2)
     pixels = random.integers(0, 256, (200, 1, 8, 8), np.uint8)
@@ -197,13 +205,7 @@ def test_a_strong_skew_over_few_labels_is_drawn_until_every_site_has_images() ->
     corpus = in_memory(
         np.random.default_rng(3).integers(0, 256, (4000, 1, 8, 8), np.uint8), ["a", "b", "c", "c"] * 1000
     )
-    config = ExperimentConfig(
-        model=ModelConfig(image_size=8, channels=1, patch_size=2, dim=16, depth=2, heads=2),
-        diffusion=DiffusionConfig(),
-        mask=MaskConfig(kind="patch", ratio=0.5),
-        fraction=0.5,
-        alpha=0.1,
-    )
+    config = small_config(alpha=0.1)
     public = in_memory(np.zeros((1, 1, 8, 8), np.uint8))
     images.check(images.part(corpus, 50), public, config, arms_named(["federated-skewed"], config.mask))
 
@@ -213,14 +215,7 @@ def test_pooled_and_federated_arms_train_on_the_same_images(tmp_path: Path) -> N
     random = np.random.default_rng(1)
     labels = ["a", "b"] * 200
     corpus = in_memory(random.integers(0, 256, (400, 1, 8, 8), np.uint8), labels)
-    config = ExperimentConfig(
-        model=ModelConfig(image_size=8, channels=1, patch_size=2, dim=16, depth=2, heads=2),
-        diffusion=DiffusionConfig(),
-        mask=MaskConfig(kind="patch", ratio=0.5),
-        fraction=0.5,
-        clients=2,
-        alpha=1.0,
-    )
+    config = small_config(clients=2, alpha=1.0)
     parted = images.part(corpus, 50)
     assert not set(parted.local) & {*parted.validation, *parted.test}
     kinds: tuple[Sites, ...] = ("iid", "skewed")
