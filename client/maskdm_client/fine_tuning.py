@@ -19,7 +19,7 @@ from maskdm.precision import arithmetic, pick_precision
 from maskdm.protocol import RoundPlan
 from maskdm.seeding import derive_seed
 from maskdm.trainable import PartialNetwork, load_values, partial_update
-from maskdm.training import Progress, TrainingState, put_weights, train
+from maskdm.training import Progress, TrainingState, optimizer_tensors, put_weights, restore_optimizer, train
 from maskdm_client.local_data import LocalImages
 from maskdm_client.saved import Saved
 from maskdm_client.settings import SiteSettings
@@ -27,7 +27,7 @@ from maskdm_client.settings import SiteSettings
 # Enough (image, timestep, noise) draws for a held-out loss whose differences between rounds can be read.
 HELD_OUT_DRAWS = 512
 REPORT_SECONDS = 2.0
-# The optimiser starts anew each round, so its memory must suit tens of steps, not the published 200,000.
+# Of the optimiser, which sees tens of steps a round: its memory must suit those, not the published 200,000.
 LOCAL_BETAS = (0.9, 0.95)
 
 Say = Callable[[dict[str, Any]], None]
@@ -42,6 +42,7 @@ class Done:
     """What a round's training gave."""
 
     update: dict[str, Tensor]  # fp32, named and shaped as the plan asks
+    moments: dict[str, Tensor]  # of the optimiser, where it worked
     images_seen: int
     loss_before: float
     loss_after: float
@@ -58,12 +59,14 @@ def fine_tune(
     saved: Saved,
     say: Say,
     superseded: Callable[[], bool],
+    moments: dict[str, Tensor],
 ) -> Done:
     """Train for the images or the minutes that the plan gives, whichever end first, and measure before and after.
 
     Args:
         weights: those that came down, also in `model`.
         saved: what an earlier start of the same work left.
+        moments: of the optimiser, at the end of the round before; none: it starts anew.
 
     Raises:
         Superseded: it said so between two steps.
@@ -82,7 +85,10 @@ def fine_tune(
     rank, seed = plan.adapter_rank, training.seed
     learner = model if plan.train == "all" else PartialNetwork(model, plan.train, rank, seed)
     state = TrainingState.fresh(learner, training)
-    before, spent = saved.restore(state) or (held_out_loss(model, plan, images, settings), 0.0)
+    resumed = saved.restore(state)
+    if not resumed:
+        restore_optimizer(state, _fitting(moments, learner))
+    before, spent = resumed or (held_out_loss(model, plan, images, settings), 0.0)
     say({"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": before, "images": state.images_seen})
 
     def seconds() -> float:
@@ -124,7 +130,7 @@ def fine_tune(
         update = {name: average.cpu() - weights[name] for name, average in state.average.items()}
         put_weights(learner, state.average)
     after = held_out_loss(learner, plan, images, settings)
-    return Done(update, state.images_seen, before, after, seconds(), state.skipped)
+    return Done(update, optimizer_tensors(state), state.images_seen, before, after, seconds(), state.skipped)
 
 
 def held_out_loss(
@@ -152,3 +158,10 @@ def held_out_loss(
     if not loss <= LARGEST_LOSS:  # nor where it is no number
         raise TrainingDiverged(f"the held-out loss is {loss:g}: the model is of no use, or try --precision fp32")
     return loss
+
+
+def _fitting(moments: dict[str, Tensor], model: Network | PartialNetwork) -> dict[str, Tensor]:
+    """The moments by name, or none of them where they are of other parameters, e.g. of another `train`."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found = {name.partition(".")[2]: tensor.shape for name, tensor in moments.items() if tensor.dim()}
+    return moments if found == shapes else {}

@@ -79,13 +79,6 @@ def _rest(plan: RoundPlan, folder: Path | None) -> Arrays:
         raise RestMissing("only the weights that change came, and the others are not here; asking for them") from error
 
 
-def forget_others(plan: RoundPlan, folder: Path) -> None:
-    """Remove what earlier federations left in a site's work folder: files named KIND-FEDERATION-…"""
-    for path in (*folder.glob("rest-*.safetensors"), *folder.glob("residual-*.safetensors")):
-        if path.name.split("-")[1] != plan.federation:
-            path.unlink(missing_ok=True)
-
-
 def _path(plan: RoundPlan, folder: Path) -> Path:
     return folder / f"rest-{plan.federation}-{plan.train}.safetensors"
 

@@ -31,10 +31,11 @@ from maskdm_client.allowance import PolicyRefused, check_allowance, use_allowanc
 from maskdm_client.approval import HELD, NotApproved, check_not_denied, decision, wait_for_decision
 from maskdm_client.fine_tuning import Superseded, fine_tune, held_out_loss
 from maskdm_client.gate import check_numbers, check_update, code, norms, problem_of_size, record
+from maskdm_client.kept import Kept, forget_others
 from maskdm_client.local_data import LocalImages, forget_pixels, local_images
 from maskdm_client.mailbox import Mailbox, note, plain
 from maskdm_client.quality import NotEvaluated, measure_quality
-from maskdm_client.received import PlanRefused, RestMissing, forget_others, key_of, read_weights
+from maskdm_client.received import PlanRefused, RestMissing, key_of, read_weights
 from maskdm_client.residual import Residual
 from maskdm_client.saved import STARTS, Saved
 from maskdm_client.settings import SiteSettings, load_settings
@@ -138,7 +139,9 @@ def _train(
         raise TooLarge(problem)
     check_allowance(folder, key, policy)
     model, images = _prepare(plan, weights, settings, folder, say)
-    done = fine_tune(model, plan, weights, images, settings, saved, say, superseded)
+    # Factors of adapters are drawn anew each round: moments of theirs mean nothing in the next.
+    kept = Kept(folder / "work", "moments", plan) if plan.keep_moments and plan.train != "adapters" else None
+    done = fine_tune(model, plan, weights, images, settings, saved, say, superseded, kept.before() if kept else {})
     report = Report(
         round=plan.round,
         exchange=plan.exchange,
@@ -156,6 +159,8 @@ def _train(
         _hold(released, plan, norms(update, plan, weights), folder, say, superseded)
     use_allowance(folder, key, policy)
     residual.keep(update, released.arrays)
+    if kept:
+        kept.keep({name: tuple(t.shape) for name, t in done.moments.items()}, lambda name: done.moments[name].cpu())
     event = {"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")}
     return released, event
 

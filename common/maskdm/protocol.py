@@ -41,6 +41,7 @@ class RoundPlan(Frozen):
     batch_size: Annotated[int, Field(ge=1, le=65_536)]
     lr: Annotated[float, Field(gt=0, le=1)]
     proximal: Annotated[float, Field(ge=0)] = 0.0  # μ of FedProx
+    keep_moments: bool = False  # of the optimiser, from round to round; they stay at the site
     train: Trainable = "all"
     adapter_rank: Annotated[int, Field(ge=1, le=4096)] = 8
     encoding: Encoding = "bf16"
@@ -59,11 +60,13 @@ class RoundPlan(Frozen):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_absent_quality(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Sites that know no evaluation refuse a key that they do not know, and shall train all the same."""
+    def _without_absent(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Sites of an earlier version refuse a key that they do not know, and shall train all the same."""
         found: dict[str, Any] = usual(self)
         if self.quality is None:
             del found["quality"]
+        if not self.keep_moments:
+            del found["keep_moments"]
         return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -41,6 +41,7 @@ class FederationConfig(Frozen):
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
     lr: Annotated[float, Field(gt=0, le=1)] = 5e-5
     proximal: Annotated[float, Field(ge=0)] = 0.0
+    keep_moments: bool = False
     train: Trainable = "all"
     adapter_rank: Annotated[int, Field(ge=1, le=4096)] = 8
     encoding: Encoding = "bf16"

@@ -59,6 +59,9 @@ def federation_options(
     batch_size: Annotated[int, typer.Option(help="Batch size at the clients.")] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate at the clients.")] = 5e-5,
     proximal: Annotated[float, typer.Option(help="FedProx: pull of the clients towards the round's model.")] = 0.0,
+    keep_moments: Annotated[
+        bool, typer.Option(help="Clients keep their optimiser's moments from round to round.")
+    ] = False,
     train: Annotated[Trainable, typer.Option(help="What clients train and send.")] = "all",
     adapter_rank: Annotated[int, typer.Option(help="Rank of --train adapters.")] = 8,
     encoding: Annotated[Encoding, typer.Option(help="Of updates on their way up.")] = "bf16",

@@ -61,11 +61,11 @@ def ask(make_plan: Callable[..., RoundPlan], weights: dict[str, Tensor]) -> Call
 def make_site(tmp_path: Path) -> Callable[..., Path]:
     """The folder of a site with 40 small grey pictures, as `maskdm-client` leaves it; keywords change its settings."""
 
-    def make(images: Any = None, **changes: Any) -> Path:
+    def make(images: Any = None, name: str = "site", **changes: Any) -> Path:
         if images is None:
             ramp = np.linspace(0, 200, 8).astype(np.uint8)
             images = np.stack([np.tile(ramp, (8, 1)) + np.uint8(i) for i in range(40)])
-        folder = tmp_path / "site"
+        folder = tmp_path / name
         folder.mkdir()
         np.savez(tmp_path / "hospital-data.npz", images=images)
         values = {"data": tmp_path / "hospital-data.npz", "precision": "fp32", "device": "cpu", "threads": 1}

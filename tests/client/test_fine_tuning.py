@@ -56,6 +56,7 @@ class Site:
         superseded: Callable[[], bool] = lambda: False,
         key: str = "key",
         folder: str = "work",
+        moments: dict[str, Tensor] | None = None,
     ) -> Done:
         """One start of the work; `on` hears what it says."""
         work = self.folder / folder
@@ -68,7 +69,9 @@ class Site:
 
         model = model_from(self.weights, plan.model.model)
         unfinished = Saved(work, key)
-        done = fine_tune(model, plan, self.weights, self.images, self.settings, unfinished, say, superseded)
+        done = fine_tune(
+            model, plan, self.weights, self.images, self.settings, unfinished, say, superseded, moments or {}
+        )
         unfinished.forget()
         return done
 
@@ -103,7 +106,10 @@ def assert_same(found: Done, expected: Done) -> None:
     """In all but the seconds."""
     assert found.update.keys() == expected.update.keys()
     assert all(torch.equal(found.update[name], expected.update[name]) for name in expected.update)
-    assert replace(found, update={}, seconds=0) == replace(expected, update={}, seconds=0)
+    assert found.moments.keys() == expected.moments.keys()
+    assert all(torch.equal(found.moments[name], tensor) for name, tensor in expected.moments.items())
+    rest: dict[str, Any] = {"update": {}, "moments": {}, "seconds": 0}
+    assert replace(found, **rest) == replace(expected, **rest)
 
 
 def length(update: dict[str, Tensor]) -> float:

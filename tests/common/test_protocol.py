@@ -29,6 +29,7 @@ CHANGES: dict[str, Any] = {
     "batch_size": 9,
     "lr": 1.0000001e-3,
     "proximal": 1e-9,
+    "keep_moments": True,
     "train": "adapters",
     "adapter_rank": 4,
     "encoding": "int8",
@@ -148,6 +149,12 @@ def test_what_is_no_plan_at_all_is_refused(document: str) -> None:
 def test_a_plan_cannot_be_changed(plan: RoundPlan) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         plan.lr = 1
+
+
+def test_a_site_that_knows_no_kept_moments_understands_a_plan_without_them(plan: RoundPlan) -> None:
+    assert "keep_moments" not in json.loads(plan.model_dump_json())
+    kept = plan.model_copy(update={"keep_moments": True})
+    assert RoundPlan.model_validate_json(kept.model_dump_json()) == kept
 
 
 def test_a_site_that_knows_no_evaluation_understands_every_other_plan(plan: RoundPlan) -> None:

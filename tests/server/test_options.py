@@ -38,6 +38,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "batch_size": ("16", 16),
     "lr": ("0.001", 1e-3),
     "proximal": ("0.1", 0.1),
+    "keep_moments": ("true", True),
     "train": ("adapters", "adapters"),
     "adapter_rank": ("4", 4),
     "encoding": ("int8", "int8"),
@@ -134,7 +135,8 @@ def test_every_option_reaches_the_federation_however_it_is_given(
 ) -> None:
     given = {name: text for name, (text, _) in OTHER.items() if name != without}
     if how == "flag":
-        found = serve(*(part for name, text in given.items() for part in (option(name), text)))
+        parts = [(option(name),) if text == "true" else (option(name), text) for name, text in given.items()]
+        found = serve(*(part for both in parts for part in both))
     elif how == "environment":
         for name, text in given.items():
             monkeypatch.setenv(f"MASKDM_{name.upper()}", text)

@@ -872,6 +872,7 @@ def test_options_reach_the_plan(folder: Path) -> None:
         "batch_size": 16,
         "lr": 1e-3,
         "proximal": 0.25,
+        "keep_moments": True,
         "train": "adapters",
         "adapter_rank": 3,
         "encoding": "int8",

@@ -32,6 +32,7 @@ class ExperimentConfig(Frozen):
     clients: Annotated[int, Field(ge=2, le=1000)] = 4
     rounds: Positive = 20  # in which the local images are seen
     site_batch_size: Positive | None = None  # images a step at a site; None: `batch_size` shared out
+    keep_moments: bool = True  # at the sites, from round to round: a round has too few steps to gather them anew
     server_ema: Annotated[float, Field(ge=0, lt=1)] = 0.6  # over rounds, as the pooled arms average over steps
     alpha: Annotated[float, Field(gt=0)] = 0.1  # of the skewed sites
     samples: Annotated[int, Field(ge=16)] = 1000

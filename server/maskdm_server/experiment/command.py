@@ -65,6 +65,9 @@ def experiment(
     site_batch_size: Annotated[
         int | None, typer.Option(help="Images a step at a site; without it --batch-size is shared out.")
     ] = None,
+    keep_moments: Annotated[
+        bool, typer.Option(help="Sites keep their optimiser's moments from round to round.")
+    ] = True,
     server_ema: Annotated[float, typer.Option(help="Decay of the average of the rounds' models; 0: none.")] = 0.6,
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration of the label skew.")] = 0.1,
     references: Annotated[
@@ -96,6 +99,7 @@ def experiment(
             "clients": clients,
             "rounds": rounds,
             "site_batch_size": site_batch_size,
+            "keep_moments": keep_moments,
             "server_ema": server_ema,
             "alpha": alpha,
             "samples": samples,

@@ -141,6 +141,7 @@ def run_federated(place: Place, arm: Arm, prior: Path, sites: list[Path], seed: 
         "lr": lr,
         "seed": seed,
         "keep_every": 1,
+        "keep_moments": config.keep_moments,
         "server_ema": config.server_ema,
         "sample_every": 0,
     }
