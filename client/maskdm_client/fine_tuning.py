@@ -19,7 +19,16 @@ from maskdm.precision import arithmetic, pick_precision
 from maskdm.protocol import RoundPlan
 from maskdm.seeding import derive_seed
 from maskdm.trainable import PartialNetwork, load_values, partial_update
-from maskdm.training import Progress, TrainingState, optimizer_tensors, put_weights, restore_optimizer, train
+from maskdm.training import (
+    Progress,
+    TrainingState,
+    optimizer_shapes,
+    optimizer_tensors,
+    put_weights,
+    restore_optimizer,
+    train,
+)
+from maskdm_client.kept import Kept
 from maskdm_client.local_data import LocalImages
 from maskdm_client.saved import Saved
 from maskdm_client.settings import SiteSettings
@@ -42,7 +51,7 @@ class Done:
     """What a round's training gave."""
 
     update: dict[str, Tensor]  # fp32, named and shaped as the plan asks
-    moments: dict[str, Tensor]  # of the optimiser, where it worked
+    moments: dict[str, Tensor]  # of the optimiser, where they are to be kept
     images_seen: int
     loss_before: float
     loss_after: float
@@ -57,16 +66,16 @@ def fine_tune(
     images: LocalImages,
     settings: SiteSettings,
     saved: Saved,
+    moments: Kept,
     say: Say,
     superseded: Callable[[], bool],
-    moments: dict[str, Tensor],
 ) -> Done:
     """Train for the images or the minutes that the plan gives, whichever end first, and measure before and after.
 
     Args:
         weights: those that came down, also in `model`.
         saved: what an earlier start of the same work left.
-        moments: of the optimiser, at the end of the round before; none: it starts anew.
+        moments: of the optimiser, from the round before; where there are none it starts anew.
 
     Raises:
         Superseded: it said so between two steps.
@@ -87,7 +96,7 @@ def fine_tune(
     state = TrainingState.fresh(learner, training)
     resumed = saved.restore(state)
     if not resumed:
-        restore_optimizer(state, _fitting(moments, learner))
+        restore_optimizer(state, moments.before(optimizer_shapes(learner)))
     before, spent = resumed or (held_out_loss(model, plan, images, settings), 0.0)
     say({"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": before, "images": state.images_seen})
 
@@ -130,7 +139,8 @@ def fine_tune(
         update = {name: average.cpu() - weights[name] for name, average in state.average.items()}
         put_weights(learner, state.average)
     after = held_out_loss(learner, plan, images, settings)
-    return Done(update, optimizer_tensors(state), state.images_seen, before, after, seconds(), state.skipped)
+    left = optimizer_tensors(state) if moments.wanted else {}  # else they need not outlive the training
+    return Done(update, left, state.images_seen, before, after, seconds(), state.skipped)
 
 
 def held_out_loss(
@@ -158,10 +168,3 @@ def held_out_loss(
     if not loss <= LARGEST_LOSS:  # nor where it is no number
         raise TrainingDiverged(f"the held-out loss is {loss:g}: the model is of no use, or try --precision fp32")
     return loss
-
-
-def _fitting(moments: dict[str, Tensor], model: Network | PartialNetwork) -> dict[str, Tensor]:
-    """The moments by name, or none of them where they are of other parameters, e.g. of another `train`."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    found = {name.partition(".")[2]: tensor.shape for name, tensor in moments.items() if tensor.dim()}
-    return moments if found == shapes else {}

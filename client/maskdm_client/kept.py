@@ -1,7 +1,7 @@
 """Tensors that a site keeps from one round to the next, in its work folder; none of them ever leaves it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -9,27 +9,35 @@ from torch import Tensor
 
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
-from maskdm.tensorfile import chunks
+from maskdm.tensorfile import chunks, fp32
 
 KINDS = ("rest", "residual", "moments")  # files are named KIND-FEDERATION-…
 
 
 class Kept:
-    """One file a round, so that a round that is done again starts from what the round before it left."""
+    """One file a round, so that a round that is done again starts from what the round before it left.
 
-    def __init__(self, folder: Path, kind: str, plan: RoundPlan) -> None:
+    Args:
+        wanted: by the plan; else nothing is read or written. Nor is it for adapters: their factors are drawn anew each
+            round, and what is kept of one would mean nothing in the next.
+    """
+
+    def __init__(self, folder: Path, kind: str, plan: RoundPlan, wanted: bool) -> None:
         assert kind in KINDS
         self._folder, self._stem, self._round = folder, f"{kind}-{plan.federation}", plan.round
+        self.wanted = wanted and plan.train != "adapters"
 
-    def before(self) -> dict[str, Tensor]:
-        """What the last round before this one left; nothing where there was none."""
-        earlier = self._earlier()
-        return load_file(self._path(max(earlier))) if earlier else {}
+    def before(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """What the last round before this one left; nothing where there was none, or it has other shapes or names."""
+        earlier = self._earlier() if self.wanted else []
+        found = load_file(self._path(max(earlier))) if earlier else {}
+        return found if {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes else {}
 
-    def keep(self, shapes: dict[str, tuple[int, ...]], tensor: Callable[[str], Tensor]) -> None:
+    def keep(self, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], Tensor]) -> None:
         """Write what this round leaves, fp32, one tensor at a time."""
-        layout = {name: ("float32", shape) for name, shape in shapes.items()}
-        atomic_write(self._path(self._round), chunks(layout, lambda name: tensor(name).numpy()))
+        if not self.wanted:
+            return
+        atomic_write(self._path(self._round), chunks(fp32(shapes), lambda name: tensor(name).numpy()))
         earlier = self._earlier()
         for number in earlier:
             if number < max(earlier):

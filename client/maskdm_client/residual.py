@@ -18,20 +18,18 @@ class Residual:
     """What is left over of the updates of a federation."""
 
     def __init__(self, folder: Path, plan: RoundPlan) -> None:
-        self._plan, self._kept = plan, Kept(folder, "residual", plan)
-        # Factors of adapters are drawn anew each round: a rest of them means nothing in the next.
-        self._wanted = plan.encoding in ("int8", "topk") and plan.train != "adapters"
+        self._plan, self._kept = plan, Kept(folder, "residual", plan, wanted=plan.encoding in ("int8", "topk"))
 
     def added_to(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The update and what earlier rounds rounded away."""
-        left = self._kept.before() if self._wanted else {}
-        if {name: tensor.shape for name, tensor in left.items()} != {n: t.shape for n, t in update.items()}:
-            return dict(update)
-        return {name: tensor + left[name] for name, tensor in update.items()}
+        left = self._kept.before(_shapes(update))
+        return {name: tensor + left[name] if left else tensor for name, tensor in update.items()}
 
     def keep(self, update: Mapping[str, Tensor], sent: Arrays) -> None:
         """Remember what of `update` is not in what was sent."""
-        if not self._wanted:
-            return
-        shapes = {name: tuple(tensor.shape) for name, tensor in update.items()}
+        shapes = _shapes(update)
         self._kept.keep(shapes, lambda name: update[name] - decode(sent, name, shapes[name], self._plan.encoding))
+
+
+def _shapes(update: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in update.items()}

@@ -139,9 +139,8 @@ def _train(
         raise TooLarge(problem)
     check_allowance(folder, key, policy)
     model, images = _prepare(plan, weights, settings, folder, say)
-    # Factors of adapters are drawn anew each round: moments of theirs mean nothing in the next.
-    kept = Kept(folder / "work", "moments", plan) if plan.keep_moments and plan.train != "adapters" else None
-    done = fine_tune(model, plan, weights, images, settings, saved, say, superseded, kept.before() if kept else {})
+    moments = Kept(folder / "work", "moments", plan, wanted=plan.keep_moments)
+    done = fine_tune(model, plan, weights, images, settings, saved, moments, say, superseded)
     report = Report(
         round=plan.round,
         exchange=plan.exchange,
@@ -159,8 +158,7 @@ def _train(
         _hold(released, plan, norms(update, plan, weights), folder, say, superseded)
     use_allowance(folder, key, policy)
     residual.keep(update, released.arrays)
-    if kept:
-        kept.keep({name: tuple(t.shape) for name, t in done.moments.items()}, lambda name: done.moments[name].cpu())
+    moments.keep({name: tuple(t.shape) for name, t in done.moments.items()}, lambda name: done.moments[name].cpu())
     event = {"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")}
     return released, event
 

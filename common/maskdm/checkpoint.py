@@ -20,7 +20,7 @@ from maskdm.errors import CheckpointError
 from maskdm.model import Network, network, resize_positions
 from maskdm.processes import is_first
 from maskdm.runfolder import atomic_write
-from maskdm.tensorfile import chunks
+from maskdm.tensorfile import chunks, fp32
 from maskdm.trainable import expected_shapes
 from maskdm.training import TrainingState, optimizer_tensors, put_weights, restore_optimizer
 
@@ -59,7 +59,7 @@ def save_checkpoint(path: Path, weights: dict[str, Tensor], metadata: Checkpoint
 
 def _write(path: Path, tensors: Mapping[str, Tensor], document: str) -> None:
     if is_first():
-        layout = {name: ("float32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+        layout = fp32({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         atomic_write(path, chunks(layout, lambda name: tensors[name].float().cpu().numpy(), {METADATA_KEY: document}))
 
 

@@ -14,6 +14,8 @@ from maskdm.trainable import Trainable, changed_weights, update_shapes
 from maskdm.wire import Encoding
 
 PROTOCOL_VERSION: Literal[2] = 2
+# Fields that are not sent where they ask for nothing: sites of an earlier version refuse keys that they do not know.
+ADDED_LATER = ("quality", "keep_moments")
 # Figures of fewer images say little of the model, and much of each image.
 FEWEST_COMPARED = 10
 
@@ -61,13 +63,9 @@ class RoundPlan(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Sites of an earlier version refuse a key that they do not know, and shall train all the same."""
+        """Sites of an earlier version shall train all the same."""
         found: dict[str, Any] = usual(self)
-        if self.quality is None:
-            del found["quality"]
-        if not self.keep_moments:
-            del found["keep_moments"]
-        return found
+        return {name: value for name, value in found.items() if value or name not in ADDED_LATER}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the update that is asked for."""

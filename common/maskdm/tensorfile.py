@@ -34,6 +34,11 @@ def layout_of(arrays: Arrays) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
 
 
+def fp32(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The layout of weights in a file."""
+    return {name: ("float32", tuple(shape)) for name, shape in shapes.items()}
+
+
 def size_of(layout: Layout) -> int:
     """Bytes of the arrays themselves."""
     return sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in layout.values())

@@ -310,6 +310,13 @@ def optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
     return found
 
 
+def optimizer_shapes(model: Network | PartialNetwork) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `optimizer_tensors` once every parameter had a step; full ones."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    moments = {f"{key}.{name}": shape for key in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    return moments | {f"step.{name}": () for name in shapes}
+
+
 def restore_optimizer(state: TrainingState, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
     for name, parameter in state.model.named_parameters():

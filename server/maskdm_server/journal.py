@@ -22,7 +22,7 @@ from maskdm.checkpoint import METADATA_KEY, CheckpointMetadata, describe_checkpo
 from maskdm.config import Frozen
 from maskdm.errors import CheckpointError
 from maskdm.runfolder import atomic_write, keep_lines, read_lines
-from maskdm.tensorfile import Arrays, Stored, chunks, layout_of
+from maskdm.tensorfile import Arrays, Stored, chunks, fp32, layout_of
 from maskdm.trainable import expected_shapes
 from maskdm_server.intake import Measured
 from maskdm_server.optimizers import Moments
@@ -210,11 +210,6 @@ def published_after(federation: Path, number: int) -> dict[str, Tensor]:
 
 def _is_torn(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-
-
-def fp32(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The layout of weights in a file."""
-    return {name: ("float32", tuple(shape)) for name, shape in shapes.items()}
 
 
 def _link(path: Path, target: Path) -> None:

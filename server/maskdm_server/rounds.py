@@ -22,13 +22,13 @@ from maskdm.errors import FederationError
 from maskdm.parcel import Parcel, Report
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import append_line, atomic_write, read_lines, write_json
-from maskdm.tensorfile import chunks
+from maskdm.tensorfile import chunks, fp32
 from maskdm.trainable import expected_shapes
 from maskdm_server.aggregation import Aggregate, HeldUpdates, StreamingMean, check_reply, overall_loss
 from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange
 from maskdm_server.federation import FederationConfig, changes_size, update_size
 from maskdm_server.intake import Intake
-from maskdm_server.journal import Journal, Known, fp32
+from maskdm_server.journal import Journal, Known
 from maskdm_server.link import Link
 from maskdm_server.optimizers import Moments, step
 from maskdm_server.quality import QUALITY, known_line, new_line

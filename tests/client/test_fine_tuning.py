@@ -20,6 +20,7 @@ from maskdm.training import TrainingState
 from maskdm.wire import check, decode
 from maskdm_client import fine_tuning, saved
 from maskdm_client.fine_tuning import Done, Superseded, fine_tune, held_out_loss
+from maskdm_client.kept import Kept
 from maskdm_client.local_data import LocalImages, local_images
 from maskdm_client.saved import Saved
 from maskdm_client.settings import SiteSettings, load_settings
@@ -56,7 +57,6 @@ class Site:
         superseded: Callable[[], bool] = lambda: False,
         key: str = "key",
         folder: str = "work",
-        moments: dict[str, Tensor] | None = None,
     ) -> Done:
         """One start of the work; `on` hears what it says."""
         work = self.folder / folder
@@ -69,9 +69,8 @@ class Site:
 
         model = model_from(self.weights, plan.model.model)
         unfinished = Saved(work, key)
-        done = fine_tune(
-            model, plan, self.weights, self.images, self.settings, unfinished, say, superseded, moments or {}
-        )
+        moments = Kept(work, "moments", plan, wanted=True)
+        done = fine_tune(model, plan, self.weights, self.images, self.settings, unfinished, moments, say, superseded)
         unfinished.forget()
         return done
 
