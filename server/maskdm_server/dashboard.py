@@ -1,13 +1,13 @@
 """`serve --dashboard PORT`: the federation's report, live, for a browser on this machine.
 
 Whoever reads it costs nothing: pages are made at most every few seconds, and take a small share of one core however
-many look. It listens on loopback only, answers GET and HEAD of `/` only, and only under the names of loopback, so that
-no page of the internet can read it through the browser (DNS rebinding).
+many look. It listens on loopback only, answers GET and HEAD of `/` and of `/?still`, which does not load itself again,
+and only under the names of loopback, so that no page of the internet can read it through the browser (DNS rebinding).
 """
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,15 +20,17 @@ from maskdm.reporting import say
 from maskdm_server.report.blocks import colophon, page
 from maskdm_server.report.federation_page import federation_page
 from maskdm_server.report.gather import FederationFolder
-from maskdm_server.report.markup import SECURITY_POLICY
+from maskdm_server.report.markup import SECURITY_POLICY, tag, together
 
 LOOPBACK = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost")
 REFRESH_SECONDS = 5
+STILL = "/?still"  # for who reads it slowly, or has it read aloud
 SHARE = 20  # making a page takes one part in so many of the time, at most
 IDLE_SECONDS = 10.0  # for a request to come
 POLL_SECONDS = 0.1  # how soon the end is noticed
 
+PLAIN = {"Content-Type": "text/plain; charset=utf-8"}
 HEADERS = {
     "Content-Security-Policy": f"{SECURITY_POLICY}; frame-ancestors 'none'",
     "Cache-Control": "no-store",
@@ -130,16 +132,17 @@ class Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or (hosts[0].rpartition(":")[0].lower() not in NAMES and hosts[0].lower() not in NAMES):
             self._say(HTTPStatus.FORBIDDEN, b"This page is for browsers on this machine, under the name localhost.\n")
-        elif self.path != "/":
-            self._say(HTTPStatus.NOT_FOUND, b"There is nothing but /.\n")
+        elif self.path not in ("/", STILL):
+            self._say(HTTPStatus.NOT_FOUND, b"There is nothing but / and /?still.\n")
         elif content := self.source.content():
-            self._say(HTTPStatus.OK, content, "text/html; charset=utf-8")
+            again = {} if self.path == STILL else {"Refresh": str(REFRESH_SECONDS)}
+            self._say(HTTPStatus.OK, content, {"Content-Type": "text/html; charset=utf-8"} | again)
         else:
             self._say(HTTPStatus.SERVICE_UNAVAILABLE, b"The page could not be made; the terminal says why.\n")
 
-    def _say(self, status: HTTPStatus, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+    def _say(self, status: HTTPStatus, content: bytes, about: Mapping[str, str] = PLAIN) -> None:
         self.send_response(status)
-        for name, value in (HEADERS | {"Content-Type": kind, "Content-Length": str(len(content))}).items():
+        for name, value in {**HEADERS, "Content-Length": str(len(content)), **about}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -150,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
         """For what the base class refuses: other methods, and what is no HTTP."""
         status = HTTPStatus.METHOD_NOT_ALLOWED if code == HTTPStatus.NOT_IMPLEMENTED else HTTPStatus(code)
         self.close_connection = True
-        self._say(status, b"Only GET and HEAD of / are answered.\n")
+        self._say(status, b"Only GET and HEAD are answered.\n")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Reloads are no event."""
@@ -158,15 +161,20 @@ class Handler(BaseHTTPRequestHandler):
 
 def _maker(folder: Path) -> Callable[[], str]:
     federation = FederationFolder(folder)
+    note = together(
+        f"It loads itself again every {REFRESH_SECONDS} seconds: ",
+        tag("a", "keep it still", href=STILL),
+        ", or ",
+        tag("a", "live", href="/"),
+        ".",
+    )
 
     def make() -> str:
         now = time.time()
         found = federation.look(thorough=False)
         if found is None:
-            footer = colophon(now, REFRESH_SECONDS)
-            return page(
-                "MaskDM federation", folder.resolve().name, [], ["It is being prepared."], footer, REFRESH_SECONDS
-            )
-        return federation_page(found, refresh=REFRESH_SECONDS, written=now)
+            lines = ["It is being prepared."]
+            return page("MaskDM federation", folder.resolve().name, [], lines, colophon(now, note))
+        return federation_page(found, written=now, note=note)
 
     return make

@@ -148,7 +148,7 @@ def _report(out: Path, corpora: list[Path], budget: Budget) -> Path:
         section("Round by round", costs(rounds)),
         section("What each of them has", *shown),
     ]
-    written = colophon(time.time(), None)
+    written = colophon(time.time())
     name = "One model, three institutions, no shared images"
     atomic_write(out / "index.html", page("MaskDM demonstration", name, lead, sections, written))
     return out / "index.html"

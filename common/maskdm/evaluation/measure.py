@@ -1,5 +1,6 @@
 """All numbers of one evaluation, from features: value, bootstrap interval and floor of each."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -20,6 +21,7 @@ from maskdm.evaluation.uncertainty import (
 )
 
 CONFIDENCE = 0.95
+ANYTHING, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)  # what a number can be
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Comparison:
                 kernel_distance(generated, reference),
                 kernel_resamples(generated, reference, self.resamples, self.seed),
                 kernel_distance(first, second) if floors else None,
+                within=ANYTHING,  # unbiased, so it may be negative
             ),
         }
         if extrapolate:
@@ -78,7 +81,9 @@ class Comparison:
             whose = "generated" if name in ("precision", "density") else "reference"
             resampled = mean_resamples(values, self.resamples, self.seed, whose)
             floor = float(getattr(perfect, name).mean()) if perfect else None
-            found[name] = self._measured("higher", float(values.mean()), resampled, floor)
+            found[name] = self._measured(
+                "higher", float(values.mean()), resampled, floor, within=POSITIVE if name == "density" else SHARE
+            )
         return found
 
     def memorisation(self, found: Memorisation, training: Tensor) -> dict[str, Measured]:
@@ -94,19 +99,29 @@ class Comparison:
         return {
             "memorisation": self._measured("one", found.ratio, ratios, unseen.ratio if unseen else None),
             "copies": self._measured(
-                "lower", float(found.copies.mean()), copies, float(unseen.copies.mean()) if unseen else None
+                "lower",
+                float(found.copies.mean()),
+                copies,
+                float(unseen.copies.mean()) if unseen else None,
+                within=SHARE,
             ),
         }
 
     def _measured(
-        self, better: Literal["lower", "higher", "one"], value: float, resampled: Tensor | None, floor: float | None
+        self,
+        better: Literal["lower", "higher", "one"],
+        value: float,
+        resampled: Tensor | None,
+        floor: float | None,
+        within: tuple[float, float] = POSITIVE,
     ) -> Measured:
+        """An interval holds only what the number can be: moving resamples onto the value may carry them past it."""
         interval = percentiles(value, resampled, CONFIDENCE) if resampled is not None and len(resampled) else None
         return Measured(
             value=value,
             better=better,
-            low=interval.low if interval else None,
-            high=interval.high if interval else None,
+            low=max(interval.low, within[0]) if interval else None,
+            high=min(interval.high, within[1]) if interval else None,
             floor=floor,
             floor_images=len(self.halves[0]) if floor is not None else 0,
             images=len(self.generated),

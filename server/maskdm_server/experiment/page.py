@@ -85,7 +85,7 @@ def experiment_page(
         section("Images and features", facts(about)),
         section("Configuration", configuration(flatten(config.model_dump(mode="json")))),
     ]
-    return page("MaskDM experiment", name, lead, sections, colophon(written, None))
+    return page("MaskDM experiment", name, lead, sections, colophon(written))
 
 
 def mean_curve(runs: Sequence[Run], over: str) -> list[tuple[float, float]]:

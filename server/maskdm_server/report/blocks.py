@@ -13,12 +13,10 @@ MOST_SETTINGS = 300
 Rows = Sequence[Sequence[str]]
 
 
-def page(
-    kind: str, name: str, lead: Sequence[str], sections: Sequence[str], footer: str, refresh: int | None = None
-) -> str:
+def page(kind: str, name: str, lead: Sequence[str], sections: Sequence[str], footer: str) -> str:
     """A document: what it is about, what a person wants to know first, the sections, and where it came from."""
     head = tag("header", tag("p", kind, class_="kind"), tag("h1", name), *lead)
-    return document(f"{name} · {kind}", head, tag("main", *sections), tag("footer", tag("p", footer)), refresh=refresh)
+    return document(f"{name} · {kind}", head, tag("main", *sections), tag("footer", tag("p", footer)))
 
 
 def section(title: str, *content: str) -> Markup:
@@ -108,7 +106,6 @@ def _setting(value: object) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def colophon(written: float, refresh: int | None) -> str:
-    """Who wrote the page, and when."""
-    live = f" It loads itself again every {refresh} seconds." if refresh else ""
-    return f"Written by MaskDM {__version__} on {moment(written)} UTC.{live}"
+def colophon(written: float, note: str = "") -> Markup:
+    """Who wrote the page, and when, and what else is to be said of it."""
+    return together(f"Written by MaskDM {__version__} on {moment(written)} UTC. ", note)

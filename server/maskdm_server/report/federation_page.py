@@ -22,12 +22,12 @@ STATES: dict[State, tuple[str, str]] = {
 }
 
 
-def federation_page(found: Federation, *, refresh: int | None = None, written: float = 0.0) -> str:
+def federation_page(found: Federation, *, written: float = 0.0, note: str = "") -> str:
     """The whole page.
 
     Args:
-        refresh: seconds after which a browser is to load it again; None for a page that stays as it is.
         written: when, in seconds since 1970.
+        note: on the page itself, at its end.
     """
     sections = [
         section("Samples", _samples(found)),
@@ -43,7 +43,7 @@ def federation_page(found: Federation, *, refresh: int | None = None, written: f
         section("Configuration", configuration(found.settings)),
     ]
     kind = "MaskDM simulation" if "simulation.clients" in found.settings else "MaskDM federation"
-    return page(kind, found.folder.resolve().name, _lead(found), sections, colophon(written, refresh), refresh)
+    return page(kind, found.folder.resolve().name, _lead(found), sections, colophon(written, note))
 
 
 def _lead(found: Federation) -> list[Markup]:

@@ -47,19 +47,14 @@ def together(*children: str) -> Markup:
     return Markup("".join(escaped(child) for child in children))
 
 
-def document(title: str, *body: str, refresh: int | None = None) -> str:
-    """A whole page.
-
-    Args:
-        refresh: seconds after which a browser is to load it again.
-    """
+def document(title: str, *body: str) -> str:
+    """A whole page."""
     head = [
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=SECURITY_POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("meta", name="referrer", content="no-referrer"),
-        *([tag("meta", http_equiv="refresh", content=refresh)] if refresh else []),
         tag("title", title),
         tag("style", stylesheet()),
     ]

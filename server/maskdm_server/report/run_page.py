@@ -41,7 +41,7 @@ def run_page(found: PretrainRun, *, written: float = 0.0) -> str:
         section("Where it comes from", _origin(found)),
         section("Configuration", configuration(found.settings)),
     ]
-    return page("MaskDM pre-training", found.folder.resolve().name, _lead(found), sections, colophon(written, None))
+    return page("MaskDM pre-training", found.folder.resolve().name, _lead(found), sections, colophon(written))
 
 
 def _lead(found: PretrainRun) -> list[Markup]:

@@ -74,3 +74,16 @@ def test_two_images_of_each_kind_are_enough_for_distances() -> None:
     assert low is not None
     assert high is not None
     assert low <= metrics["KD-x"].value <= high
+
+
+def test_an_interval_holds_nothing_that_the_number_cannot_be() -> None:
+    far = Comparison(drawn(0, 40, shift=0.6), real(1, 40), resamples=200)
+    for name, number in (far.distances("FD-x", "KD-x") | far.neighbours(3)).items():
+        assert number.low is not None
+        assert number.high is not None
+        assert name == "KD-x" or number.low >= 0, name
+        assert name in ("FD-x", "KD-x", "density") or number.high <= 1, name
+    same = drawn(1, 40)
+    copied = Comparison(same, RealFeatures(same, moments(same)), resamples=200).distances("FD-x", "KD-x")
+    assert copied["FD-x"].low == 0
+    assert (copied["KD-x"].low or 0) < 0
