@@ -43,7 +43,7 @@ CASES: tuple[tuple[ProcessKind, Sampler, int], ...] = (
     *(("edm", sampler, steps) for sampler in EDM for steps in (10, 20, 50)),
     *(("flow", sampler, steps) for sampler in FLOW for steps in (10, 20, 50)),
 )
-# The research code takes 250 evaluations with η = 1.
+# Samplers that evaluate the network once a step. The research code takes 250 with η = 1.
 REAL_CASES: tuple[tuple[Sampler, int, float], ...] = (
     *(("dpmpp", steps, 0.0) for steps in (5, 10, 15, 20, 25, 50)),
     *(("ddim", steps, 0.0) for steps in (25, 50, 100, 250)),
