@@ -1,6 +1,7 @@
 """Who has which images: held-out references that no arm sees, and sites of which each uses a slice.
 
-The slice is the one that a real client would take, so that pooled and federated arms train on the same images.
+The slice is the one that a real client would take, so that pooled arms and equal sites train on the same images; with
+label skew other images come to the sites, and as many of them.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What the runs of an experiment say: one row an arm and seed, and only those sentences that all seeds bear out."""
+"""What the runs of an experiment say: one row an arm and seed, and no difference that not all seeds bear out."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -88,7 +88,7 @@ def sentences(runs: Mapping[str, Sequence[Run]], config: ExperimentConfig) -> li
         ("masked", "unmasked", "the masked prior, beside an unmasked one of equal compute"),
         ("curriculum", "masked", "the curriculum of masks, beside a constant mask"),
         ("federated", "masked", "the federation of equal sites, beside pooling their images"),
-        ("federated-skewed", "masked", "the federation of sites with label skew, beside pooling their images"),
+        ("federated-skewed", "masked", "the federation of sites with label skew, beside pooling as many images"),
         ("federated", "federated-scratch-short", "a federation with the masked prior, at as many local images"),
         ("federated", "federated-scratch", "a federation with the masked prior, at equal compute in all"),
         ("masked", "everything", "the masked prior and a slice, beside training from scratch on all images"),
@@ -112,7 +112,7 @@ def _compared(first: Sequence[Run], second: Sequence[Run], what: str) -> str:
     ratios = [one.last["fd"] / other.last["fd"] for one, other in _pairs(first, second)]
     shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     if len(ratios) < FEWEST_SEEDS:
-        return f"{what}: too few seeds to say (ratios {shown}; {FEWEST_SEEDS} are the least)"
+        return f"{what}: {_too_few(shown)}"
     seeds, mean = f"{len(ratios)} seeds: {shown}", geometric_mean(ratios)
     if max(ratios) < 1:
         return f"{what}: {1 - mean:.0%} lower distance (ratios of {seeds})"
@@ -121,12 +121,18 @@ def _compared(first: Sequence[Run], second: Sequence[Run], what: str) -> str:
     return f"{what}: no difference that all seeds agree on (ratios of {seeds})"
 
 
+def _too_few(ratios: str) -> str:
+    return f"too few seeds to say (ratios {ratios}; {FEWEST_SEEDS} are the least)"
+
+
 def _cheaper(name: str, scratch: Sequence[Run], masked: Sequence[Run], uses: int) -> list[str]:
     shares = {"counted whole": 1.0, f"counted over {uses} such uses": 1 / uses, "at hand already": 0.0}
     found = []
     for how, counted in shares.items():
         ratios = [compute_ratio(one, other, counted) for one, other in _pairs(scratch, masked)]
         shown = ", ".join("never" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        if len(ratios) < FEWEST_SEEDS:
+            shown = _too_few(shown)
         found.append(
             f"compute of {name} at its best over that of the masked prior to be as good, the prior {how}: {shown}"
         )

@@ -72,15 +72,24 @@ def test_two_seeds_are_too_few_to_claim_anything() -> None:
 
 def test_compute_is_told_with_the_prior_whole_shared_and_at_hand() -> None:
     runs = {
+        "scratch": [run("scratch", seed, [80.0, 40.0, 20.0, 10.0]) for seed in range(3)],
+        "masked": [run("masked", seed, [40.0, last], prior=2000) for seed, last in enumerate((10.0, 10.0, 11.0))],
+    }
+    _, _, *said = sentences(runs, CONFIG)  # the first two compare distances
+    assert [line.partition("to be as good, the prior ")[2] for line in said] == [
+        "counted whole: 1.00, 1.00, never",
+        "counted over 4 such uses: 1.60, 1.60, never",
+        "at hand already: 2.00, 2.00, never",
+    ]
+
+
+def test_of_compute_too_one_seed_says_too_little() -> None:
+    runs = {
         "scratch": [run("scratch", 0, [80.0, 40.0, 20.0, 10.0])],
         "masked": [run("masked", 0, [40.0, 10.0], prior=2000)],
     }
-    _, *said = sentences(runs, CONFIG)  # the first compares distances
-    assert [line.partition("to be as good, the prior ")[2] for line in said] == [
-        "counted whole: 1.00",
-        "counted over 4 such uses: 1.60",
-        "at hand already: 2.00",
-    ]
+    *_, said = sentences(runs, CONFIG)
+    assert said.endswith("the prior at hand already: too few seeds to say (ratios 2.00; 3 are the least)")
 
 
 def test_no_difference_is_claimed_where_seeds_disagree() -> None:
