@@ -27,6 +27,8 @@ from maskdm_client.settings import load_settings
 
 COMPONENT = "maskdm_client.app:app"
 LARGEST_BUNDLE = 1_000_000  # bytes
+# A file in the folder of a site whose ClientApp ended without an answer: the SuperNode would wait for one for ever.
+UNANSWERED = ".flwr/unanswered"
 # What Flower would send of an exception is its text.
 SILENCE = "the site's own log says why"
 
@@ -71,7 +73,8 @@ def run_clientapp(site: Path) -> None:
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     problem: str | None = "no bundle came"
-    error = runtime.Error
+    answered = False
+    error, push = runtime.Error, runtime.push_message
 
     def look(content: bytes, **_: Any) -> None:
         nonlocal problem
@@ -87,10 +90,20 @@ def run_clientapp(site: Path) -> None:
         record_foreign(audit, size_of(message.content))
         return message_with(release_outcome(Outcome.CODE_REFUSED, 1, asked[0] if asked else 0, audit), message)
 
+    def push_and_note(*given: Any) -> None:
+        nonlocal answered
+        push(*given)
+        answered = True
+
     runtime.install_from_fab = look
     runtime.get_load_client_app_fn = load
     runtime.Error = lambda code, reason: error(code=code, reason=SILENCE)
-    flwr_clientapp()
+    runtime.push_message = push_and_note
+    try:
+        flwr_clientapp()
+    finally:
+        if not answered:
+            (site / UNANSWERED).touch()
 
 
 def allowed_by(site: Path) -> frozenset[str]:

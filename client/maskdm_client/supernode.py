@@ -15,6 +15,7 @@ from maskdm.kit import OpenedKit
 from maskdm.processes import Child, flower_environment, free_port, script
 from maskdm.reporting import say
 from maskdm.runfolder import atomic_write
+from maskdm_client.pinned import UNANSWERED
 
 # What the SuperNode writes into its log once the server has let it in.
 LET_IN = b"SuperNode ID"
@@ -38,6 +39,8 @@ class SuperNode:
         home.mkdir(exist_ok=True)
         home.chmod(0o700)
         self._logs, self._let_in = folder / "logs", False
+        self._unanswered = folder / UNANSWERED
+        self._unanswered.unlink(missing_ok=True)
         self._environment = flower_environment(home)
         self._secret, self._programs = home / "secret", home / "bin"
         atomic_write(self._secret, secrets.token_hex(32), private=True)
@@ -82,6 +85,9 @@ class SuperNode:
         # A SuperNode whose ClientApp was ended with the SuperExec waits for its reply for ever.
         if self._executor and self._executor.exit_code() is not None:
             say(f"Flower's superexec ended unexpectedly (details: {self._executor.log})")
+            return False
+        if self._unanswered.exists():
+            say(f"Flower's ClientApp ended without an answer (details: {self._logs / 'superexec.log'})")
             return False
         return True
 

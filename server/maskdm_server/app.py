@@ -94,12 +94,14 @@ class Asked(NamedTuple):
     """Who was asked what, and until when an answer counts."""
 
     site: int
-    exchange: int
+    question: Question
     until: float
 
 
 class GridLink:
     """Parcels over any Grid of Flower's, e.g. that of its simulation."""
+
+    may_lose = False
 
     def __init__(self, grid: Any) -> None:
         self._grid = grid
@@ -120,7 +122,7 @@ class GridLink:
         plan = {"exchange": question.exchange, "wait": question.wait, "document": question.document}
         content = RecordDict({"plan": ConfigRecord(plan)})
         if question.weights is None:
-            self._send(content, sites, question.exchange, seconds)
+            self._send(content, sites, question, seconds)
             return
         with self._weights_of(question).open("rb") as file:
             document = mmap(file.fileno(), 0, access=ACCESS_READ)
@@ -129,27 +131,32 @@ class GridLink:
         record = ArrayRecord()
         record["packed"] = weights  # the constructor would copy it
         content["weights"] = record
-        self._send(content, sites, question.exchange, seconds, document)
+        self._send(content, sites, question, seconds, document)
 
     def receive(self) -> Iterator[Reply]:
         self._forget_expired()
         for message in self._grid.pull_messages(list(self._asked)) if self._asked else ():
             asked = self._asked.pop(message.metadata.reply_to_message_id)
-            yield _lost(asked) if message.has_error() else _reply(asked.site, message.content)
+            yield _lost(asked) if message.has_error() else _reply(asked, message.content)
 
     def _weights_of(self, question: Question) -> Path:
         assert question.weights is not None
         return question.weights  # virtual sites keep nothing, and nothing goes over a wire
 
     def _send(
-        self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float, document: mmap | None = None
+        self,
+        content: RecordDict,
+        sites: Sequence[int],
+        question: Question,
+        seconds: float,
+        document: mmap | None = None,
     ) -> None:
         messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
-        self._expect(sites, list(self._grid.push_messages(messages)), exchange, seconds)
+        self._expect(sites, list(self._grid.push_messages(messages)), question, seconds)
 
-    def _expect(self, sites: Sequence[int], messages: Sequence[str], exchange: int, seconds: float) -> None:
+    def _expect(self, sites: Sequence[int], messages: Sequence[str], question: Question, seconds: float) -> None:
         for site, message in zip(sites, messages, strict=True):
-            self._asked[message] = Asked(site, exchange, time.time() + seconds)
+            self._asked[message] = Asked(site, question, time.time() + seconds)
 
     def _forget_expired(self) -> None:
         now = time.time()
@@ -158,6 +165,8 @@ class GridLink:
 
 class StreamingLink(GridLink):
     """The same over a SuperLink, with one reply on the disk at a time, and without waiting for uploads."""
+
+    may_lose = True  # what the SuperLink once handed out it does not hand out again, whether it arrived or not
 
     def __init__(self, grid: Any, folder: Path, largest: int) -> None:
         super().__init__(grid)
@@ -200,11 +209,16 @@ class StreamingLink(GridLink):
             if reply:
                 yield reply
             # It is still being sent, which may take long; whoever counts what is carried gives it up in time.
-            elif asked.exchange == self._exchange or asked.until > time.time():
+            elif asked.question.exchange == self._exchange or asked.until > time.time():
                 self._arriving.append(arriving)
 
     def _send(
-        self, content: RecordDict, sites: Sequence[int], exchange: int, seconds: float, document: mmap | None = None
+        self,
+        content: RecordDict,
+        sites: Sequence[int],
+        question: Question,
+        seconds: float,
+        document: mmap | None = None,
     ) -> None:
         self._arrived.unlink(missing_ok=True)  # also that of the last round
         _give_back_memory()
@@ -217,7 +231,7 @@ class StreamingLink(GridLink):
             objects = {name: found for message in messages for name, found in get_all_nested_objects(message).items()}
         heads = [message_to_proto(remove_content_from_message(message)) for message in messages]
         answer = client.PushMessages(PushAppMessagesRequest(messages_list=heads, message_object_trees=trees))
-        self._expect(sites, list(answer.message_ids), exchange, seconds)
+        self._expect(sites, list(answer.message_ids), question, seconds)
         push = make_push_object_fn_protobuf(client.PushObject, self._grid.node, run, answer.session_id)
         for start in range(0, len(answer.objects_to_push), AT_ONCE):
             if document:  # what was read of the file is this process's memory until it says otherwise
@@ -236,16 +250,16 @@ class StreamingLink(GridLink):
         pull = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run)
         try:
             pull(message_id)  # mostly sent last, so the rest is there
-            reply = _reply(asked.site, _inflate(tree, pull, self._largest, self._arrived).content, self._arrived)
+            reply = _reply(asked, _inflate(tree, pull, self._largest, self._arrived).content, self._arrived)
         except OSError:
             self._arrived.unlink(missing_ok=True)
             raise
         except ObjectUnavailableError:
             raise
         except ObjectPullError:
-            return Reply(asked.site, None, "its reply did not arrive whole", lost=True, exchange=asked.exchange)
+            return Reply(asked.site, None, "its reply did not arrive whole", lost=True, question=asked.question)
         except Exception:  # a stranger's bytes may break anything in Flower's parsers
-            return Reply(asked.site, None, "its reply cannot be read", exchange=asked.exchange)
+            return Reply(asked.site, None, "its reply cannot be read", question=asked.question)
         client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
         )
@@ -296,12 +310,12 @@ def _give_back_memory() -> None:
 
 
 def _lost(asked: Asked) -> Reply:
-    return Reply(asked.site, None, LOST, lost=True, exchange=asked.exchange)
+    return Reply(asked.site, None, LOST, lost=True, question=asked.question)
 
 
-def _reply(site: int, content: RecordDict, arrived: Path | None = None) -> Reply:
+def _reply(asked: Asked, content: RecordDict, arrived: Path | None = None) -> Reply:
     parcel = _parcel(content, arrived)
-    return Reply(site, parcel, "" if parcel else "its reply is none of ours")
+    return Reply(asked.site, parcel, "" if parcel else "its reply is none of ours", question=asked.question)
 
 
 def _parcel(content: RecordDict, arrived: Path | None = None) -> Parcel | None:

@@ -21,6 +21,9 @@ HEARTBEAT_SECONDS = 30.0
 LOST_SECONDS = 30.0
 # A site that comes back, or forgot what it was asked, is asked anew this often in one exchange.
 MOST_QUESTIONS = 5
+# A site that has said nothing for so many times as long as it may work in silence is asked how far it is: what it was
+# asked, or its answer, may be lost. A ClientApp that starts, a poll and a slow machine take their time too.
+QUIET = 2
 # How many times as long as news the weights may be under way.
 DOWNLOAD = 4
 
@@ -34,6 +37,8 @@ class Asked:
     """Where a site stands in an exchange."""
 
     heard: float  # when it last made progress
+    told: float  # when it last said or carried anything, or was asked
+    latest: Question  # that it was asked
     questions: int = 1
     images: int = 0
     carried: int = 0
@@ -130,11 +135,20 @@ class Exchange:
                 self._link.ask(those, question, DOWNLOAD * self._patience())
                 self.bytes_down += len(those) * ((changes or self._weights).stat().st_size + len(self._document))
                 for site in those:
+                    self._expect(site, question)
                     self._note("out", site, f"sent: {self._plan.action}", self._message_with(changes or self._weights))
-        for site in sites:
-            asked = self._asked.setdefault(site, Asked(self._clock(), questions=0))
-            asked.questions += 1
-            asked.heard, asked.over = self._clock(), False
+
+    def _expect(self, site: int, question: Question) -> None:
+        now = self._clock()
+        asked = self._asked.setdefault(site, Asked(now, now, question, questions=0))
+        asked.questions += 1
+        asked.heard = asked.told = now
+        asked.latest, asked.over = question, False
+
+    def _ask_how_far(self, site: int, asked: Asked) -> None:
+        asked.latest, asked.told = Question(self._plan.exchange, self._wait), self._clock()
+        self._link.ask([site], asked.latest, self._patience())
+        self._note("out", site, "how far", message_of(Parcel({}, {"exchange": self._plan.exchange})))
 
     def _patience(self) -> float:
         """How long a message may be under way: a site that is silent for longer is not waited for."""
@@ -153,7 +167,7 @@ class Exchange:
     def _hear(self, reply: Reply, take: Callable[[int, Parcel], None]) -> None:
         site, asked, parcel = reply.site, self._asked.get(reply.site), reply.parcel
         ours = self._plan.exchange
-        answered = reply.exchange if parcel is None else parcel.scalars.get("exchange")
+        answered = reply.question and reply.question.exchange if parcel is None else parcel.scalars.get("exchange")
         message = described(parcel) if parcel is not None else NOTHING  # before its arrays are taken elsewhere
         unchecked = replace(message, arrays={})  # whose names a stranger chose
         if parcel is not None:
@@ -162,7 +176,9 @@ class Exchange:
             self.late += 1
             self._note("in", site, "late", unchecked)
             self._say({"event": "late", "round": self._plan.round, "site": self._link.name(site)})
-        elif site in self.accepted:
+            return
+        asked.told = self._clock()
+        if site in self.accepted:
             self._note("in", site, "accepted before", unchecked)
         elif parcel is None:
             if reply.lost and asked.questions < MOST_QUESTIONS:
@@ -172,7 +188,9 @@ class Exchange:
                 self._fail(site, asked, reply.problem)
         elif parcel.scalars.get("outcome") == Outcome.WORKING:
             self._note("in", site, "working", unchecked)
-            self._encourage(site, asked, parcel)
+            self._take_note(site, asked, parcel)
+            if reply.question is asked.latest:  # of several that are under way only one has a successor
+                self._ask_how_far(site, asked)
         elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
             self._note("in", site, "unknown", unchecked)
             self._have_rest.discard(site)
@@ -189,15 +207,13 @@ class Exchange:
                 self.silent.discard(site)
                 self.failed.pop(site, None)
 
-    def _encourage(self, site: int, asked: Asked, parcel: Parcel) -> None:
+    def _take_note(self, site: int, asked: Asked, parcel: Parcel) -> None:
         images = parcel.scalars.get("images_seen", 0)
         if isinstance(images, int) and asked.images < images <= self._plan.largest_images():
             asked.images, asked.heard, asked.gone_since = images, self._clock(), None
             total = sum(other.images for other in self._asked.values())
             name = self._link.name(site)
             self._say({"event": "working", "round": self._plan.round, "site": name, "images": images, "all": total})
-        self._link.ask([site], Question(self._plan.exchange, self._wait), self._patience())
-        self._note("out", site, "how far", message_of(Parcel({}, {"exchange": self._plan.exchange})))
 
     def _give_up(self) -> None:
         """Stop waiting for those who made no progress for too long, and for those who went away."""
@@ -207,7 +223,7 @@ class Exchange:
             if asked.over:
                 continue
             if carried.get(site, 0) != asked.carried:  # a SuperLink that was started again counts from 0
-                asked.carried, asked.heard = carried.get(site, 0), now
+                asked.carried, asked.heard, asked.told = carried.get(site, 0), now, now
             if site in there and asked.gone_since is not None:  # it is back: what it was asked may be lost
                 asked.gone_since = None
                 if asked.questions < MOST_QUESTIONS:
@@ -218,6 +234,9 @@ class Exchange:
                     self._silence(site, asked, "the connection to it was lost")
             if not asked.over and now - asked.heard > self._deadline:
                 self._silence(site, asked, f"no progress for {self._deadline:.0f} s")
+            quiet = now - asked.told > QUIET * self._wait
+            if quiet and self._link.may_lose and site in there and not asked.over:
+                self._ask_how_far(site, asked)
 
     def _silence(self, site: int, asked: Asked, reason: str) -> None:
         asked.over = True

@@ -27,6 +27,8 @@ Answer = Callable[[str, bytes, Path], Parcel]
 class InlineLink:
     """Sites are folders; each works when its reply is wanted, so that one reply is in memory at a time."""
 
+    may_lose = False
+
     def __init__(self, folders: Sequence[Path], answer: Answer, check: Callable[[], None] = lambda: None) -> None:
         self._folders, self._answer, self._check = folders, answer, check
         self._asked: list[tuple[int, Question]] = []
@@ -46,7 +48,7 @@ class InlineLink:
             self._check()
             assert question.weights is not None
             parcel = self._answer(question.document, question.weights.read_bytes(), self._folders[site - 1])
-            yield Reply(site, parcel)
+            yield Reply(site, parcel, question=question)
 
     def carried(self) -> Mapping[int, int]:
         return {}

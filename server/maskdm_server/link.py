@@ -27,11 +27,13 @@ class Reply:
     parcel: Parcel | None
     problem: str = ""
     lost: bool = False  # the site may come back
-    exchange: int | None = None  # that was answered, where the parcel does not say it itself
+    question: Question | None = None  # that it answers, where the transport knows
 
 
 class Link(Protocol):
     """A way to reach sites."""
+
+    may_lose: bool  # whether a message can be lost without a word
 
     def sites(self) -> Sequence[int]:
         """Sites that are there now."""

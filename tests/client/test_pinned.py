@@ -1,15 +1,20 @@
 """What a coordinator sends as code is known by its hash alone."""
 
 import hashlib
+import subprocess
+import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from maskdm.bundle import PROJECT, bundle, bundle_sha256
-from maskdm_client.pinned import problem_of_bundle
+from maskdm_client.pinned import UNANSWERED, problem_of_bundle
 
 OURS = frozenset({bundle_sha256()})
 
@@ -44,6 +49,20 @@ def test_no_byte_of_it_may_be_another(place: int, change: int) -> None:
     changed = bytearray(bundle())
     changed[place] ^= change
     assert problem_of_bundle(bytes(changed), OURS) is not None
+
+
+@pytest.mark.slow
+def test_a_clientapp_that_fails_before_it_can_answer_says_so_to_the_site(tmp_path: Path) -> None:
+    (tmp_path / UNANSWERED).parent.mkdir()
+    refused = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers each POST with 501
+    threading.Thread(target=refused.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{refused.server_port}"
+    command = [sys.executable, "-m", "maskdm_client.pinned", "clientapp", str(tmp_path), "--insecure"]
+    ended = subprocess.run([*command, "--runtime-api-address", address, "--token", "t"], timeout=300, check=False)
+    refused.shutdown()
+    refused.server_close()
+    assert ended.returncode == 1
+    assert (tmp_path / UNANSWERED).exists()
 
 
 def test_what_is_not_allowed_is_not_even_opened(monkeypatch: pytest.MonkeyPatch) -> None:

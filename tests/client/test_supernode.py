@@ -11,6 +11,7 @@ import pytest
 
 from maskdm.kit import open_kit
 from maskdm_client import supernode
+from maskdm_client.pinned import UNANSWERED
 from maskdm_client.supernode import SuperNode
 from maskdm_server.provision import provision
 
@@ -65,6 +66,19 @@ def test_a_superexec_that_dies_ends_the_connection_so_that_another_one_is_made(
     os.kill(executor, signal.SIGKILL)
     until(lambda: not node.is_alive())
     assert "superexec ended unexpectedly" in capsys.readouterr().err
+
+
+def test_a_clientapp_that_ended_without_an_answer_ends_the_connection_and_the_next_one_lives(
+    programs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its SuperNode would wait for that answer for ever."""
+    with SuperNode(tmp_path, "127.0.0.1", 8000, None) as node:
+        assert node.is_alive()
+        (tmp_path / UNANSWERED).touch()
+        assert not node.is_alive()
+    assert "ClientApp ended without an answer" in capsys.readouterr().err
+    with SuperNode(tmp_path, "127.0.0.1", 8000, None) as node:
+        assert node.is_alive()
 
 
 def test_a_site_is_let_in_when_this_connection_says_so_and_nothing_runs_before(programs: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -75,6 +76,8 @@ def documented_file(name: str, page: str, folder: Path) -> None:
 class Started:
     """A command in the background whose output can be read."""
 
+    every: ClassVar[list["Started"]] = []
+
     def __init__(self, arguments: list[str], folder: Path, name: str, within: str = "", **extra: str) -> None:
         """Start it, within a network namespace if need be."""
         self.log = folder / f"{name}.log"
@@ -90,12 +93,16 @@ class Started:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self.every.append(self)
 
     def output(self) -> str:
         return self.log.read_text()
 
     def wait(self) -> int:
-        return self.process.wait(DEADLINE)
+        try:
+            return self.process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.log} after {DEADLINE:.0f} s:\n{self.output()}") from None
 
     def until(self, text: str) -> None:
         """Wait until the output holds `text`."""
@@ -149,9 +156,15 @@ def make_kits(folder: Path, port: int, *clients: str, days: int = 90) -> Path:
 class RecordingProxy:
     """Keeps every byte that a client sends to the server; with the server's own folder it looks into TLS."""
 
-    def __init__(self, target: int, tls: Path | None = None) -> None:
-        self.sent = bytearray()
+    def __init__(self, target: int, tls: Path | None = None, lose: str = "") -> None:
+        """Listen.
+
+        Args:
+            lose: path whose first answer with any content is lost, as where a connection breaks; only without TLS.
+        """
+        self.sent, self.has_lost = bytearray(), False
         self._target, self._in, self._out = target, None, None
+        self._lose = f"POST {lose} ".encode()
         if tls:
             self._in = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._in.load_cert_chain(tls / "server.crt", tls / "server.key")
@@ -182,25 +195,41 @@ class RecordingProxy:
             client.close()
             server.close()
             return
-        threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
-        threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+        wanted = False  # what was asked last is what is to be lost
 
-    def _pump(self, source: socket.socket, sink: socket.socket, record: bool) -> None:
-        try:
-            while data := source.recv(65536):
-                if record:
-                    self.sent += data
-                sink.sendall(data)
-        except OSError:
-            pass
-        finally:
-            source.close()
-            sink.close()
+        def to_server(data: bytes) -> bool:
+            nonlocal wanted
+            self.sent += data
+            wanted = data.startswith(self._lose)
+            return True
+
+        def to_client(data: bytes) -> bool:
+            loses = wanted and not self.has_lost and b"content-length: 0\r\n" not in data
+            self.has_lost = self.has_lost or loses
+            return not loses
+
+        answers = threading.Thread(target=_pump, args=(server, client, to_client), daemon=True)
+        answers.start()
+        _pump(client, server, to_server)
+        answers.join()
+        # Not before both threads are done with them: a new connection may get the same numbers.
+        client.close()
+        server.close()
 
     def close(self) -> None:
         with suppress(OSError):  # it is closed
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+
+
+def _pump(source: socket.socket, sink: socket.socket, may_pass: Callable[[bytes], bool]) -> None:
+    """Carry bytes one way until one of both ends it, then end the other way too."""
+    with suppress(OSError):
+        while (data := source.recv(65536)) and may_pass(data):
+            sink.sendall(data)
+    for end in (source, sink):
+        with suppress(OSError):  # the other thread was first
+            end.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -222,6 +251,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def workplace(tmp_path: Path) -> Iterator[Path]:
     """A folder for real processes; whatever a failed test leaves there is ended."""
     yield tmp_path
+    for started in Started.every:
+        if started.log.is_relative_to(tmp_path) and started.process.poll() is None:
+            started.kill()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if int(folder.name) != os.getpid() and str(tmp_path).encode() in (folder / "cmdline").read_bytes():

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from maskdm.checkpoint import load_checkpoint
 from maskdm.processes import free_port
 from maskdm.runfolder import read_lines
 
-from .conftest import DEADLINE, Started, processes_with, wait_until, write_faces
+from .conftest import DEADLINE, RecordingProxy, Started, processes_with, wait_until, write_faces
 
 pytestmark = pytest.mark.slow
 
@@ -25,14 +26,22 @@ ATTACKS = ("nan", "key", "parts", "bomb")
 HOSTILE = Path(__file__).parents[2] / "benchmarks" / "hostile.py"
 
 
-def federation(workplace: Path, prior: Path, rounds: int, *options: str) -> tuple[Started, list[Started], int]:
-    """A server and two clients at work; the images, and so a round, take a few seconds."""
+def federation(
+    workplace: Path, prior: Path, rounds: int, *options: str, through: Callable[[int], int] | None = None
+) -> tuple[Started, list[Started], int]:
+    """A server and two clients at work; the images, and so a round, take a few seconds.
+
+    Args:
+        through: what stands before the server's port, once that listens; returns the port for the first client.
+    """
     for site in ("a", "b"):
         write_faces(workplace / f"local-{site}", 60, "clinic", "face")
     port = free_port()
     serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--insecure", "--port", str(port)]
     server = Started([*serve, "--rounds", str(rounds), "--round-deadline", "20", *options], workplace, "serve")
-    clients = [join(workplace, site, port) for site in ("a", "b")]
+    if through:
+        server.until("listening on")
+    clients = [join(workplace, "a", through(port) if through else port), join(workplace, "b", port)]
     return server, clients, port
 
 
@@ -121,6 +130,21 @@ def test_a_client_that_was_killed_comes_back_in_the_middle_of_the_round(workplac
     clients[0].kill()
     clients[0] = join(workplace, "a", port, "client-a-again")
     check_whole(workplace, server, clients, 2)
+
+
+def test_a_plan_that_is_lost_on_its_way_is_sent_again_in_the_same_round(workplace: Path, prior: Path) -> None:
+    """The SuperLink hands it out once, and the connection breaks before it is there."""
+    proxies = list[RecordingProxy]()
+
+    def proxy(port: int) -> int:
+        proxies.append(RecordingProxy(port, lose="/v1/fleet/pull-messages"))
+        return proxies[0].port
+
+    server, clients, _ = federation(workplace, prior, 1, "--min-replies", "2", through=proxy)
+    check_whole(workplace, server, clients, 1)
+    assert proxies[0].has_lost
+    (line,) = read_lines(workplace / "fed" / "rounds.jsonl")
+    assert (line["clients"], line["silent"], line["attempts"]) == (2, 0, 1)
 
 
 def test_hostile_nodes_change_nothing_and_are_named(workplace: Path, prior: Path) -> None:

@@ -41,6 +41,8 @@ class Time:
 class InProcess:
     """A link to functions; `before_round` may raise, as an interruption does. A silent site never answers."""
 
+    may_lose = False
+
     def __init__(self, sites: Mapping[int, Site], before_round: Callable[[int], None] = lambda number: None) -> None:
         self._sites = dict(sites)
         self._before_round = before_round

@@ -127,7 +127,7 @@ DOCUMENTS = [
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=range(len(DOCUMENTS)))
 def test_an_update_that_is_no_document_of_ours_is_no_parcel(document: bytes) -> None:
-    reply = under_test._reply(4, content(packed(document)))
+    reply = under_test._reply(under_test.Asked(4, Question(1, 1.0), 1.0), content(packed(document)))
     assert (reply.site, reply.parcel, reply.problem, reply.lost) == (4, None, "its reply is none of ours", False)
 
 
@@ -466,7 +466,7 @@ def test_an_error_that_answers_an_earlier_exchange_is_none_of_this_one(
             current,
             question.weights,
             deadline=60,
-            limit=70,
+            limit=35,  # before it is asked how far it is
             say=said.append,
             record=lambda *line: None,
             clock=time.clock,

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maskdm.auditlog import Message, digest_of, message_of
@@ -15,7 +16,7 @@ from maskdm.parcel import Outcome, Parcel
 from maskdm.protocol import RoundPlan
 from maskdm.tensorfile import pack, unpack
 from maskdm_server.aggregation import UpdateRejected
-from maskdm_server.exchange import LOST_SECONDS, MOST_QUESTIONS, Exchange
+from maskdm_server.exchange import HEARTBEAT_SECONDS, LOST_SECONDS, MOST_QUESTIONS, QUIET, Exchange
 from maskdm_server.link import Question, Reply
 
 from .conftest import Time, numbers
@@ -35,7 +36,9 @@ class Scripted:
         sites: Mapping[int, Behaviour],
         there: Callable[[int, float], bool] = lambda site, seconds: True,
         carried: Callable[[float], Mapping[int, int]] = lambda seconds: {},
+        may_lose: bool = False,
     ) -> None:
+        self.may_lose = may_lose
         self._time, self._behaviours, self._there, self._carried = time, sites, there, carried
         self._began = time.now
         self._under_way: list[tuple[float, Reply]] = []
@@ -61,7 +64,7 @@ class Scripted:
             self.asked.append((self.passed(), site, question))
             for delay, what in self._behaviours[site](question):
                 reply = what if isinstance(what, Reply) else Reply(site, what)
-                self._under_way.append((self._time.now + delay, reply))
+                self._under_way.append((self._time.now + delay, replace(reply, question=question)))
 
     def receive(self) -> Iterator[Reply]:
         arrived = [entry for entry in self._under_way if entry[0] <= self._time.now]
@@ -119,7 +122,7 @@ def start(plan: RoundPlan, weights: Path) -> Callable[..., Held]:
 
     def make(sites: Mapping[int, Behaviour], **options: Any) -> Held:
         time = Time()
-        ours = {name: options.pop(name) for name in ("there", "carried") if name in options}
+        ours = {name: options.pop(name) for name in ("there", "carried", "may_lose") if name in options}
         return Held(plan, weights, Scripted(time, sites, **ours), time, **options)
 
     return make
@@ -288,6 +291,53 @@ def test_a_site_that_went_away_is_asked_again_when_it_comes_back(start: Callable
     exchange = held.run()
     assert exchange.accepted == {1}
     assert [round(when) for when in held.link.full(1)] == [0, 30]
+
+
+class Unreliable(Worker):
+    """A worker behind a line that loses the messages that `lost` says, in the order in which they are sent."""
+
+    def __init__(self, plan: RoundPlan, seconds: float, lost: Sequence[bool]) -> None:
+        super().__init__(plan, seconds, lambda passed: int(passed))
+        self._lost = iter(lost)
+
+    def __call__(self, question: Question) -> Sequence[tuple[float, Parcel | Reply]]:
+        if next(self._lost, False):
+            return []
+        known = question.document or self.documents
+        answers = super().__call__(question) if known else [(1.0, code(self._plan, Outcome.UNKNOWN))]
+        return [] if next(self._lost, False) else answers
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # they only build
+@given(losses=st.sets(st.integers(0, 15), max_size=MOST_QUESTIONS - 1), seconds=st.floats(0, 500))
+def test_a_message_that_is_lost_without_a_word_costs_a_minute_and_not_the_site(
+    start: Callable[..., Held], plan: RoundPlan, losses: set[int], seconds: float
+) -> None:
+    """The SuperLink hands each out once, whether it arrives or not."""
+    lost = [number in losses for number in range(16)]
+    held = start({1: Unreliable(plan, seconds, lost)}, deadline=3600.0, may_lose=True)
+    exchange = held.run()
+    assert exchange.accepted == {1}
+    assert exchange.seconds() < seconds + 5 + len(losses) * (QUIET * HEARTBEAT_SECONDS + 5)
+
+
+def test_a_site_that_is_slow_to_answer_is_not_asked_more_and_more(start: Callable[..., Held], plan: RoundPlan) -> None:
+    def slow(question: Question) -> Sequence[tuple[float, Parcel | Reply]]:
+        working = code(plan, Outcome.WORKING, images_seen=min(LONG, int(held.link.passed()) + 1))
+        return [((QUIET + 0.3) * HEARTBEAT_SECONDS, working)]
+
+    held = start({1: slow}, deadline=3600.0, limit=3000.0, may_lose=True)
+    held.run()
+    assert len(held.link.asked) <= 3000 / (QUIET * HEARTBEAT_SECONDS) + 2
+
+
+def test_over_a_line_that_loses_nothing_a_silent_site_is_asked_once(
+    start: Callable[..., Held], plan: RoundPlan
+) -> None:
+    """As in a simulation, where clients wait for their turn."""
+    held = start({1: after(3000, plan)}, deadline=3600.0)
+    assert held.run().accepted == {1}
+    assert len(held.link.asked) == 1
 
 
 def test_a_site_that_stays_away_is_not_waited_for(start: Callable[..., Held], plan: RoundPlan) -> None:
@@ -527,9 +577,9 @@ def lives(draw: st.DrawFn) -> tuple[list[list[tuple[float, str]]], tuple[float, 
 
 
 @settings(max_examples=150)
-@given(sites=st.lists(lives(), min_size=1, max_size=4))
+@given(sites=st.lists(lives(), min_size=1, max_size=4), may_lose=st.booleans())
 def test_whatever_sites_do_an_exchange_ends_in_time_with_a_word_on_each_of_them(
-    small: Any, weights: Path, sites: list[tuple[list[list[tuple[float, str]]], tuple[float, float]]]
+    small: Any, weights: Path, sites: list[tuple[list[list[tuple[float, str]]], tuple[float, float]]], may_lose: bool
 ) -> None:
     values = {"federation": "0" * 16, "exchange": 5, "action": "train", "round": 1, "rounds": 1, "local_images": LONG}
     plan = RoundPlan.model_validate({**values, "batch_size": 8, "lr": 1e-3, "seed": 0, "model": small})
@@ -555,6 +605,7 @@ def test_whatever_sites_do_an_exchange_ends_in_time_with_a_word_on_each_of_them(
         time,
         {site: behaviour(site, answers) for site, (answers, _) in enumerate(sites)},
         there=lambda site, passed: not sites[site][1][0] < passed < sites[site][1][1],
+        may_lose=may_lose,
     )
     held = Held(plan, weights, link, time, limit=600.0)
     exchange = held.run()
