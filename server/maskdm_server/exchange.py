@@ -167,7 +167,7 @@ class Exchange:
     def _hear(self, reply: Reply, take: Callable[[int, Parcel], None]) -> None:
         site, asked, parcel = reply.site, self._asked.get(reply.site), reply.parcel
         ours = self._plan.exchange
-        answered = reply.question and reply.question.exchange if parcel is None else parcel.scalars.get("exchange")
+        answered = (reply.question and reply.question.exchange) if parcel is None else parcel.scalars.get("exchange")
         message = described(parcel) if parcel is not None else NOTHING  # before its arrays are taken elsewhere
         unchecked = replace(message, arrays={})  # whose names a stranger chose
         if parcel is not None:

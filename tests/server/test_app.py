@@ -416,9 +416,11 @@ def test_replies_come_back_under_the_site_that_was_asked_and_only_once(
     link.ask([5, 7], question, 123.0)
     assert list(link.receive()) == []
     names = {message.metadata.dst_node_id: name for name, message in grid.sent.items()}
+    link.ask([7], Question(question.exchange, question.wait), 123.0)
     grid.answer(names[7], good())
     (reply,) = link.receive()
     assert reply.site == 7
+    assert reply.question is question, "not the newer one"
     assert_good(reply)
     grid.answer(names[5], content())
     (reply,) = link.receive()
@@ -433,7 +435,7 @@ def test_an_error_of_flowers_means_that_the_site_was_lost(pair: tuple[Any, GridL
     (name,) = grid.sent
     grid.answer(name, Error(code=3, reason="/home/somebody/secret"))
     (reply,) = link.receive()
-    assert (reply.site, reply.parcel, reply.lost) == (5, None, True)
+    assert (reply.site, reply.parcel, reply.lost, reply.question) == (5, None, True, question)
     assert "secret" not in reply.problem
 
 
