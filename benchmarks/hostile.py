@@ -33,7 +33,7 @@ CHUNK = 5 * 2**20
 
 
 def harmful(plan: RoundPlan, attack: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """Arrays and numbers of a reply with one thing wrong."""
+    """Arrays and numbers of a reply with one thing wrong; of a plan without training, the numbers alone."""
     kinds = layout(plan.shapes(), plan.encoding, plan.topk_share)
     rng = np.random.default_rng(plan.round)
     # Bits of bfloat16 around 1e-4: as long as an honest update.
@@ -51,6 +51,8 @@ def harmful(plan: RoundPlan, attack: str) -> tuple[dict[str, Any], dict[str, flo
         "seconds": 1.0,
         "skipped_steps": 0,
     }
+    if not arrays:
+        return arrays, numbers
     first = next(iter(arrays))
     if attack == "nan":
         arrays[first] = np.full_like(arrays[first], 0x7FC0)
@@ -108,7 +110,7 @@ def answer(asked: Message, plan: RoundPlan, attack: str, address: str, send: Any
         return
     arrays, numbers = harmful(plan, attack)
     content = RecordDict({"report": MetricRecord(numbers)})
-    if arrays and plan.action == "train":
+    if arrays:
         packed = pack(arrays)
         content["update"] = ArrayRecord({"packed": Array("uint8", (len(packed),), PACKED, packed)})
     message = Message(content, reply_to=asked)
