@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,11 @@ class Lab:
 
 
 class Proxy:
-    """A TCP link that can be cut."""
+    """A TCP link that can be cut, or lose an answer."""
 
     def __init__(self, target: int) -> None:
         self.port, self._target, self._cut = free_port(), target, False
+        self._lose, self.has_lost = b"", False
         self._open: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", self.port))
         threading.Thread(target=self._accept, daemon=True).start()
@@ -183,27 +185,39 @@ class Proxy:
                 client.close()
                 continue
             self._open += [client, server]
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+            asked = bytearray()  # what the client wants at the moment
+            threading.Thread(target=self._pump, args=(client, server, asked, True), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, asked, False), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
+    def _pump(self, source: socket.socket, sink: socket.socket, asked: bytearray, is_request: bool) -> None:
+        with suppress(OSError):
             while data := source.recv(65536):
+                if is_request:
+                    asked[:] = data[:100]
+                elif self._lose and asked.startswith(self._lose) and b"content-length: 0\r\n" not in data:
+                    self._lose, self.has_lost = b"", True
+                    break
                 sink.sendall(data)
-        except OSError:
-            pass
-        finally:
-            source.close()
-            sink.close()
+        _end(source, sink)
+
+    def lose(self, path: str) -> None:
+        """Have the connection break before the next answer from this path that holds anything."""
+        self._lose = f"POST {path} ".encode()
 
     def cut(self) -> None:
         self._cut = True
-        for end in self._open:
-            end.close()
+        _end(*self._open)
         self._open.clear()
 
     def restore(self) -> None:
         self._cut = False
+
+
+def _end(*connections: socket.socket) -> None:
+    """Not by closing: a thread that still reads would read from whatever gets the same number."""
+    for connection in connections:
+        with suppress(OSError):  # it has ended
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def undisturbed(lab: Lab) -> None:
@@ -294,6 +308,16 @@ def link_cut(lab: Lab) -> None:
     proxy.restore()
 
 
+def plan_lost(lab: Lab) -> None:
+    """Flower's SuperLink hands a message out once, whether it arrives or not."""
+    proxy = Proxy(lab.port)
+    lab.start({1: proxy.port})
+    lab.until_training(1, 2)
+    proxy.lose("/v1/fleet/pull-messages")
+    lab.until(lambda: proxy.has_lost)
+    lab.fault(lambda: None)
+
+
 def disk_full(lab: Lab) -> None:
     rounds = lab.federation / "rounds"
     lab.start()
@@ -352,6 +376,7 @@ ROWS: dict[str, Callable[[Lab], None]] = {
     "whole server killed": server_killed,
     "client frozen past the deadline": client_frozen,
     "link cut for 15 s": link_cut,
+    "plan lost on its way": plan_lost,
     "disk full at the journal": disk_full,
     **{f"hostile: {attack}": hostile(attack) for attack in ATTACKS},
 }
