@@ -193,7 +193,8 @@ class Proxy:
         with suppress(OSError):
             while data := source.recv(65536):
                 if is_request:
-                    asked[:] = data[:100]
+                    if data.startswith(b"POST "):  # not the body, which may come by itself
+                        asked[:] = data[:100]
                 elif self._lose and asked.startswith(self._lose) and b"content-length: 0\r\n" not in data:
                     self._lose, self.has_lost = b"", True
                     break
@@ -309,7 +310,10 @@ def link_cut(lab: Lab) -> None:
 
 
 def plan_lost(lab: Lab) -> None:
-    """Flower's SuperLink hands a message out once, whether it arrives or not."""
+    """Flower's SuperLink hands a message out once, whether it arrives or not.
+
+    It is a plan, since a round is shorter than what a site may work without a word.
+    """
     proxy = Proxy(lab.port)
     lab.start({1: proxy.port})
     lab.until_training(1, 2)

@@ -70,6 +70,7 @@ def run_supernode(site: Path) -> None:
 def run_clientapp(site: Path) -> None:
     """Flower's ClientApp process around the installed app; a bundle that is not allowed is answered with a code."""
     import flwr.supernode.runtime.run_clientapp as runtime
+    from flwr.supercore.exit import add_exit_handler
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     problem: str | None = "no bundle came"
@@ -95,15 +96,19 @@ def run_clientapp(site: Path) -> None:
         push(*given)
         answered = True
 
+    def leave() -> None:
+        if not answered:
+            (site / UNANSWERED).touch()
+
     runtime.install_from_fab = look
     runtime.get_load_client_app_fn = load
     runtime.Error = lambda code, reason: error(code=code, reason=SILENCE)
     runtime.push_message = push_and_note
+    add_exit_handler(leave, run_before_force_exit=True)  # Flower does not wait long for the others
     try:
         flwr_clientapp()
     finally:
-        if not answered:
-            (site / UNANSWERED).touch()
+        leave()
 
 
 def allowed_by(site: Path) -> frozenset[str]:

@@ -22,8 +22,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
 STEADY_SECONDS = 60.0
 # Between two looks whether the server of a connection is still there.
 LOOK_SECONDS = 5.0
-# After the last round the reply must reach the server before the node leaves; the server closes when it has it.
-LEAVE_SECONDS = 60.0
+# After the last round the reply must reach the server before the node leaves; the server closes when it has it. After a
+# minute it asks for it again.
+LEAVE_SECONDS = 120.0
 
 
 def reachable(host: str, port: int, timeout: float = 2.0) -> bool:
@@ -70,9 +71,10 @@ def work(folder: Path, host: str, port: int, kit: OpenedKit | None, wait: float,
                     elif not joined:
                         server.must_let_in(node.log)
                     time.sleep(POLL_SECONDS)
+            if joined:
+                server.let_in()
             if joined and time.monotonic() - started > STEADY_SECONDS:
                 pause = FIRST_PAUSE
-                server.let_in()
             server.must_let_in(node.log)
             say(f"the connection to {host}:{port} was lost (details: {node.log}); trying again in {pause:.0f} s")
             site.pause(pause)

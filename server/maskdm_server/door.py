@@ -27,6 +27,7 @@ CHUNK = 5 * 2**20  # Flower's own for arrays
 LARGEST_REQUEST = 2 * CHUNK
 MOST_PARTS = 1000  # in which a request is held
 OTHER_OBJECTS = 16  # of a message, besides the chunks of its one array
+LEAST_CARRIED = 2**14  # smaller ones are questions, plans and news, which are no progress
 WRITE_SECONDS = 1.0
 FLEET, CONTROL, HEALTH = "/v1/fleet/", "/v1/control/", "/health"
 SECRET = "secret"  # file that only this user can read
@@ -84,7 +85,7 @@ class Door:
                 if not message.get("more_body"):
                     break
             body = b"".join(parts)
-            carrying = self._look_at(path.removeprefix(FLEET), body) if path.startswith(FLEET) else None
+            node = self._look_at(path.removeprefix(FLEET), body) if path.startswith(FLEET) else None
         except TooLarge:
             await _answer(send, 413)
             return
@@ -95,11 +96,17 @@ class Door:
             message, whole = whole, None
             return message or await receive()
 
+        let_in, carried = False, len(body)
+
         async def sent(message: Message) -> None:
-            # Whoever the SuperLink does not know, or does not let in, carries nothing.
-            if carrying and message["type"] == "http.response.start" and message["status"] == 200:
-                self._count(*carrying)
+            nonlocal let_in, carried
             await send(message)
+            if message["type"] == "http.response.start":
+                let_in = message["status"] == 200  # whoever the SuperLink does not know carries nothing
+                return
+            carried += len(message.get("body", b""))
+            if node is not None and let_in and not message.get("more_body") and carried >= LEAST_CARRIED:
+                self._count(node, carried)
 
         await self._app(scope, again, sent)
 
@@ -110,8 +117,8 @@ class Door:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return not path.startswith(CONTROL) or secrets.compare_digest(given, self._secret)
 
-    def _look_at(self, name: str, body: bytes) -> tuple[int, int] | None:
-        """Which node carries how many bytes with a request, if any.
+    def _look_at(self, name: str, body: bytes) -> int | None:
+        """The node that carries a part of a message with a request, if it does.
 
         Raises:
             TooLarge: it announces more than a node of ours would send.
@@ -127,9 +134,9 @@ class Door:
                     self._refuse(request.node.node_id)
                     raise TooLarge
             elif name == "push-object":
-                return PushObjectRequest.FromString(body).node.node_id, len(body)
+                return int(PushObjectRequest.FromString(body).node.node_id)
             elif name == "pull-object":
-                return PullObjectRequest.FromString(body).node.node_id, CHUNK
+                return int(PullObjectRequest.FromString(body).node.node_id)
         except DecodeError:  # the SuperLink says so itself
             pass
         return None

@@ -22,7 +22,8 @@ LOST_SECONDS = 30.0
 # A site that comes back, or forgot what it was asked, is asked anew this often in one exchange.
 MOST_QUESTIONS = 5
 # A site that has said nothing for so many times as long as it may work in silence is asked how far it is: what it was
-# asked, or its answer, may be lost. A ClientApp that starts, a poll and a slow machine take their time too.
+# asked, or its answer, may be lost. A ClientApp that starts, a poll and a slow machine take their time too. Next time
+# twice as long: each of these that comes when the site has its answer ready has it sent once more.
 QUIET = 2
 # How many times as long as news the weights may be under way.
 DOWNLOAD = 4
@@ -39,6 +40,7 @@ class Asked:
     heard: float  # when it last made progress
     told: float  # when it last said or carried anything, or was asked
     latest: Question  # that it was asked
+    unanswered: int = 0  # questions since it last said anything
     questions: int = 1
     images: int = 0
     carried: int = 0
@@ -143,7 +145,7 @@ class Exchange:
         asked = self._asked.setdefault(site, Asked(now, now, question, questions=0))
         asked.questions += 1
         asked.heard = asked.told = now
-        asked.latest, asked.over = question, False
+        asked.latest, asked.unanswered, asked.over = question, 0, False
 
     def _ask_how_far(self, site: int, asked: Asked) -> None:
         asked.latest, asked.told = Question(self._plan.exchange, self._wait), self._clock()
@@ -177,7 +179,8 @@ class Exchange:
             self._note("in", site, "late", unchecked)
             self._say({"event": "late", "round": self._plan.round, "site": self._link.name(site)})
             return
-        asked.told = self._clock()
+        asked.told, asked.unanswered = self._clock(), 0
+        newest = reply.question is asked.latest  # of several that are under way only one has a successor
         if site in self.accepted:
             self._note("in", site, "accepted before", unchecked)
         elif parcel is None:
@@ -189,12 +192,13 @@ class Exchange:
         elif parcel.scalars.get("outcome") == Outcome.WORKING:
             self._note("in", site, "working", unchecked)
             self._take_note(site, asked, parcel)
-            if reply.question is asked.latest:  # of several that are under way only one has a successor
+            if newest:
                 self._ask_how_far(site, asked)
-        elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
+        elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and (not newest or asked.questions < MOST_QUESTIONS):
             self._note("in", site, "unknown", unchecked)
-            self._have_rest.discard(site)
-            self._ask([site])
+            if newest:
+                self._have_rest.discard(site)
+                self._ask([site])
         else:
             try:
                 take(site, parcel)
@@ -234,8 +238,9 @@ class Exchange:
                     self._silence(site, asked, "the connection to it was lost")
             if not asked.over and now - asked.heard > self._deadline:
                 self._silence(site, asked, f"no progress for {self._deadline:.0f} s")
-            quiet = now - asked.told > QUIET * self._wait
+            quiet = now - asked.told > QUIET * self._wait * 2**asked.unanswered
             if quiet and self._link.may_lose and site in there and not asked.over:
+                asked.unanswered += 1
                 self._ask_how_far(site, asked)
 
     def _silence(self, site: int, asked: Asked, reason: str) -> None:

@@ -12,6 +12,7 @@ from maskdm.errors import FederationError
 from maskdm.parcel import Parcel
 from maskdm_client import cli, supervision
 from maskdm_client.mailbox import Mailbox
+from maskdm_client.supervision import LEAVE_SECONDS
 
 
 class World:
@@ -91,8 +92,19 @@ def test_a_site_joins_works_and_leaves_when_the_server_has_its_last_reply(tmp_pa
         "no server at host:8000; trying for 600 s",
         "joined host:8000; waiting for work",
     ]
-    assert 3660 <= world.now - 1000 <= 3662
+    assert 3600 + LEAVE_SECONDS <= world.now - 1000 <= 3602 + LEAVE_SECONDS
     assert world.looks > 1000
+
+
+def test_a_site_that_is_let_in_time_and_again_is_not_kept_out(tmp_path: Path, world: World) -> None:
+    """However short its connections are."""
+
+    def meanwhile(passed: float) -> None:
+        world.alive, world.finished = passed % 23 < 20, passed > 3600
+
+    world.meanwhile = meanwhile
+    work(tmp_path)
+    assert len(world.starts) > 10
 
 
 @pytest.mark.parametrize("gone_at", [-1.0, 300.0])
@@ -147,7 +159,7 @@ def test_a_site_that_was_killed_after_it_took_the_final_model_leaves_well(
 
     world.meanwhile, world.there = meanwhile, there > 0
     work(tmp_path)
-    assert there + 60 <= world.now - 1000 <= there + 70
+    assert there + LEAVE_SECONDS <= world.now - 1000 <= there + LEAVE_SECONDS + 10
 
 
 def test_a_federation_that_goes_on_is_joined_again(tmp_path: Path, world: World) -> None:

@@ -84,6 +84,7 @@ def check_whole(workplace: Path, server: Started, clients: list[Started], rounds
     assert server.wait() == 0, server.output()
     for client in clients:
         assert client.wait() == 0, client.output()
+        assert "ended without an answer" not in client.output()
     wait_until(lambda: not processes_with(str(workplace)), lambda: str(processes_with(str(workplace))))
     assert [line["round"] for line in read_lines(workplace / "fed" / "rounds.jsonl")] == list(range(1, rounds + 1))
     assert load_checkpoint(workplace / "fed" / "model.safetensors")[1].rounds == rounds
@@ -140,9 +141,13 @@ def test_a_plan_that_is_lost_on_its_way_is_sent_again_in_the_same_round(workplac
         proxies.append(RecordingProxy(port, lose="/v1/fleet/pull-messages"))
         return proxies[0].port
 
-    server, clients, _ = federation(workplace, prior, 1, "--min-replies", "2", through=proxy)
+    options = ["--min-replies", "2", "--round-deadline", "45"]  # asked again after 30
+    server, clients, _ = federation(workplace, prior, 1, *options, through=proxy)
     check_whole(workplace, server, clients, 1)
     assert proxies[0].has_lost
+    said = [line["verdict"] for line in read_lines(workplace / "fed" / "audit.jsonl")]
+    assert said.count("sent: train") == 2 + 1
+    assert said.count("unknown") == 1
     (line,) = read_lines(workplace / "fed" / "rounds.jsonl")
     assert (line["clients"], line["silent"], line["attempts"]) == (2, 0, 1)
 

@@ -30,7 +30,7 @@ class App:
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
         self.scopes: list[Message] = []
-        self.status = 200
+        self.status, self.answer = 200, b"done"
         self.after: list[Message] = []
 
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
@@ -46,7 +46,9 @@ class App:
         self.bodies.append(bytes(body))
         self.after.append(await receive())
         await send({"type": "http.response.start", "status": self.status, "headers": []})
-        await send({"type": "http.response.body", "body": b"done"})
+        half = len(self.answer) // 2
+        await send({"type": "http.response.body", "body": self.answer[:half], "more_body": True})
+        await send({"type": "http.response.body", "body": self.answer[half:]})
 
 
 class Knocking:
@@ -262,7 +264,7 @@ def test_who_submits_runs_shows_the_secret_at_the_private_port(
 
 def test_who_is_not_let_in_carries_nothing(knocking: Knocking, tmp_path: Path) -> None:
     knocking.app.status = 401
-    assert knocking.send(PUSH, [pushed(5, 1000)]) == 401
+    assert knocking.send(PUSH, [pushed(5, CHUNK)]) == 401
     assert not (tmp_path / "traffic.json").exists()
 
 
@@ -272,7 +274,7 @@ def test_strangers_cannot_make_it_remember_or_write_without_end(
     monkeypatch.setattr(under_test, "MOST_NODES", 3)
     monkeypatch.setattr(under_test, "REFUSAL_SECONDS", 1e9)
     for node in (1, 2, 3, 1, 4, 5):
-        knocking.send(PUSH, [pushed(node, 10)])
+        knocking.send(PUSH, [pushed(node, CHUNK)])
         assert knocking.send(MESSAGES, [offered(tree(1000), node=node)]) == 413
     assert list(json.loads((tmp_path / "traffic.json").read_text())) == ["1", "4", "5"], "who carried last"
     assert [line["site"] for line in read_lines(tmp_path / "refused.jsonl")] == [1]
@@ -284,15 +286,26 @@ def test_what_each_node_carries_is_counted_both_ways(knocking: Knocking, tmp_pat
     knocking.door = Door(knocking.app, tmp_path / "fed" / ".flwr", CHUNK, PRIVATE_PORT)
     traffic = Traffic(tmp_path / "fed")
     assert traffic.carried() == {}
-    bodies = [pushed(5, 1000), pushed(5, 3000), pushed(2**63 + 1, 10)]
+    answer = len(knocking.app.answer)
+    bodies = [pushed(5, CHUNK), pushed(5, 300_000), pushed(2**63 + 1, CHUNK)]
     for body in bodies:
         knocking.send(PUSH, [body])
-    assert traffic.carried() == {5: len(bodies[0]) + len(bodies[1]), 2**63 + 1: len(bodies[2])}
+    assert traffic.carried() == {5: len(bodies[0]) + len(bodies[1]) + 2 * answer, 2**63 + 1: len(bodies[2]) + answer}
     before = traffic.carried()[5]
+    knocking.app.answer = bytes(CHUNK)
+    wanted = PullObjectRequest(node=Node(node_id=5), object_id="x").SerializeToString()
+    knocking.send(PULL, [wanted])
+    assert traffic.carried()[5] == before + len(wanted) + CHUNK
+
+
+def test_questions_and_news_are_no_progress(knocking: Knocking, tmp_path: Path) -> None:
+    """A site that is asked how far it is, and that never says, would be waited for as long as it is asked."""
+    knocking.app.answer = bytes(3000)
     knocking.send(PULL, [PullObjectRequest(node=Node(node_id=5), object_id="x").SerializeToString()])
-    assert traffic.carried()[5] == before + CHUNK
+    knocking.send(PUSH, [pushed(5, 3000)])
+    knocking.app.answer = bytes(CHUNK)
     knocking.send(MESSAGES, [offered(tree(3))])
-    assert traffic.carried()[5] == before + CHUNK, "a few hundred bytes of news are no progress"
+    assert not (tmp_path / "traffic.json").exists()
 
 
 def test_traffic_is_not_written_down_for_every_request(
@@ -300,13 +313,13 @@ def test_traffic_is_not_written_down_for_every_request(
 ) -> None:
     monkeypatch.setattr(under_test, "WRITE_SECONDS", 1e9)
     knocking.door._written = 0.0
-    knocking.send(PUSH, [pushed(5, 10)])
+    knocking.send(PUSH, [pushed(5, CHUNK)])
     assert not (tmp_path / "traffic.json").exists()
 
 
 def test_a_disk_that_is_full_does_not_stop_requests(knocking: Knocking, tmp_path: Path) -> None:
     (tmp_path / "traffic.tmp").mkdir()  # cannot be written to
-    assert knocking.send(PUSH, [pushed(5, 10)]) == 200
+    assert knocking.send(PUSH, [pushed(5, CHUNK)]) == 200
 
 
 def test_a_disk_that_is_full_does_not_let_large_replies_in_either(knocking: Knocking, tmp_path: Path) -> None:

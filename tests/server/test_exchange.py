@@ -318,7 +318,8 @@ def test_a_message_that_is_lost_without_a_word_costs_a_minute_and_not_the_site(
     held = start({1: Unreliable(plan, seconds, lost)}, deadline=3600.0, may_lose=True)
     exchange = held.run()
     assert exchange.accepted == {1}
-    assert exchange.seconds() < seconds + 5 + len(losses) * (QUIET * HEARTBEAT_SECONDS + 5)
+    in_a_row = (2 ** len(losses) - 1) * QUIET * HEARTBEAT_SECONDS
+    assert exchange.seconds() < seconds + in_a_row + 5 * (len(losses) + 1)
 
 
 def test_a_site_that_is_slow_to_answer_is_not_asked_more_and_more(start: Callable[..., Held], plan: RoundPlan) -> None:
@@ -329,6 +330,35 @@ def test_a_site_that_is_slow_to_answer_is_not_asked_more_and_more(start: Callabl
     held = start({1: slow}, deadline=3600.0, limit=3000.0, may_lose=True)
     held.run()
     assert len(held.link.asked) <= 3000 / (QUIET * HEARTBEAT_SECONDS) + 2
+
+
+def test_a_site_that_never_answers_is_asked_less_and_less_and_given_up_at_the_deadline(
+    start: Callable[..., Held], plan: RoundPlan
+) -> None:
+    held = start({1: never}, deadline=3600.0, may_lose=True)
+    exchange = held.run()
+    assert exchange.silent == {1}
+    assert 3600 < exchange.seconds() < 3602
+    assert len(held.link.asked) == 1 + 5
+
+
+@pytest.mark.parametrize("stalled", [100.0, 400.0, 2000.0])
+def test_a_site_that_comes_to_itself_is_sent_the_plan_that_it_lost_once_more_whatever_was_asked_meanwhile(
+    start: Callable[..., Held], plan: RoundPlan, stalled: float
+) -> None:
+    """It answers, one after another, all that waited for it."""
+    documents = 0
+
+    def dazed(question: Question) -> Sequence[tuple[float, Parcel | Reply]]:
+        nonlocal documents
+        documents += bool(question.document)
+        if not question.document:
+            return [(max(1.0, stalled - held.link.passed()), code(plan, Outcome.UNKNOWN))]
+        return [] if documents == 1 else [(10.0, done(plan))]
+
+    held = start({1: dazed}, deadline=3600.0, may_lose=True)
+    assert held.run().accepted == {1}
+    assert documents == 2
 
 
 def test_over_a_line_that_loses_nothing_a_silent_site_is_asked_once(
