@@ -33,7 +33,7 @@ CHUNK = 5 * 2**20
 
 
 def harmful(plan: RoundPlan, attack: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """Arrays and numbers of a reply with one thing wrong; of a plan without training, the numbers alone."""
+    """Arrays and numbers of a reply with one thing wrong; a plan without training is refused, so that all go on."""
     kinds = layout(plan.shapes(), plan.encoding, plan.topk_share)
     rng = np.random.default_rng(plan.round)
     # Bits of bfloat16 around 1e-4: as long as an honest update.
@@ -51,10 +51,10 @@ def harmful(plan: RoundPlan, attack: str) -> tuple[dict[str, Any], dict[str, flo
         "seconds": 1.0,
         "skipped_steps": 0,
     }
-    if not arrays:
-        return arrays, numbers
-    first = next(iter(arrays))
-    if attack == "nan":
+    first = next(iter(arrays), "")
+    if attack == "version" or not arrays:
+        arrays, numbers = {}, {"outcome": int(Outcome.PLAN_REFUSED), "round": plan.round}
+    elif attack == "nan":
         arrays[first] = np.full_like(arrays[first], 0x7FC0)
     elif attack == "shapes":
         arrays[first] = arrays[first][..., :1]
@@ -64,8 +64,6 @@ def harmful(plan: RoundPlan, attack: str) -> tuple[dict[str, Any], dict[str, flo
         arrays = {name: array + np.uint16(0x0D00) for name, array in arrays.items()}  # 26 powers of two
     elif attack == "weight":
         numbers["images_seen"] = 10**12
-    elif attack == "version":
-        arrays, numbers = {}, {"outcome": int(Outcome.PLAN_REFUSED), "round": plan.round}
     return arrays, numbers
 
 

@@ -27,8 +27,10 @@ from maskdm_client.settings import load_settings
 
 COMPONENT = "maskdm_client.app:app"
 LARGEST_BUNDLE = 1_000_000  # bytes
-# A file in the folder of a site whose ClientApp ended without an answer: the SuperNode would wait for one for ever.
+# A file in the folder of a site whose ClientApp ended without an answer, with the address of its SuperNode, which would
+# wait for one for ever.
 UNANSWERED = ".flwr/unanswered"
+ADDRESS = "--runtime-api-address"  # of the SuperNode, among a ClientApp's arguments
 # What Flower would send of an exception is its text.
 SILENCE = "the site's own log says why"
 
@@ -98,7 +100,7 @@ def run_clientapp(site: Path) -> None:
 
     def leave() -> None:
         if not answered:
-            (site / UNANSWERED).touch()
+            (site / UNANSWERED).write_text(sys.argv[sys.argv.index(ADDRESS) + 1])
 
     runtime.install_from_fab = look
     runtime.get_load_client_app_fn = load

@@ -40,7 +40,6 @@ class SuperNode:
         home.chmod(0o700)
         self._logs, self._let_in = folder / "logs", False
         self._unanswered = folder / UNANSWERED
-        self._unanswered.unlink(missing_ok=True)
         self._environment = flower_environment(home)
         self._secret, self._programs = home / "secret", home / "bin"
         atomic_write(self._secret, secrets.token_hex(32), private=True)
@@ -86,7 +85,8 @@ class SuperNode:
         if self._executor and self._executor.exit_code() is not None:
             say(f"Flower's superexec ended unexpectedly (details: {self._executor.log})")
             return False
-        if self._unanswered.exists():
+        # One of an earlier SuperNode may leave it late.
+        if self._unanswered.exists() and self._unanswered.read_text() == self._runtime:
             say(f"Flower's ClientApp ended without an answer (details: {self._logs / 'superexec.log'})")
             return False
         return True

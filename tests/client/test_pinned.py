@@ -62,7 +62,7 @@ def test_a_clientapp_that_fails_before_it_can_answer_says_so_to_the_site(tmp_pat
     refused.shutdown()
     refused.server_close()
     assert ended.returncode == 1
-    assert (tmp_path / UNANSWERED).exists()
+    assert (tmp_path / UNANSWERED).read_text() == address
 
 
 def test_what_is_not_allowed_is_not_even_opened(monkeypatch: pytest.MonkeyPatch) -> None:

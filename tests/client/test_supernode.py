@@ -1,6 +1,7 @@
 """Flower's processes of a site, played by small scripts; the real ones are in tests/e2e."""
 
 import os
+import re
 import signal
 import stat
 import time
@@ -73,8 +74,11 @@ def test_a_clientapp_that_ended_without_an_answer_ends_the_connection_and_the_ne
 ) -> None:
     """Its SuperNode would wait for that answer for ever."""
     with SuperNode(tmp_path, "127.0.0.1", 8000, None) as node:
+        until(node.is_let_in)
         assert node.is_alive()
-        (tmp_path / UNANSWERED).touch()
+        address = re.search(r"--port (\d+)", (tmp_path / "logs" / "supernode.log").read_text())
+        assert address
+        (tmp_path / UNANSWERED).write_text(f"127.0.0.1:{address[1]}")
         assert not node.is_alive()
     assert "ClientApp ended without an answer" in capsys.readouterr().err
     with SuperNode(tmp_path, "127.0.0.1", 8000, None) as node:

@@ -79,12 +79,18 @@ def training_in(workplace: Path, site: str, number: int) -> bool:
     return any(event["event"] == "training" and event["round"] >= number for event in events)
 
 
-def check_whole(workplace: Path, server: Started, clients: list[Started], rounds: int) -> None:
-    """Everybody ended well, every round was done once, the model is whole, nothing is left."""
+def check_whole(
+    workplace: Path, server: Started, clients: list[Started], rounds: int, all_answered: bool = True
+) -> None:
+    """Everybody ended well, every round was done once, the model is whole, nothing is left.
+
+    Args:
+        all_answered: no ClientApp died of what was done to its neighbours.
+    """
     assert server.wait() == 0, server.output()
     for client in clients:
         assert client.wait() == 0, client.output()
-        assert "ended without an answer" not in client.output()
+        assert not all_answered or "ended without an answer" not in client.output()
     wait_until(lambda: not processes_with(str(workplace)), lambda: str(processes_with(str(workplace))))
     assert [line["round"] for line in read_lines(workplace / "fed" / "rounds.jsonl")] == list(range(1, rounds + 1))
     assert load_checkpoint(workplace / "fed" / "model.safetensors")[1].rounds == rounds
@@ -106,7 +112,7 @@ def test_a_federation_outlives_the_deaths_of_its_processes_one_after_another(wor
         wait_until(lambda n=number: training_in(workplace, "a", n), server.output)  # type: ignore[misc]
         os.kill(pid_of(process, folder), signal.SIGKILL)
         wait_until(lambda n=number: rounds_done(workplace) >= n, server.output)  # type: ignore[misc]
-    check_whole(workplace, server, clients, 7)
+    check_whole(workplace, server, clients, 7, all_answered=False)
     asked = [e["exchange"] for e in read_lines(workplace / "fed" / "events.jsonl") if e["event"] == "sent"]
     assert len(set(asked)) <= 7 + 1 + len(victims), "a death costs at most the round in progress"
 
