@@ -11,7 +11,7 @@ demo: .venv/run
 test: fast slow
 
 fast: .venv/test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2
 
 slow: .venv/test
 	$(BIN)/python -m pytest -m slow --numprocesses 2
