@@ -30,7 +30,7 @@ LARGEST_BUNDLE = 1_000_000  # bytes
 # A file in the folder of a site whose ClientApp ended without an answer, with the address of its SuperNode, which would
 # wait for one for ever.
 UNANSWERED = ".flwr/unanswered"
-ADDRESS = "--runtime-api-address"  # of the SuperNode, among a ClientApp's arguments
+ADDRESS = "--runtime-api-address"  # of the SuperNode, among the arguments of SuperExec and ClientApp
 # What Flower would send of an exception is its text.
 SILENCE = "the site's own log says why"
 

@@ -15,7 +15,7 @@ from maskdm.kit import OpenedKit
 from maskdm.processes import Child, flower_environment, free_port, script
 from maskdm.reporting import say
 from maskdm.runfolder import atomic_write
-from maskdm_client.pinned import UNANSWERED
+from maskdm_client.pinned import ADDRESS, UNANSWERED
 
 # What the SuperNode writes into its log once the server has let it in.
 LET_IN = b"SuperNode ID"
@@ -77,7 +77,7 @@ class SuperNode:
         if self._node.exit_code() is not None:
             return False
         if self._executor is None and self.is_let_in():
-            command = [script("flower-superexec"), "--runtime-api-address", self._runtime, "--insecure"]
+            command = [script("flower-superexec"), ADDRESS, self._runtime, "--insecure"]
             command += ["--superexec-auth-secret-file", str(self._secret)]
             around = {**self._environment, "PATH": str(self._programs)}
             self._executor = Child(command, log=self._logs / "superexec.log", environment=around)

@@ -73,8 +73,8 @@ def work(folder: Path, host: str, port: int, kit: OpenedKit | None, wait: float,
                     time.sleep(POLL_SECONDS)
             if joined:
                 server.let_in()
-            if joined and time.monotonic() - started > STEADY_SECONDS:
-                pause = FIRST_PAUSE
+                if time.monotonic() - started > STEADY_SECONDS:
+                    pause = FIRST_PAUSE
             server.must_let_in(node.log)
             say(f"the connection to {host}:{port} was lost (details: {node.log}); trying again in {pause:.0f} s")
             site.pause(pause)

@@ -194,11 +194,12 @@ class Exchange:
             self._take_note(site, asked, parcel)
             if newest:
                 self._ask_how_far(site, asked)
-        elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and (not newest or asked.questions < MOST_QUESTIONS):
+        elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and not newest:
             self._note("in", site, "unknown", unchecked)
-            if newest:
-                self._have_rest.discard(site)
-                self._ask([site])
+        elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
+            self._note("in", site, "unknown", unchecked)
+            self._have_rest.discard(site)
+            self._ask([site])
         else:
             try:
                 take(site, parcel)
