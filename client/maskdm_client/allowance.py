@@ -1,6 +1,6 @@
-"""How many updates, or numbers of evaluations, left a site in the last 24 hours: a file that is written before each.
+"""How often a site was asked for something: a file that is written before the work begins.
 
-Whatever fails after that, it counts as left.
+However the work ends, it counts: a code that says how it ended tells something too.
 """
 
 import json
@@ -12,72 +12,95 @@ from typing import NamedTuple
 from maskdm.errors import MaskDMError
 from maskdm.policy import DAY, SitePolicy
 from maskdm.runfolder import write_json
+from maskdm_client.job import Job
+
+REMEMBERED = 365 * DAY  # no federation lasts longer
 
 
 class Kind(NamedTuple):
-    """Something of which only so much may leave."""
+    """Something that may be asked only so often."""
 
     file: str
-    key: str  # of the policy
     noun: str
+    per_day: str  # keys of the policy
+    per_federation: str | None
 
 
-UPDATES = Kind("releases.json", "max-rounds-per-day", "updates")
-EVALUATIONS = Kind("evaluations.json", "max-evaluations-per-day", "evaluations")
+UPDATES = Kind("updates.json", "updates", "max_rounds_per_day", "max_rounds")
+MEASUREMENTS = Kind("measurements.json", "measurements", "max_measurements_per_day", "max_measurements")
+EVALUATIONS = Kind("evaluations.json", "evaluations", "max_evaluations_per_day", None)
 
 
 class PolicyRefused(MaskDMError):
     """The site's policy does not allow it to take part."""
 
 
-def check_allowance(folder: Path, work: str, policy: SitePolicy, kind: Kind = UPDATES) -> None:
-    """See that one more may leave today.
+class Used(NamedTuple):
+    """When, for which work, of which federation."""
 
-    Args:
-        work: key of plan and weights, the same where the same work is asked for again.
+    when: float
+    work: str
+    federation: str
+
+
+def check_allowance(job: Job, kind: Kind) -> None:
+    """See that this work may be done too.
 
     Raises:
-        PolicyRefused: it may not.
+        PolicyRefused: so much was asked for already.
     """
-    allowed = _allowed(policy, kind)
-    if allowed is not None and len(_before(work, _of_today(folder, kind))) >= allowed:
-        raise PolicyRefused(
-            f"the site's policy allows {allowed} {kind.noun} in 24 hours, and so many left ({kind.key})"
-        )
+    _before(job, kind)
 
 
-def use_allowance(folder: Path, work: str, policy: SitePolicy, kind: Kind = UPDATES) -> None:
-    """Count what is about to leave; what is made again after a crash counts once.
+def use_allowance(job: Job, kind: Kind) -> None:
+    """Count this work; what is asked for again, or begun again after a crash, counts once.
 
     Raises:
         PolicyRefused: as `check_allowance`.
-        OSError: it cannot be written down, so it must not leave.
+        OSError: it cannot be written down, so it must not begin.
     """
-    if _allowed(policy, kind) is None:
-        return
-    check_allowance(folder, work, policy, kind)
-    write_json(folder / kind.file, [*_before(work, _of_today(folder, kind)), (time.time(), work)])
+    before = _before(job, kind)
+    write_json(job.folder / kind.file, [*before, Used(time.time(), job.key, job.plan.federation)])
 
 
-def _allowed(policy: SitePolicy, kind: Kind) -> int | None:
-    found: int | None = getattr(policy, kind.key.replace("-", "_"))
-    return found
+def _before(job: Job, kind: Kind) -> list[Used]:
+    """What is to be remembered, without the last one where it is of this very work."""
+    policy, federation = job.settings.policy, job.plan.federation
+    used = [one for one in _read(job.folder, kind) if one.when > time.time() - REMEMBERED]
+    if job.key and used and used[-1].work == job.key:
+        del used[-1]
+    if kind.per_federation is not None:
+        _check(policy, kind, kind.per_federation, "a federation", sum(one.federation == federation for one in used))
+    _check(policy, kind, kind.per_day, "24 hours", sum(_is_of_today(one) for one in used))
+    return used
 
 
-def _before(work: str, releases: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Without the last one where it is of this very work. Its number would not do: the coordinator chooses that."""
-    return releases[:-1] if work and releases and releases[-1][1] == work else releases
+def _check(policy: SitePolicy, kind: Kind, name: str, span: str, count: int) -> None:
+    allowed = getattr(policy, name)
+    if count >= allowed:
+        raise PolicyRefused(
+            f"the site's policy allows {allowed:,} {kind.noun} in {span}, and so many were asked for "
+            f"({name.replace('_', '-')})"
+        )
 
 
-def _of_today(folder: Path, kind: Kind) -> list[tuple[float, str]]:
-    """When they left, and of which work; those of a clock that went ahead count too."""
+def _is_of_today(used: Used) -> bool:
+    """Those of a clock that went ahead count too."""
+    return used.when > time.time() - DAY
+
+
+def _read(folder: Path, kind: Kind) -> list[Used]:
     try:
         read = json.loads((folder / kind.file).read_text())
-        found = [(float(when), of) for when, of in read]
-        if not isinstance(read, list) or not all(math.isfinite(when) and isinstance(of, str) for when, of in found):
+        found = [Used(float(when), work, federation) for when, work, federation in read]
+        if not isinstance(read, list) or not all(
+            math.isfinite(one.when) and isinstance(one.work, str) for one in found
+        ):
             raise ValueError("no list of times")
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, OverflowError) as error:
-        raise PolicyRefused(f"{kind.file} is damaged, so nobody knows how many {kind.noun} left: delete it") from error
-    return [(when, of) for when, of in found if when > time.time() - DAY]
+        raise PolicyRefused(
+            f"{kind.file} is damaged, so nobody knows how many {kind.noun} there were: delete it"
+        ) from error
+    return found

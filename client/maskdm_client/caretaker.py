@@ -121,10 +121,13 @@ def tell(event: dict[str, Any]) -> None:
         say(f"WARNING: {event['reason']}; trying again until it can be written")
     elif kind == "code refused":
         say(f"WARNING: {event['reason']}; it was not unpacked, and the server is told only CODE_REFUSED")
+    elif kind == "agreed":
+        say(f"the terms of this federation were agreed to {event['how']}; their fingerprint is {event['fingerprint']}")
     elif kind == "held":
+        what = "the first update" if event["action"] == "train" else "a measurement"
         say(
-            f"round {event['round']}: the first update waits for your approval: maskdm-client approve --out "
-            f"{event['folder']} (or --deny)"
+            f"round {event['round']}: {what} waits for your approval: maskdm-client approve --out "
+            f"{event['folder']} (or --deny); the terms have the fingerprint {event['fingerprint']}"
         )
     elif kind == "round":
         say(

@@ -95,7 +95,7 @@ def allows(terms: SitePolicy) -> str:
     """A policy in one line."""
     norm = f" and {terms.max_norm:g}" if terms.max_norm else ""
     size = f"{terms.max_bytes_per_round:,} bytes" if terms.max_bytes_per_round else "any size"
-    rounds = f"{terms.max_rounds_per_day} a day" if terms.max_rounds_per_day else "any number a day"
+    rounds = f"{terms.max_rounds_per_day:,} a day"
     quality = terms.quality_names()
     return (
         f"updates of {size}, {rounds}, no longer than {terms.max_relative_norm:g} of the model's norm{norm}, with all "

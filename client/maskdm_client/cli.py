@@ -21,7 +21,7 @@ from maskdm.precision import pick_device
 from maskdm.reporting import say
 from maskdm.runfolder import claim, owned
 from maskdm_client.address import BANNER, address_of
-from maskdm_client.approval import approve
+from maskdm_client.approval import approve as approve_command
 from maskdm_client.doctor import doctor
 from maskdm_client.local_data import choose_slice
 from maskdm_client.quality import features_of
@@ -29,6 +29,8 @@ from maskdm_client.settings import SiteSettings
 from maskdm_client.supervision import work
 
 app = typer.Typer(add_completion=False, no_args_is_help=False)
+
+MAY_CHANGE = tuple(f"site.{name}" for name in ("device", "precision", "threads", "features", "bundle", "approve"))
 
 
 @app.callback(invoke_without_command=True)
@@ -44,6 +46,9 @@ def join(
     ] = None,
     insecure: Annotated[bool, typer.Option(help="Connect to another machine without a kit, in the clear.")] = False,
     policy: Annotated[Path | None, typer.Option(help="What may leave (TOML); default: the kit's policy.toml.")] = None,
+    approve: Annotated[
+        str | None, typer.Option(help="Fingerprint of the terms that this site agrees to, as the coordinator says it.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="This site's own folder: log, audit, slice, final model.")] = Path(
         "maskdm-site"
     ),
@@ -102,7 +107,9 @@ def join(
             if largest < 1:
                 raise UsageError(f"--max-upload {max_upload}: give at least one byte")
             terms = terms.model_copy(update={"max_bytes_per_round": min(largest, terms.max_bytes_per_round or largest)})
-        values |= {"policy": terms, "bundle": opened.kit.bundle if opened else bundle_sha256()}
+        if approve:  # and to no others, without a person
+            terms = terms.model_copy(update={"approve_first_round": True})
+        values |= {"policy": terms, "approve": approve, "bundle": opened.kit.bundle if opened else bundle_sha256()}
         settings = cli.configure(SiteSettings, values)
         for left in (*out.glob(".*.tmp"), *out.glob("work/.*.tmp")):  # by processes that were killed as they wrote
             left.unlink(missing_ok=True)
@@ -112,7 +119,7 @@ def join(
             out,
             "client",
             identity,
-            may_change=("site.device", "site.precision", "site.threads", "site.features", "site.bundle", *POLICY_KEYS),
+            may_change=(*MAY_CHANGE, *POLICY_KEYS),
         )
         chosen, found = choose_slice(settings, out, interruption.check)
         say(
@@ -129,5 +136,5 @@ def join(
 
 app.command("prepare")(prepare)
 app.command("doctor")(doctor)
-app.command("approve")(approve)
+app.command("approve")(approve_command)
 app.add_typer(audit_log, name="audit-log")

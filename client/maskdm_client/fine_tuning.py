@@ -1,9 +1,8 @@
 """A round's training at a site, and the measuring before and after it."""
 
+import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +10,11 @@ from torch import Tensor
 from maskdm.config import MaskConfig, TrainingConfig
 from maskdm.data.batches import batches, class_numbers
 from maskdm.diffusion import denoising_loss
-from maskdm.errors import TrainingDiverged
+from maskdm.errors import GateRefused, TrainingDiverged
 from maskdm.layers import patchify
 from maskdm.model import Network, device_of
 from maskdm.parcel import LARGEST_LOSS
 from maskdm.precision import arithmetic, pick_precision
-from maskdm.protocol import RoundPlan
-from maskdm.seeding import derive_seed
 from maskdm.trainable import PartialNetwork, load_values, partial_update
 from maskdm.training import (
     Progress,
@@ -28,22 +25,18 @@ from maskdm.training import (
     restore_optimizer,
     train,
 )
+from maskdm_client.concentration import HALVES, Concentration
+from maskdm_client.job import Job, Superseded
 from maskdm_client.kept import Kept
 from maskdm_client.local_data import LocalImages
 from maskdm_client.saved import Saved
-from maskdm_client.settings import SiteSettings
 
-# Enough (image, timestep, noise) draws for a held-out loss whose differences between rounds can be read.
-HELD_OUT_DRAWS = 512
+# So many images at most, and at least so many (image, timestep, noise) draws, for a held-out loss. Other rounds have
+# other draws: their losses differ by 1 or 2 % for that, which is less than what a round mostly changes.
+HELD_OUT_IMAGES, HELD_OUT_DRAWS = 512, 1024
 REPORT_SECONDS = 2.0
 # Of the optimiser, which sees tens of steps a round: its memory must suit those, not the published 200,000.
 LOCAL_BETAS = (0.9, 0.95)
-
-Say = Callable[[dict[str, Any]], None]
-
-
-class Superseded(Exception):
-    """The coordinator asks for something newer; what was begun is of no use any more."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +54,15 @@ class Done:
 
 def fine_tune(
     model: Network,
-    plan: RoundPlan,
+    job: Job,
     weights: dict[str, Tensor],
     images: LocalImages,
-    settings: SiteSettings,
     saved: Saved,
     moments: Kept,
-    say: Say,
-    superseded: Callable[[], bool],
 ) -> Done:
     """Train for the images or the minutes that the plan gives, whichever end first, and measure before and after.
+
+    Minutes end nothing before the update is made of as many images and steps as the site's policy wants.
 
     Args:
         weights: those that came down, also in `model`.
@@ -78,18 +70,20 @@ def fine_tune(
         moments: of the optimiser, from the round before; where there are none it starts anew.
 
     Raises:
-        Superseded: it said so between two steps.
-        TrainingDiverged: no gradient was finite, or the loss is beyond all bounds.
+        Superseded: it is, between two steps.
+        TrainingDiverged: no gradient was finite.
+        GateRefused: the update is made of a few images alone.
     """
-    started = time.monotonic()
+    started, plan, policy = time.monotonic(), job.plan, job.settings.policy
     training = TrainingConfig(
         images=plan.local_images,
         batch_size=plan.batch_size,
         lr=plan.lr,
         betas=LOCAL_BETAS,
-        precision=settings.precision,
+        precision=job.settings.precision,
         proximal=plan.proximal,
-        seed=derive_seed("local work", plan.seed, plan.federation, plan.round),
+        accumulate=HALVES,
+        seed=job.seed("local work"),
     )
     rank, seed = plan.adapter_rank, training.seed
     learner = model if plan.train == "all" else PartialNetwork(model, plan.train, rank, seed)
@@ -97,14 +91,16 @@ def fine_tune(
     resumed = saved.restore(state)
     if not resumed:
         restore_optimizer(state, moments.before(optimizer_shapes(learner)))
-    before, spent = resumed or (held_out_loss(model, plan, images, settings), 0.0)
-    say({"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": before, "images": state.images_seen})
+    before, spent = resumed or (held_out_loss(model, job, images), 0.0)
+    job.say(
+        {"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": before, "images": state.images_seen}
+    )
 
     def seconds() -> float:
         return spent + time.monotonic() - started
 
     def on_progress(progress: Progress) -> None:
-        say({"event": "training", "round": plan.round, "images": progress.images, "of": training.images})
+        job.say({"event": "training", "round": plan.round, "images": progress.images, "of": training.images})
         saved.keep(state, training, before, seconds())
 
     order = batches(
@@ -113,10 +109,16 @@ def fine_tune(
         state.images_seen,
         training.seed,
         rows=images.train,
-        classes=class_numbers(images.corpus, plan.model.class_names),
+        classes=classes_of(images, job),
         device=device_of(learner),
     )
     limit = 60 * plan.local_minutes if plan.local_minutes else float("inf")
+
+    def is_over() -> bool:
+        enough = state.images_seen and not policy.problem_of_work(state.images_seen, plan.batch_size)
+        return job.superseded() or bool(seconds() >= limit and enough)
+
+    concentration = Concentration(learner.named_parameters())
     train(
         state,
         order,
@@ -125,12 +127,15 @@ def fine_tune(
         MaskConfig(kind="none"),
         on_progress=on_progress,
         report_seconds=REPORT_SECONDS,
-        stop=lambda: superseded() or (seconds() >= limit and state.images_seen > 0),
+        stop=is_over,
+        after_part=concentration.look,
     )
-    if superseded():
+    if job.superseded():
         raise Superseded
     if state.skipped >= state.steps:
         raise TrainingDiverged(f"the gradient was not finite in any of {state.steps} steps: try --precision fp32")
+    if problem := concentration.problem():
+        raise GateRefused(f"the update was kept here: {problem}, which no honest model does")
     # The moving average of the local steps is what goes up: with its ramp it averages the last quarter or so.
     if isinstance(learner, PartialNetwork):
         update = {name: tensor.cpu() for name, tensor in partial_update(learner, state.average).items()}
@@ -138,33 +143,48 @@ def fine_tune(
     else:
         update = {name: average.cpu() - weights[name] for name, average in state.average.items()}
         put_weights(learner, state.average)
-    after = held_out_loss(learner, plan, images, settings)
+    after = held_out_loss(learner, job, images)
     left = optimizer_tensors(state) if moments.wanted else {}  # else they need not outlive the training
     return Done(update, left, state.images_seen, before, after, seconds(), state.skipped)
 
 
-def held_out_loss(
-    model: Network | PartialNetwork, plan: RoundPlan, images: LocalImages, settings: SiteSettings
-) -> float:
-    """Denoising loss of the whole images that are held out, by the same draws in every round.
+def held_out_loss(model: Network | PartialNetwork, job: Job, images: LocalImages) -> float:
+    """Denoising loss of the whole images that are held out, by draws of the site's own: the same before and after a
+    round's training, so that their difference is the training's, and other ones for every other question.
 
     Raises:
-        TrainingDiverged: it is not finite, or beyond what anybody would take for a loss.
+        TrainingDiverged: it is no number.
     """
-    device = device_of(model)
-    rows = torch.from_numpy(images.held_out[:HELD_OUT_DRAWS])
+    device, plan = device_of(model), job.plan
+    rows = torch.from_numpy(images.held_out[:HELD_OUT_IMAGES])
     patches = patchify(torch.from_numpy(images.corpus.pixels)[rows], plan.model.model.patch_size).to(device)
-    classes = class_numbers(images.corpus, plan.model.class_names)
+    classes = classes_of(images, job)
     model.eval()
-    with arithmetic(device, pick_precision(settings.precision, device)):
+    with arithmetic(device, pick_precision(job.settings.precision, device)):
         loss = denoising_loss(
             model,
             plan.model.diffusion,
             patches,
-            draws=max(1, HELD_OUT_DRAWS // len(rows)),
-            seed=settings.seed,
+            draws=-(-HELD_OUT_DRAWS // len(rows)),
+            seed=job.seed("held out"),
             classes=None if classes is None else classes[rows].to(device),
+            largest=LARGEST_LOSS,
         )
-    if not loss <= LARGEST_LOSS:  # nor where it is no number
-        raise TrainingDiverged(f"the held-out loss is {loss:g}: the model is of no use, or try --precision fp32")
+    if not math.isfinite(loss):
+        raise TrainingDiverged("the held-out loss is no number: the model is of no use, or try --precision fp32")
     return loss
+
+
+def classes_of(images: LocalImages, job: Job) -> Tensor | None:
+    """Classes of all images, (N,) int64, −1 where the site's policy does not share the label, or too few images that
+    are trained on have it; None for a model without classes.
+    """
+    policy = job.settings.policy
+    numbers = class_numbers(images.corpus, job.plan.model.class_names)
+    if numbers is None:
+        return None
+    trained = numbers[torch.from_numpy(images.train)]
+    for number, name in enumerate(job.plan.model.class_names):
+        if name not in policy.share_labels or int((trained == number).sum()) < policy.min_images:
+            numbers[numbers == number] = -1
+    return numbers

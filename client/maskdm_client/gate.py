@@ -56,7 +56,10 @@ def check_update(
     """
     from maskdm.wire import encode, layout
 
-    numbers, expected = report.model_dump(mode="json"), layout(plan.shapes(), plan.encoding, plan.topk_share)
+    numbers, expected = (
+        report.model_dump(mode="json", exclude_none=True),
+        layout(plan.shapes(), plan.encoding, plan.topk_share),
+    )
     problem = problem_of_numbers(numbers, policy) or _problem_of_update(update, plan, received, policy)
     problem = problem or problem_of_size(size_of(expected), policy)
     parcel = Parcel({} if problem else encode(update, plan.encoding, plan.topk_share), numbers)

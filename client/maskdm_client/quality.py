@@ -6,16 +6,13 @@ only names the hash of the one that it means.
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskdm.data.batches import class_numbers
 from maskdm.data.corpus import Corpus
 from maskdm.errors import MaskDMError, UsageError
 from maskdm.evaluation.distances import frechet_distance, kernel_distance, moments
@@ -23,21 +20,17 @@ from maskdm.evaluation.features import RANDOM, Extractor, open_extractor, random
 from maskdm.evaluation.neighbours import memorisation, neighbourhoods
 from maskdm.evaluation.samples import drawn, proportional_classes
 from maskdm.model import Network, device_of
-from maskdm.parcel import LARGEST_DISTANCE
+from maskdm.parcel import LARGEST_DISTANCE, rounded
 from maskdm.precision import pick_precision
-from maskdm.protocol import FEWEST_COMPARED, QualityPlan, RoundPlan
-from maskdm.seeding import derive_seed
-from maskdm_client.allowance import EVALUATIONS, check_allowance, use_allowance
-from maskdm_client.approval import decision
-from maskdm_client.fine_tuning import REPORT_SECONDS, Superseded
+from maskdm.protocol import FEWEST_COMPARED, QualityPlan
+from maskdm_client.allowance import EVALUATIONS, use_allowance
+from maskdm_client.fine_tuning import REPORT_SECONDS, classes_of
+from maskdm_client.job import Job, Superseded
 from maskdm_client.local_data import LocalImages
 from maskdm_client.settings import SiteSettings
 
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
-DIGITS = 4  # more mean nothing, and tell more of single images
 BATCH = 32
-
-Say = Callable[[dict[str, Any]], None]
 
 
 class NotEvaluated(MaskDMError):
@@ -56,38 +49,24 @@ def features_of(option: str) -> str:
     return str(Path(option).absolute())
 
 
-def measure_quality(
-    model: Network,
-    plan: RoundPlan,
-    images: LocalImages,
-    settings: SiteSettings,
-    folder: Path,
-    key: str,
-    say: Say,
-    superseded: Callable[[], bool],
-) -> dict[str, int | float]:
+def measure_quality(model: Network, job: Job, images: LocalImages) -> dict[str, int | float]:
     """Draw images, compare them with those held out, and count it: the numbers that the site's policy lists.
-
-    Args:
-        key: of the work, for the allowance of a day.
 
     Raises:
         NotEvaluated, PolicyRefused: they may not leave, or there are none.
         Superseded: something newer is asked for.
         OSError: it cannot be written down that they leave.
     """
+    plan, policy, held_out = job.plan, job.settings.policy, images.held_out
     assert plan.quality is not None
-    policy, held_out = settings.policy, images.held_out
     names = policy.quality_names()
     if not names:
         raise NotEvaluated("the policy lists none of the numbers, or not quality_images with them (metrics)")
-    if policy.approve_first_round and not decision(folder, plan.federation):
-        raise NotEvaluated("nobody here has approved this federation yet (approve-first-round)")
     if len(held_out) < FEWEST_COMPARED:
         raise NotEvaluated(f"{len(held_out)} images are held out, fewer than the {FEWEST_COMPARED} that it takes")
-    check_allowance(folder, key, policy, EVALUATIONS)
-    extractor = _extractor(settings, plan.quality, device_of(model))
-    generated = _features_of_drawn(model, plan, plan.quality, images, settings, extractor, say, superseded)  # (N, D)
+    extractor = _extractor(job.settings, plan.quality, device_of(model))
+    use_allowance(job, EVALUATIONS)
+    generated = _features_of_drawn(model, job, plan.quality, images, extractor)  # (N, D)
     reference = _features(images.corpus, held_out, extractor)  # (M, D)
     found: dict[str, float] = {
         "kernel": kernel_distance(generated, reference),
@@ -97,7 +76,6 @@ def measure_quality(
     if "memorisation" in names:
         training = _features(images.corpus, images.train, extractor)  # all: any of them may have been learned by heart
         found["memorisation"] = memorisation(generated, training, reference).ratio
-    use_allowance(folder, key, policy, EVALUATIONS)
     told = {name: _rounded(found[name]) for name in names if name in found and math.isfinite(found[name])}
     return {"quality_images": len(held_out), **told}
 
@@ -119,30 +97,24 @@ def _extractor(settings: SiteSettings, wanted: QualityPlan, device: torch.device
 
 
 def _features_of_drawn(
-    model: Network,
-    plan: RoundPlan,
-    wanted: QualityPlan,
-    images: LocalImages,
-    settings: SiteSettings,
-    extractor: Extractor,
-    say: Say,
-    superseded: Callable[[], bool],
+    model: Network, job: Job, wanted: QualityPlan, images: LocalImages, extractor: Extractor
 ) -> Tensor:
     """Features of images that the model draws, (N, D), from the same noise for each model of a federation.
 
     A model of classes draws them in the proportions that the images held out have.
     """
-    seed, last = derive_seed("evaluation", plan.seed, plan.federation), time.monotonic()
-    numbers = class_numbers(images.corpus, plan.model.class_names)
+    plan, last = job.plan, time.monotonic()
+    seed = job.seed("evaluation", plan.federation)
+    numbers = classes_of(images, job)
     own = None if numbers is None else numbers[torch.from_numpy(images.held_out)]  # (M,)
 
     def progress(done: int) -> None:
         nonlocal last
-        if superseded():
+        if job.superseded():
             raise Superseded
         if time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
-            say({"event": "drawing", "round": plan.round, "images": done, "of": wanted.images})
+            job.say({"event": "drawing", "round": plan.round, "images": done, "of": wanted.images})
 
     blocks = drawn(
         model,
@@ -153,7 +125,7 @@ def _features_of_drawn(
         seed=seed,
         classes=None if own is None else proportional_classes(own, wanted.images, seed),
         batch_size=BATCH,
-        precision=pick_precision(settings.precision, device_of(model)),
+        precision=pick_precision(job.settings.precision, device_of(model)),
         progress=progress,
     )
     return torch.cat([extractor.features(block) for block in blocks])
@@ -166,4 +138,4 @@ def _features(corpus: Corpus, rows: NDArray[np.int64], extractor: Extractor) -> 
 
 
 def _rounded(value: float) -> float:
-    return float(f"{max(-LARGEST_DISTANCE, min(value, LARGEST_DISTANCE)):.{DIGITS}g}")
+    return rounded(max(-LARGEST_DISTANCE, min(value, LARGEST_DISTANCE)))

@@ -10,6 +10,7 @@ from maskdm.bundle import bundle_sha256
 from maskdm.config import Frozen, Precision
 from maskdm.kit import Digest
 from maskdm.policy import SitePolicy
+from maskdm.terms import FINGERPRINT
 
 
 class SiteSettings(Frozen):
@@ -31,6 +32,9 @@ class SiteSettings(Frozen):
     features: str | None = None  # file of a feature network, or "random"
     bundle: Digest = Field(default_factory=bundle_sha256)  # of the Flower app that may run here
     policy: SitePolicy = SitePolicy()
+    # Fingerprint of the terms that the owner agrees to before they come.
+    approve: Annotated[str, Field(pattern=FINGERPRINT)] | None = None
+    secret_seed: int | None = None  # of simulations, whose draws are nobody's secret and shall be repeatable
 
 
 def load_settings(folder: Path) -> SiteSettings:

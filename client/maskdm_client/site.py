@@ -5,7 +5,6 @@ Knows nothing of Flower: a plan and weights come in, a parcel goes out.
 
 import errno
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,32 +19,37 @@ from maskdm.data.pixels import IsColour
 from maskdm.data.preflight import compare
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
 from maskdm.model import Network
-from maskdm.parcel import Outcome, Parcel, QualityReport, Report
-from maskdm.policy import SitePolicy
+from maskdm.parcel import Outcome, Parcel, QualityReport, Report, rounded
 from maskdm.precision import pick_device
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import write_json
 from maskdm.tensorfile import Document
+from maskdm.terms import terms_of
 from maskdm.wire import size
-from maskdm_client.allowance import PolicyRefused, check_allowance, use_allowance
-from maskdm_client.approval import HELD, NotApproved, check_not_denied, decision, wait_for_decision
-from maskdm_client.fine_tuning import Superseded, fine_tune, held_out_loss
+from maskdm_client.allowance import MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
+from maskdm_client.approval import HELD, NotApproved, agree, decision, wait_for_decision
+from maskdm_client.fine_tuning import fine_tune, held_out_loss
 from maskdm_client.gate import check_numbers, check_update, code, norms, problem_of_size, record
+from maskdm_client.job import Job, Superseded
 from maskdm_client.kept import Kept, forget_others
 from maskdm_client.local_data import LocalImages, forget_pixels, local_images
 from maskdm_client.mailbox import Mailbox, note, plain
+from maskdm_client.plausible import first_lengths, problem_of_weights, remember_first
 from maskdm_client.quality import NotEvaluated, measure_quality
 from maskdm_client.received import PlanRefused, RestMissing, key_of, read_weights
 from maskdm_client.residual import Residual
 from maskdm_client.saved import STARTS, Saved
 from maskdm_client.settings import SiteSettings, load_settings
 
-Say = Callable[[dict[str, Any]], None]
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class TooLarge(MaskDMError):
     """What the plan asks for would exceed what may leave this site."""
+
+
+# How these ended says nothing of what the images show; of any other failure it may.
+OF_THE_PLAN = (PlanRefused, PolicyRefused, NotApproved, TooLarge, RestMissing, DataError, Superseded, OSError)
 
 
 def answer(
@@ -72,10 +76,11 @@ def answer(
     round_number, ends, kept = 1, False, False
     key = key or key_of(document, weights)
     saved = Saved(folder / "work", key)
+    job: Job | None = None
 
     def say(event: dict[str, Any]) -> None:
         note(folder, event)
-        if box and event["event"] in ("training", "drawing"):
+        if box and event["event"] in ("training", "drawing") and job and not _is_undecided(job):
             with suppress(OSError):
                 box.progressed(exchange, event["round"], event["images"])
 
@@ -88,18 +93,16 @@ def answer(
             raise PlanRefused("the coordinator's plan was refused: it has another number than its message")
         exchange, round_number = plan.exchange, plan.round
         received, _ = read_weights(weights, plan, folder / "work" if box else None)
-        settings = load_settings(folder)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        job = Job(plan, key, load_settings(folder), folder, say, superseded)
+        if job.settings.threads:
+            torch.set_num_threads(job.settings.threads)
         if plan.action == "train":
             forget_others(plan, folder / "work")
-            released, event = _train(plan, received, settings, folder, saved, key, say, superseded)
-        else:
-            if plan.action == "finish":
-                ends = True
-                save_checkpoint(folder / "model.safetensors", received, plan.model)
-                kept = True
-            released, event = _measure(plan, received, settings, folder, key, say, superseded)
+        elif plan.action == "finish":
+            ends = True
+            save_checkpoint(folder / "model.safetensors", received, plan.model)
+            kept = True
+        released, event = _work(job, received, saved)
     except Superseded:
         say({"event": "superseded", "round": round_number})
         raise
@@ -123,115 +126,119 @@ def answer(
     return released
 
 
-def _train(
-    plan: RoundPlan,
-    weights: dict[str, Tensor],
-    settings: SiteSettings,
-    folder: Path,
-    saved: Saved,
-    key: str,
-    say: Say,
-    superseded: Callable[[], bool],
-) -> tuple[Parcel, dict[str, Any]]:
-    policy, audit = settings.policy, folder / AUDIT
+def _work(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, dict[str, Any]]:
+    """Train or measure; what a failure tells of the images waits for approval like everything else."""
+    try:
+        return _train(job, weights, saved) if job.plan.action == "train" else _measure(job, weights)
+    except OF_THE_PLAN:
+        raise
+    except Exception as error:
+        if _is_undecided(job):
+            _hold(job, code(_outcome(error), job.plan.round, job.plan.exchange))
+        raise
+
+
+def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, dict[str, Any]]:
+    plan, policy, work = job.plan, job.settings.policy, job.folder / "work"
     problem = problem_of_size(size(plan.shapes(), plan.encoding, plan.topk_share), policy)
     if problem:
         raise TooLarge(problem)
-    check_allowance(folder, key, policy)
-    model, images = _prepare(plan, weights, settings, folder, say)
-    moments = Kept(folder / "work", "moments", plan, wanted=plan.keep_moments)
-    done = fine_tune(model, plan, weights, images, settings, saved, moments, say, superseded)
-    report = Report(
-        round=plan.round,
-        exchange=plan.exchange,
-        examples=len(images.train),
-        images_seen=done.images_seen,
-        loss_before=done.loss_before,
-        loss_after=done.loss_after,
-        seconds=round(done.seconds, 3),
-        skipped_steps=done.skipped_steps,
-    )
-    residual = Residual(folder / "work", plan)
+    model, images = _prepare(job, weights)
+    moments = Kept(work, "moments", plan, wanted=plan.keep_moments)
+    done = fine_tune(model, job, weights, images, saved, moments)
+    report = _report(job, images, done.loss_before, done.loss_after, done.images_seen, done.seconds, done.skipped_steps)
+    residual = Residual(work, plan)
     update = residual.added_to(done.update)
-    released = check_update(update, report, plan, weights, policy, audit)
-    if policy.approve_first_round and not decision(folder, plan.federation):
-        _hold(released, plan, norms(update, plan, weights), folder, say, superseded)
-    use_allowance(folder, key, policy)
+    released = check_update(update, report, plan, weights, policy, job.folder / AUDIT)
+    if _is_undecided(job):
+        _hold(job, released, norms(update, plan, weights))
+        use_allowance(job, UPDATES)
     residual.keep(update, released.arrays)
     moments.keep({name: tuple(t.shape) for name, t in done.moments.items()}, lambda name: done.moments[name].cpu())
+    losses = {"loss_before": done.loss_before, "loss_after": done.loss_after}
     event = {"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")}
-    return released, event
+    return released, event | losses
 
 
-def _measure(
-    plan: RoundPlan,
-    weights: dict[str, Tensor],
-    settings: SiteSettings,
-    folder: Path,
-    key: str,
-    say: Say,
-    superseded: Callable[[], bool],
-) -> tuple[Parcel, dict[str, Any]]:
-    started = time.monotonic()
-    model, images = _prepare(plan, weights, settings, folder, say)
-    loss = held_out_loss(model, plan, images, settings)
+def _measure(job: Job, weights: dict[str, Tensor]) -> tuple[Parcel, dict[str, Any]]:
+    started, plan = time.monotonic(), job.plan
+    model, images = _prepare(job, weights)
+    loss = held_out_loss(model, job, images)
     quality: dict[str, int | float] = {}
     if plan.quality:
         try:
-            quality = measure_quality(model, plan, images, settings, folder, key, say, superseded)
+            quality = measure_quality(model, job, images)
         except (NotEvaluated, PolicyRefused) as reason:
-            say({"event": "not evaluated", "round": plan.round, "reason": str(reason)})
-    nine = Report(
-        round=plan.round,
-        exchange=plan.exchange,
-        examples=len(images.train),
-        images_seen=0,
-        loss_before=loss,
-        loss_after=loss,
-        seconds=round(time.monotonic() - started, 3),
-        skipped_steps=0,
-    )
+            job.say({"event": "not evaluated", "round": plan.round, "reason": str(reason)})
+    nine = _report(job, images, loss, loss, 0, time.monotonic() - started, 0)
     report = QualityReport.model_validate(nine.model_dump() | quality)
-    released = check_numbers(report, settings.policy, folder / AUDIT)
+    released = check_numbers(report, job.settings.policy, job.folder / AUDIT)
     if plan.quality and quality:
-        say({"event": "evaluated", "round": plan.round, "drawn": plan.quality.images, "quality": quality})
+        job.say({"event": "evaluated", "round": plan.round, "drawn": plan.quality.images, "quality": quality})
     return released, {"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": loss}
 
 
-def _hold(
-    released: Parcel,
-    plan: RoundPlan,
-    lengths: tuple[float, float],
-    folder: Path,
-    say: Say,
-    superseded: Callable[[], bool],
-) -> None:
-    """Wait until somebody at this site lets the first update of a federation leave."""
-    summary = {
-        **{name: getattr(plan, name) for name in ("federation", "round", "rounds", "train", "encoding")},
-        **{"numbers": dict(released.scalars), "bytes": released.size(), "arrays": len(released.arrays)},
-        **{"norm": lengths[0], "norm_of_model": lengths[1], "sha256": digest_of(released.arrays)},
-    }
+def _report(
+    job: Job, images: LocalImages, before: float, after: float, images_seen: int, seconds: float, skipped_steps: int
+) -> Report:
+    """The numbers that go out, rounded; losses of few images, or where the site keeps them, are not among them."""
+    policy = job.settings.policy
+    tells = policy.share_loss and len(images.held_out) >= policy.min_held_out
+    return Report(
+        round=job.plan.round,
+        exchange=job.plan.exchange,
+        examples=int(rounded(len(images.train))),
+        images_seen=images_seen,
+        loss_before=rounded(before) if tells else None,
+        loss_after=rounded(after) if tells else None,
+        seconds=rounded(seconds),
+        skipped_steps=skipped_steps,
+    )
+
+
+def _is_undecided(job: Job) -> bool:
+    """Whether a person is still to say that something may leave."""
+    return job.settings.policy.approve_first_round and decision(job.folder, terms_of(job.plan)) is None
+
+
+def _hold(job: Job, released: Parcel | None = None, lengths: tuple[float, float] = (0.0, 0.0)) -> None:
+    """Wait until somebody at this site lets it leave.
+
+    Args:
+        released: what would leave; None where nothing was computed yet.
+    """
+    plan, folder, terms = job.plan, job.folder, terms_of(job.plan)
+    summary: dict[str, Any] = {"terms": terms.model_dump(mode="json"), "round": plan.round, "rounds": plan.rounds}
+    if released:
+        summary |= {
+            **{"train": plan.train, "encoding": plan.encoding},
+            **{"numbers": dict(released.scalars), "bytes": released.size(), "arrays": len(released.arrays)},
+            **{"norm": lengths[0], "norm_of_model": lengths[1], "sha256": digest_of(released.arrays)},
+        }
     write_json(folder / HELD, summary)
     record(folder / AUDIT, "out", plan.round, "held until somebody here approves it", released)
-    say({"event": "held", "round": plan.round, "folder": str(folder)})
+    waits = {"round": plan.round, "action": plan.action, "fingerprint": terms.fingerprint(), "folder": str(folder)}
+    job.say({"event": "held", **waits})
     (folder / "work" / STARTS).unlink(missing_ok=True)  # whoever waits has survived the work, however often it waits
-    if not wait_for_decision(folder, plan.federation, superseded):
+    if not wait_for_decision(folder, terms, job.superseded):
         raise Superseded
 
 
-def check_policy(policy: SitePolicy, plan: RoundPlan, folder: Path) -> None:
-    """See that anything of this site's images may leave for this federation.
+def check_policy(settings: SiteSettings, plan: RoundPlan, folder: Path) -> str:
+    """See that anything of this site's images may leave for this federation; returns how its terms were agreed to, if
+    that was now.
 
     Raises:
         PolicyRefused, NotApproved: it may not.
     """
-    if policy.require_dp:
+    if settings.policy.require_dp:
         raise PolicyRefused(
             "the site's policy wants training with differential privacy (require-dp), which this version does not have"
         )
-    if policy.approve_first_round:
-        check_not_denied(folder, plan.federation)
+    problem = settings.policy.problem_of_work(plan.local_images, plan.batch_size) if plan.action == "train" else None
+    if problem:
+        raise PolicyRefused(problem)
+    return agree(folder, terms_of(plan), settings.policy, settings.approve)
 
 
 def _read_plan(document: str) -> RoundPlan:
@@ -241,22 +248,43 @@ def _read_plan(document: str) -> RoundPlan:
         raise PlanRefused(f"the coordinator's plan was refused: {plain(first_problem(error))}") from error
 
 
-def _prepare(
-    plan: RoundPlan, weights: dict[str, Tensor], settings: SiteSettings, folder: Path, say: Say
-) -> tuple[Network, LocalImages]:
-    """The model on its device, and the slice, where the site's policy lets it take part."""
-    check_policy(settings.policy, plan, folder)
+def _prepare(job: Job, weights: dict[str, Tensor]) -> tuple[Network, LocalImages]:
+    """The model on its device, and the slice, where the site's policy lets it take part; counted from here on."""
+    plan, settings, folder = job.plan, job.settings, job.folder
+    how = check_policy(settings, plan, folder)
+    if how:
+        job.say({"event": "agreed", "how": how, "fingerprint": terms_of(plan).fingerprint()})
+    _check_weights(job, weights)
+    if _is_undecided(job) and plan.action == "finish":
+        raise NotApproved("nobody here approved this federation before it ended (approve-first-round)")
+    if _is_undecided(job) and plan.action != "train":
+        _hold(job)
     shape = plan.model.model
     images = local_images(settings, folder, shape.image_size, shape.channels)
     problem = settings.policy.problem_of_slice(len(images.train))
     if problem:
         raise PolicyRefused(problem)
+    kind = UPDATES if plan.action == "train" else MEASUREMENTS
+    (check_allowance if _is_undecided(job) else use_allowance)(job, kind)
     if (plan.round == 1 and plan.action != "evaluate") or plan.action == "finish":
         counts = {"train": len(images.train), "held_out": len(images.held_out)}
-        say({"event": "data", "summary": images.corpus.summary(), **counts})
+        job.say({"event": "data", "summary": images.corpus.summary(), **counts})
         for warning in compare(images.corpus, plan.model):
-            say({"event": "data warning", "reason": warning})
+            job.say({"event": "data warning", "reason": warning})
     return model_from(weights, shape, pick_device(settings.device)), images
+
+
+def _check_weights(job: Job, weights: dict[str, Tensor]) -> None:
+    """See that weights are plausible beside the first ones of the federation, which are remembered."""
+    federation = job.plan.federation
+    first = first_lengths(job.folder, federation)
+    if first and first.keys() != weights.keys():  # of terms that were approved anew
+        first = None
+    problem = problem_of_weights(weights, first, job.settings.policy)
+    if problem:
+        raise PlanRefused(f"the coordinator's weights were refused: {problem}")
+    if first is None:
+        remember_first(job.folder, federation, weights)
 
 
 def _outcome(error: Exception) -> Outcome:

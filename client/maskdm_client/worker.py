@@ -13,8 +13,8 @@ from maskdm.protocol import RoundPlan
 from maskdm.runfolder import write_json
 from maskdm_client.allowance import PolicyRefused
 from maskdm_client.approval import NotApproved
-from maskdm_client.fine_tuning import Superseded
 from maskdm_client.gate import check_again, code
+from maskdm_client.job import Superseded
 from maskdm_client.mailbox import POLL_SECONDS, Mailbox, note
 from maskdm_client.received import key_of
 from maskdm_client.saved import STARTS, saved_at
@@ -59,9 +59,9 @@ def _answer(box: Mailbox, done: str, folder: Path) -> None:
     if key and key == done:  # the same work under another number: the reply was lost on its way
         # What may not leave any more is asked of the work itself, which says why.
         with suppress(GateRefused, PolicyRefused, NotApproved):
-            policy, parcel = load_settings(folder).policy, box.take_reply()[1]
-            check_policy(policy, RoundPlan.model_validate_json(request.document), folder)
-            box.reply(request.exchange, key, check_again(parcel, request.exchange, policy, folder / AUDIT))
+            settings, parcel = load_settings(folder), box.take_reply()[1]
+            check_policy(settings, RoundPlan.model_validate_json(request.document), folder)
+            box.reply(request.exchange, key, check_again(parcel, request.exchange, settings.policy, folder / AUDIT))
             return
     answer(request.document, request.weights, folder, box, request.exchange, key)
 

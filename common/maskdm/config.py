@@ -85,8 +85,10 @@ class DiffusionConfig(Frozen):
     sigma_data: Annotated[float, Field(gt=0, le=10)] = 0.5  # of edm: standard deviation of the images in [−1, 1]
     prediction: Prediction = "epsilon"
     loss_weight: LossWeight = "uniform"
-    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
-    p2_gamma: Annotated[float, Field(ge=0)] = 1.0
+    # Bounded: a weight that is next to nothing leaves the optimiser's ε as the measure of a step, which then shows the
+    # gradient itself instead of its sign, and one that is steep leaves one timestep of a batch.
+    min_snr_gamma: Annotated[float, Field(ge=0.1, le=1000)] = 5.0
+    p2_gamma: Annotated[float, Field(ge=0, le=2)] = 1.0
 
 
 class MaskConfig(Frozen):

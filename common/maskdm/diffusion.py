@@ -5,6 +5,7 @@ weights follow from (a, b, α, σ) alone. The loss is over *visible* elements on
 6).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -140,6 +141,7 @@ def denoising_loss(
     seed: int = 0,
     batch_size: int = 128,
     classes: Tensor | None = None,
+    largest: float = math.inf,
 ) -> float:
     """Held-out loss over whole images, unweighted; comparable between models: same times and noise for the same seed.
 
@@ -149,6 +151,7 @@ def denoising_loss(
         patches: whole images as uint8 patches, (N, tokens, P), N ≥ 1.
         draws: (time, noise) pairs an image.
         classes: (N,) int64, or None.
+        largest: what one draw may add to the mean; of a model that is of any use each lies near 1.
     """
     config = config.model_copy(update={"loss_weight": "uniform"})
     process = forward_process(config, patches.device)
@@ -163,7 +166,8 @@ def denoising_loss(
         noise = torch.randn(clean.shape, generator=randomness).to(patches.device)
         times = process.times(quantiles[start : start + batch_size].to(patches.device))
         chosen = None if classes is None else classes[rows]
-        total += masked_loss(denoiser, config, process, clean, None, times, noise, chosen).double().sum().item()
+        losses = masked_loss(denoiser, config, process, clean, None, times, noise, chosen).double()  # (batch,)
+        total += losses.clamp(max=largest).sum().item()
     return total / pairs
 
 

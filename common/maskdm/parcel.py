@@ -17,6 +17,14 @@ from maskdm.tensorfile import Arrays, layout_of, size_of
 Scalars = Mapping[str, int | float]
 
 
+DIGITS = 3  # of numbers that leave: what a curve needs; more would tell more of single images
+
+
+def rounded(value: float) -> float:
+    """To the digits that leave a site."""
+    return float(f"{value:.{DIGITS}g}")
+
+
 class Outcome(IntEnum):
     """How a site's work ended. The code is all that leaves; the words stay in the site's own log."""
 
@@ -56,8 +64,9 @@ _WORDS = {
 }
 
 
-# Of a model that is worth anything it is near 1; sums of what hostile sites say must stay finite.
-LARGEST_LOSS = 1e6
+# Of a model that is worth anything it is near 1. Sums of what hostile sites say must stay finite, and a model must not
+# make one image outshout the others.
+LARGEST_LOSS = 10.0
 Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS, strict=True)]
 
 
@@ -69,8 +78,8 @@ class Report(Frozen):
     exchange: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
     examples: Annotated[int, Field(ge=1, le=2**40, strict=True)]
     images_seen: Annotated[int, Field(ge=0, le=2**40, strict=True)]
-    loss_before: Loss
-    loss_after: Loss
+    loss_before: Loss | None = None  # None where the site keeps it to itself
+    loss_after: Loss | None = None
     seconds: Annotated[float, Field(ge=0, le=1e9, strict=True)]
     skipped_steps: Annotated[int, Field(ge=0, le=2**40, strict=True)]
 

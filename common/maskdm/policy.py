@@ -1,5 +1,6 @@
 """What may leave a site. Only the site can change it: what is not listed stays, and nothing in a plan can loosen it."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from maskdm.kit import Digest
 from maskdm.parcel import NUMBER_NAMES, QUALITY_NAMES, REPORT_NAMES
 
 DAY = 86_400.0  # seconds
-MOST_ROUNDS = 1000  # a day; bounds what a site remembers
+MOST_ASKED = 100_000  # a day, or in a federation; bounds what a site remembers
 
 
 def _known(name: str) -> str:
@@ -31,20 +32,34 @@ def _bytes(value: object) -> object:
 
 Metric = Annotated[str, AfterValidator(_known)]
 Norm = Annotated[float, Field(gt=0, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+Least = Annotated[int, Field(ge=1, strict=True)]
+Asked = Annotated[int, Field(ge=1, le=MOST_ASKED, strict=True)]
 
 
 class SitePolicy(Frozen):
     """`policy.toml`, with underscores for dashes."""
 
     metrics: tuple[Metric, ...] = REPORT_NAMES
+    share_loss: Switch = True
+    share_labels: tuple[str, ...] = ()  # names of classes that a model may be told of
     max_relative_norm: Norm = 1.0  # of the model's own norm: more is no fine-tuning
     max_norm: Norm | None = None
     max_bytes_per_round: Annotated[int, BeforeValidator(_bytes), Field(ge=1, strict=True)] | None = None
-    max_rounds_per_day: Annotated[int, Field(ge=1, le=MOST_ROUNDS, strict=True)] | None = None
-    max_evaluations_per_day: Annotated[int, Field(ge=1, le=MOST_ROUNDS, strict=True)] = 10
-    min_images: Annotated[int, Field(ge=1, strict=True)] = 2  # to train on
-    require_dp: Annotated[bool, Field(strict=True)] = False
-    approve_first_round: Annotated[bool, Field(strict=True)] = False
+    max_rounds_per_day: Asked = 50
+    max_rounds: Asked = 500  # of a federation
+    max_measurements_per_day: Asked = 20
+    max_measurements: Asked = 200  # of a federation
+    max_evaluations_per_day: Asked = 10
+    min_images: Least = 16  # to train on
+    min_images_per_update: Least = 256  # seen, counting repetitions
+    min_batch: Least = 16
+    min_steps: Least = 8
+    min_held_out: Least = 8  # behind a loss that leaves
+    max_weight_growth: Annotated[float, Field(gt=1, strict=True)] = 10.0
+    max_zero_share: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.5
+    require_dp: Switch = False
+    approve_first_round: Switch = False
     bundles: tuple[Digest, ...] = ()  # of Flower apps that may run here besides the kit's
 
     def quality_names(self) -> tuple[str, ...]:
@@ -58,6 +73,35 @@ class SitePolicy(Frozen):
             return None
         return f"{images:,} images to train on are fewer than the {self.min_images:,} of the site's policy (min-images)"
 
+    def problem_of_work(self, images: int, batch: int) -> str | None:
+        """What keeps an update from leaving that is made of so many images, seen in batches of so many."""
+        found = {
+            "min_batch": (batch, "images in a step"),
+            "min_images_per_update": (images, "images seen in an update"),
+            "min_steps": (-(-images // batch), "steps in an update"),
+        }
+        for name, (asked, noun) in found.items():
+            if asked < (least := getattr(self, name)):
+                key = name.replace("_", "-")
+                return f"{asked:,} {noun} are fewer than the {least:,} of the site's policy ({key})"
+        return None
+
+
+# Of sites that somebody makes up on one machine: there is nobody to be protected from whom.
+SIMULATED = SitePolicy(
+    max_rounds_per_day=MOST_ASKED,
+    max_rounds=MOST_ASKED,
+    max_measurements_per_day=MOST_ASKED,
+    max_measurements=MOST_ASKED,
+    max_evaluations_per_day=MOST_ASKED,
+    min_images=1,
+    min_images_per_update=1,
+    min_batch=1,
+    min_steps=1,
+    min_held_out=1,
+    max_weight_growth=1e6,
+    max_zero_share=1.0,
+)
 
 POLICY_KEYS = tuple(f"site.policy.{name}" for name in SitePolicy.model_fields)
 
@@ -66,13 +110,22 @@ TEMPLATE = """\
 # can change it. It is read each time maskdm-client starts. What is not listed here stays.
 
 # Numbers that may go with an update. An answer holds all nine of them: without one of them only codes such as DONE or
-# FAILED leave, and signs of life. A coordinator may also ask how near images of its model are to those that this site
-# holds out. Whoever chooses the model can learn from that whether an image that they already have is among those here,
-# so none of these numbers leaves unless it is added to the list, "quality_images" with the others:
+# FAILED leave, and signs of life. They are rounded to three digits. A coordinator may also ask how near images of its
+# model are to those that this site holds out. Whoever chooses the model can learn from that whether an image that they
+# already have is among those here, so none of these numbers leaves unless it is added to the list, "quality_images"
+# with the others:
 # "quality_images", "kernel", "frechet", "precision", "recall", "density", "coverage", "memorisation".
 metrics = [
     "outcome", "round", "exchange", "examples", "images_seen", "loss_before", "loss_after", "seconds", "skipped_steps",
 ]
+
+# false keeps loss_before and loss_after here. Whoever chooses the model can make its loss say something else, a few
+# bits in each answer; without it the coordinator does not see whether the model fits this site.
+share-loss = true
+
+# Names of classes (folders, labels) that a model may be told of, for priors that have classes. Any other label counts
+# as none: else the coordinator could put names into a model, and its loss would show which of them exist here.
+share-labels = []
 
 # Longest update: a share of the norm of the model that came, and, where it is given, an absolute norm (L2). The
 # coordinator chooses the model, so max-norm is the limit that it cannot move.
@@ -82,25 +135,48 @@ max-relative-norm = 1.0
 # Largest update in bytes, or as text such as "50MB"; of this and --max-upload the smaller one counts.
 # max-bytes-per-round = "50MB"
 
-# Updates that may leave in 24 hours, whatever federation asks for them.
-# max-rounds-per-day = 24
+# How often a coordinator may ask: for updates, and for measurements of any kind (a loss, an evaluation, that of the
+# final model), in 24 hours whatever federation asks, and in one federation. Each answer tells a little; what can be
+# told in all is bounded by how many there are. What is begun counts, however it ends.
+max-rounds-per-day = 50
+max-rounds = 500
+max-measurements-per-day = 20
+max-measurements = 200
 
 # Evaluations whose numbers may leave in 24 hours.
 max-evaluations-per-day = 10
 
-# Fewest images to train on; with fewer this site takes no part. The fewer there are, the more an update tells of each:
-# 2 only keeps a single image from being all of it. No number makes an update anonymous.
-min-images = 2
+# Fewest images to train on; with fewer this site takes no part. The fewer there are, the more an update tells of each.
+min-images = 16
+
+# Fewest images that an update is made of, counting repetitions; fewest in one step, whose gradient is their mean; and
+# fewest steps, so that an update is a sum of several. An update of one image in one step is that image.
+min-images-per-update = 256
+min-batch = 16
+min-steps = 8
+
+# Fewest held-out images behind a loss; with fewer the update leaves without its losses.
+min-held-out = 8
+
+# What a model may look like: how many times longer than in the first model of the federation the weights of a layer may
+# become, and which share of a layer may be exactly zero. Weights that were made to read images break such bounds
+# unless they are made with care.
+max-weight-growth = 10.0
+max-zero-share = 0.5
 
 # true takes part only in training with differential privacy. This version has none, so every plan is refused.
 require-dp = false
 
-# true holds the first update of each federation until somebody here runs maskdm-client approve.
-approve-first-round = false
+# true holds everything about the images until somebody here has looked at the terms and runs maskdm-client approve,
+# once for each federation, and again whenever the coordinator changes the terms. false takes the first terms that come.
+approve-first-round = true
 
 # sha256 of Flower apps that may run here besides the one that the kit names.
 bundles = []
 """
+
+# The default of a policy, and of `provision --no-approval`.
+UNATTENDED = TEMPLATE.replace("approve-first-round = true", "approve-first-round = false")
 
 
 def load_policy(path: Path | None) -> SitePolicy:
@@ -118,6 +194,12 @@ def load_policy(path: Path | None) -> SitePolicy:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"policy {path} is not TOML: {error}") from error
     return policy_of(document, f"policy {path}")
+
+
+def as_toml(policy: SitePolicy) -> str:
+    """A policy as a file that `load_policy` reads."""
+    values = policy.model_dump(mode="json", exclude_none=True)
+    return "".join(f"{name.replace('_', '-')} = {json.dumps(value)}\n" for name, value in values.items())
 
 
 def policy_of(document: dict[str, Any], origin: str) -> SitePolicy:

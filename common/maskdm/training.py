@@ -32,6 +32,8 @@ from maskdm.trainable import PartialNetwork
 MAX_SKIPPED_IN_A_ROW = 20
 REPORT_SECONDS = 0.5
 
+AfterPart = Callable[[bool], None]
+
 
 @dataclass
 class TrainingState:
@@ -119,6 +121,7 @@ def train(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     report_seconds: float = REPORT_SECONDS,
     stop: Callable[[], bool] = lambda: False,
+    after_part: AfterPart = lambda done: None,
 ) -> None:
     """Train until `config.images` more than `begin` were seen or `stop()` holds; `state` is whole between steps.
 
@@ -126,6 +129,8 @@ def train(
         batches: uint8 images (batch, C, S, S) and classes, continuing after `state.images_seen`.
         begin: images seen when this stage began.
         denoiser: what is called instead of `state.model`: the same weights, compiled or in several processes.
+        after_part: called when the gradients of another of the `config.accumulate` parts of a batch were added up, with
+            whether it was the last one.
 
     Raises:
         TrainingDiverged: gradients stayed non-finite for MAX_SKIPPED_IN_A_ROW steps.
@@ -144,7 +149,17 @@ def train(
         lr = learning_rate(config, state.images_seen - begin)
         try:
             loss = training_step(
-                state, denoiser or state.model, images, classes, config, diffusion, process, mask, lr, precision
+                state,
+                denoiser or state.model,
+                images,
+                classes,
+                config,
+                diffusion,
+                process,
+                mask,
+                lr,
+                precision,
+                after_part,
             )
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
@@ -213,6 +228,7 @@ def training_step(
     mask: MaskConfig,
     lr: float,
     precision: Literal["fp32", "bf16"],
+    after_part: AfterPart = lambda done: None,
 ) -> Tensor:
     """One optimiser step on this process's share of a batch, uint8 (B, C, S, S); returns its mean loss, a scalar.
 
@@ -250,6 +266,7 @@ def training_step(
             )
             loss = losses.sum() / batch
             loss.backward()  # type: ignore[no-untyped-call]
+        after_part(start + size >= batch)
         total += loss.detach()
     apply_gradients(state, config, lr)
     state.images_seen += config.batch_size

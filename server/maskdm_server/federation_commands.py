@@ -1,6 +1,5 @@
 """`maskdm-server serve` and `simulate`."""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from maskdm.errors import UsageError
 from maskdm.evaluation.features import RANDOM
 from maskdm.kit import POLICY
 from maskdm.parcel import NUMBER_NAMES
+from maskdm.policy import SIMULATED, as_toml
 from maskdm.processes import Child, free_port
 from maskdm.reporting import say
 from maskdm.runfolder import atomic_write, owned
@@ -99,6 +99,8 @@ def simulate(
         **{"clients": clients, "split": split, "alpha": alpha, "fraction": fraction, "upscale": upscale},
         "data": [str(path.absolute()) for path in data],
     }
+    shared = {"share_labels": metadata.class_names, **({"metrics": NUMBER_NAMES} if config.evaluate else {})}
+    terms = SIMULATED.model_copy(update=shared)
     with owned(out), follow(out, FEDERATION, log):
         shares = None
         if len(data) == 1:
@@ -114,12 +116,10 @@ def simulate(
             server = f"127.0.0.1:{(port := free_port())}"
             options = ["--fraction", str(fraction), "--seed", str(config.seed), *(["--upscale"] if upscale else [])]
             policy = out / "sites" / POLICY
-            if config.evaluate:
-                options += ["--features", features, "--policy", str(policy)]
+            options += ["--policy", str(policy), *(["--features", features] if config.evaluate else [])]
 
             def start_sites() -> list[Child]:
-                if config.evaluate:
-                    atomic_write(policy, f"metrics = {json.dumps(NUMBER_NAMES)}\n")
+                atomic_write(policy, as_toml(terms))
                 return start_clients(paths(), out / "sites", server, options)
 
             model = serve(
@@ -134,8 +134,9 @@ def simulate(
             )
         else:
             settings: dict[str, Any] = {"fraction": fraction, "seed": config.seed, "upscale": upscale}
+            settings |= {"policy": terms.model_dump(mode="json")}
             if config.evaluate:
-                settings |= {"features": features, "policy": {"metrics": NUMBER_NAMES}}
+                settings |= {"features": features}
 
             def prepare_sites() -> list[Path]:
                 return write_settings(paths(), out / "sites", settings)

@@ -12,6 +12,7 @@ from typing import Any
 from maskdm.interruption import Interruption
 from maskdm.parcel import Parcel
 from maskdm.runfolder import LineReader, write_json
+from maskdm.seeding import derive_seed
 from maskdm_server.events import tell
 from maskdm_server.federation import FederationConfig
 from maskdm_server.link import Question, Reply
@@ -55,11 +56,16 @@ class InlineLink:
 
 
 def write_settings(data: Sequence[Path], folder: Path, settings: Mapping[str, Any]) -> list[Path]:
-    """The folder of each virtual client, with the settings that `maskdm-client` would write."""
+    """The folder of each virtual client, with the settings that `maskdm-client` would write.
+
+    Args:
+        settings: of all of them, with their `seed`.
+    """
     folders = []
     for number, path in enumerate(data, start=1):
         site = folder / f"site-{number}" / "client"
-        document = {"data": str(path.absolute()), "threads": 1, **settings}
+        own = {"data": str(path.absolute()), "secret_seed": derive_seed("simulated site", settings["seed"], number)}
+        document = {"threads": 1, **own, **settings}
         write_json(site / "config.json", {"kind": "client", "site": document})
         folders.append(site)
     return folders

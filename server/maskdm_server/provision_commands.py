@@ -8,7 +8,7 @@ import typer
 from maskdm.checkpoint import describe_checkpoint
 from maskdm.errors import UsageError
 from maskdm.kit import fingerprint
-from maskdm.policy import TEMPLATE, load_policy
+from maskdm.policy import TEMPLATE, UNATTENDED, load_policy
 from maskdm.reporting import say
 from maskdm.runfolder import owned
 from maskdm_server.provision import provision, renew, revoke
@@ -18,6 +18,11 @@ app = typer.Typer(add_completion=False)
 Kits = Annotated[Path, typer.Option(help="Folder of the authority, the server's files and the kits.")]
 Days = Annotated[int, typer.Option(min=1, max=825, help="Days that certificates and kits are valid.")]
 Policy = Annotated[Path | None, typer.Option(help="Policy to propose to the sites (TOML); default: the strict one.")]
+
+NoApproval = Annotated[
+    bool,
+    typer.Option("--no-approval", help="Propose that sites take the first terms that come, and ask nobody there."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -30,6 +35,7 @@ def provision_command(
     days: Days = 90,
     policy: Policy = None,
     prior: Annotated[Path | None, typer.Option(help="The prior, so that clients can try its model.")] = None,
+    no_approval: NoApproval = False,
 ) -> None:
     """Make startup kits: an authority, the server's certificate, and a signed kit for each client."""
     if context.invoked_subcommand:
@@ -37,7 +43,7 @@ def provision_command(
     if not client and not (out / "server").exists():
         raise UsageError("--client is missing: give a name for each client, e.g. --client hospital-a")
     model = describe_checkpoint(prior, "--prior").model if prior else None
-    text = _policy(policy)
+    text = _policy(policy, no_approval)
     with owned(out):  # two at a time would lose what one of them changed
         made = provision(out, server, client or [], names=san or [], days=days, policy=text, model=model)
     _tell(out, made)
@@ -51,9 +57,10 @@ def renew_command(
     client: Annotated[list[str] | None, typer.Option(help="Whose kit; default: everybody's.")] = None,
     days: Days = 90,
     policy: Policy = None,
+    no_approval: NoApproval = False,
 ) -> None:
     """Make a new server certificate and new kits; the old keys stay valid until they expire."""
-    text = _policy(policy)
+    text = _policy(policy, no_approval)
     with owned(out):
         made = renew(out, client or [], days=days, policy=text)
     _tell(out, made)
@@ -69,9 +76,11 @@ def revoke_command(
     say(f"{name} is let in no more; a server that uses {out / 'server'} ends its connection within seconds")
 
 
-def _policy(path: Path | None) -> bytes:
+def _policy(path: Path | None, no_approval: bool) -> bytes:
+    if path and no_approval:
+        raise UsageError("--policy and --no-approval exclude each other: set approve-first-round in the file")
     if path is None:
-        return TEMPLATE.encode()
+        return (UNATTENDED if no_approval else TEMPLATE).encode()
     load_policy(path)
     return path.read_bytes()
 

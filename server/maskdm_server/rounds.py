@@ -227,9 +227,9 @@ class Rounds:
         self, action: Literal["measure", "evaluate", "finish"], weights: Path, **limits: float
     ) -> tuple[Exchange, dict[int, Report]]:
         """Have a model measured by every site that is there; returns what they answered too."""
-        plan = self._plan(action, max(1, self.journal.number)).model_copy(
-            update={"model": describe_checkpoint(weights, "--out")}
-        )
+        about = describe_checkpoint(weights, "--out")
+        about = about.model_copy(update={"prior_sha256": self.journal.metadata.prior_sha256})  # a prior names none
+        plan = self._plan(action, max(1, self.journal.number)).model_copy(update={"model": about})
         reports: dict[int, Report] = {}
 
         def take(site: int, parcel: Parcel) -> None:

@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from maskdm.checkpoint import describe_checkpoint, load_checkpoint, sha256_of
+from maskdm.checkpoint import CheckpointMetadata, describe_checkpoint, load_checkpoint, sha256_of
 from maskdm.errors import FederationError, UsageError
 from maskdm.interruption import Interruption
 from maskdm.processes import Child
 from maskdm.reporting import say
 from maskdm.runfolder import LineReader, atomic_write, claim, record_versions
 from maskdm.seeding import derive_seed
+from maskdm.terms import Terms
 from maskdm_server.events import tell
 from maskdm_server.federation import MAY_CHANGE, FederationConfig, largest_update, update_size
 from maskdm_server.pictures import RoundPictures, draw_samples
@@ -69,6 +70,7 @@ def serve(
     if tls is None and not simulation:
         say(BANNER)
     largest = largest_update(config, describe_checkpoint(prior, "--prior").model)
+    say(f"fingerprint of the terms, for sites to approve: {terms(config, describe_checkpoint(prior)).fingerprint()}")
     pictures = RoundPictures(out, config, sample_count)
     with pictures, Interruption() as interruption, ExitStack() as children:
         events = LineReader(out / "events.jsonl")
@@ -92,6 +94,14 @@ def serve(
         link.close()  # which is what the sites wait for
         _let_leave(sites)
     return conclude(out, config, sample_count)
+
+
+def terms(config: FederationConfig, metadata: CheckpointMetadata) -> Terms:
+    """What sites agree to, as they find it in each plan."""
+    names = ("federation", "prior_sha256", "train", "adapter_rank", "encoding", "local_images", "batch_size")
+    asked: dict[str, Any] = {name: getattr(config, name) for name in names}
+    about: dict[str, Any] = {name: getattr(metadata, name) for name in ("model", "diffusion", "class_names")}
+    return Terms(**asked, **about)
 
 
 def begin(

@@ -13,9 +13,13 @@ from torch import Tensor
 from maskdm.checkpoint import CheckpointMetadata
 from maskdm.config import ModelConfig
 from maskdm.model import build_model
+from maskdm.policy import SitePolicy
 from maskdm.protocol import RoundPlan
 from maskdm.tensorfile import pack
 from maskdm_client.settings import SiteSettings
+
+# Floors that the smallest work passes; what a test says of a policy comes on top.
+LENIENT = SitePolicy(min_images=1, min_images_per_update=1, min_batch=1, min_steps=1, min_held_out=1)
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +63,12 @@ def ask(make_plan: Callable[..., RoundPlan], weights: dict[str, Tensor]) -> Call
 
 @pytest.fixture
 def make_site(tmp_path: Path) -> Callable[..., Path]:
-    """The folder of a site with 40 small grey pictures, as `maskdm-client` leaves it; keywords change its settings."""
+    """The folder of a site with 40 small grey pictures, as `maskdm-client` leaves it; keywords change its settings.
 
-    def make(images: Any = None, name: str = "site", **changes: Any) -> Path:
+    Its policy has no floors but those that a test gives; `strict` makes it the default one.
+    """
+
+    def make(images: Any = None, name: str = "site", strict: bool = False, **changes: Any) -> Path:
         if images is None:
             ramp = np.linspace(0, 200, 8).astype(np.uint8)
             images = np.stack([np.tile(ramp, (8, 1)) + np.uint8(i) for i in range(40)])
@@ -69,7 +76,10 @@ def make_site(tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir()
         np.savez(tmp_path / "hospital-data.npz", images=images)
         values = {"data": tmp_path / "hospital-data.npz", "precision": "fp32", "device": "cpu", "threads": 1}
-        settings = SiteSettings.model_validate(values | changes)
+        given = changes.pop("policy", SitePolicy())
+        wanted = {name: getattr(given, name) for name in given.model_fields_set}
+        policy = given if strict else LENIENT.model_copy(update=wanted)
+        settings = SiteSettings.model_validate(values | changes | {"policy": policy})
         (folder / "config.json").write_text(json.dumps({"site": settings.model_dump(mode="json")}))
         names = {hashlib.sha256(image.tobytes()).hexdigest(): str(i) for i, image in enumerate(images)}
         held_out = dict(list(names.items())[::5])

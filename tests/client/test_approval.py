@@ -14,11 +14,13 @@ from maskdm.auditlog import verify
 from maskdm.errors import UsageError
 from maskdm.parcel import Outcome
 from maskdm.policy import SitePolicy
+from maskdm.protocol import RoundPlan
 from maskdm.runfolder import read_lines
+from maskdm.terms import Terms, terms_of
 from maskdm_client import approval, caretaker
 from maskdm_client.approval import NotApproved, check_not_denied, decision, wait_for_decision
 from maskdm_client.cli import app
-from maskdm_client.fine_tuning import Superseded
+from maskdm_client.job import Superseded
 from maskdm_client.mailbox import Mailbox
 from maskdm_client.site import answer
 
@@ -40,6 +42,12 @@ def while_waiting(monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], object])
     """Each time the site looks for a decision and finds none, the next step is taken."""
     left = iter(steps)
     monkeypatch.setattr(approval, "time", SimpleNamespace(sleep=lambda _: next(left)()))
+
+
+@pytest.fixture
+def terms(make_plan: Callable[..., RoundPlan]) -> Terms:
+    """Those of the plans below."""
+    return terms_of(make_plan(local_images=8))
 
 
 def outcome(folder: Path, asked: tuple[str, bytes], exchange: int) -> Outcome:
@@ -91,7 +99,7 @@ def test_what_would_leave_is_described_without_anything_of_the_images(
     box.ask(1, *ask(local_images=8, exchange=1))
     left = answer(*ask(local_images=8, exchange=1), held, box, 1)
     summary = json.loads((held / "work" / "approval.json").read_text())
-    assert (summary["federation"], summary["round"], summary["rounds"]) == (FEDERATION, 1, 2)
+    assert (summary["terms"]["federation"], summary["round"], summary["rounds"]) == (FEDERATION, 1, 2)
     assert (summary["bytes"], summary["arrays"]) == (left.size(), len(left.arrays))
     assert summary["numbers"] == left.scalars
     assert 0 < summary["norm"] < summary["norm_of_model"]
@@ -127,11 +135,14 @@ def test_what_is_denied_stays_as_do_later_rounds_until_somebody_approves(
     assert outcome(held, ask(local_images=8, exchange=5, round=2), 5) == Outcome.DONE
 
 
-def test_a_decision_counts_for_its_federation_alone(held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decision_counts_for_its_federation_alone(
+    held: Path, ask: Ask, terms: Terms, monkeypatch: pytest.MonkeyPatch
+) -> None:
     while_waiting(monkeypatch, lambda: decide(held), lambda: decide(held, "--deny"))
     assert outcome(held, ask(local_images=8, exchange=1), 1) == Outcome.DONE
     assert outcome(held, ask(local_images=8, exchange=2, federation=OTHER), 2) == Outcome.NOT_APPROVED
-    assert (decision(held, FEDERATION), decision(held, OTHER)) == (True, False)
+    others = terms.model_copy(update={"federation": OTHER})
+    assert (decision(held, terms), decision(held, others)) == (True, False)
 
 
 def test_who_waits_makes_way_for_what_is_asked_next(held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,17 +172,18 @@ def test_how_long_somebody_thinks_about_it_does_not_look_like_crashes_of_the_wor
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"%s": true}', '{"%s": {"approved": "yes"}}', '{"%s": {"approved": 1}}']
 )
-def test_what_cannot_be_read_approves_nothing(tmp_path: Path, content: str) -> None:
+def test_what_cannot_be_read_approves_nothing(tmp_path: Path, terms: Terms, content: str) -> None:
     (tmp_path / "approvals.json").write_text(content.replace("%s", FEDERATION))
-    assert decision(tmp_path, FEDERATION) is None
-    check_not_denied(tmp_path, FEDERATION)
-    assert not wait_for_decision(tmp_path, FEDERATION, lambda: True)
+    assert decision(tmp_path, terms) is None
+    check_not_denied(tmp_path, terms)
+    assert not wait_for_decision(tmp_path, terms, lambda: True)
 
 
-def test_a_denial_ends_the_wait(tmp_path: Path) -> None:
-    (tmp_path / "approvals.json").write_text(json.dumps({FEDERATION: {"approved": False}}))
+def test_a_denial_ends_the_wait(tmp_path: Path, terms: Terms) -> None:
+    decided = {"approved": False, "terms": terms.model_dump(mode="json")}
+    (tmp_path / "approvals.json").write_text(json.dumps({FEDERATION: decided}))
     with pytest.raises(NotApproved, match="maskdm-client approve lets them leave"):
-        wait_for_decision(tmp_path, FEDERATION, lambda: False)
+        wait_for_decision(tmp_path, terms, lambda: False)
 
 
 @pytest.mark.parametrize("left", [None, "", "{}", '{"federation": 3}'])
@@ -183,7 +195,7 @@ def test_where_nothing_waits_there_is_nothing_to_decide(
         (tmp_path / "work" / "approval.json").write_text(left)
     assert decide(tmp_path) == 2
     said = capsys.readouterr().err
-    assert ("no update waits for approval" if left is None else "cannot be read") in said
+    assert ("nothing waits for approval" if left is None else "cannot be read") in said
     assert said.count(os.linesep) == 1
     assert not (tmp_path / "approvals.json").exists()
 

@@ -21,7 +21,7 @@ from maskdm.runfolder import read_lines
 from maskdm.tensorfile import pack
 from maskdm_client import worker
 from maskdm_client.approval import APPROVALS
-from maskdm_client.fine_tuning import Superseded
+from maskdm_client.job import Superseded
 from maskdm_client.mailbox import Mailbox
 from maskdm_client.site import answer
 

@@ -8,7 +8,7 @@ import pytest
 
 from maskdm.errors import UsageError
 from maskdm.parcel import QUALITY_NAMES, REPORT_NAMES
-from maskdm.policy import POLICY_KEYS, TEMPLATE, SitePolicy, load_policy
+from maskdm.policy import SIMULATED, TEMPLATE, UNATTENDED, SitePolicy, as_toml, load_policy
 
 
 def policy_in(folder: Path, text: str) -> SitePolicy:
@@ -20,14 +20,36 @@ def test_without_a_file_the_fixed_numbers_may_leave_and_no_update_longer_than_th
     policy = load_policy(None)
     assert policy.metrics == REPORT_NAMES
     assert policy.max_relative_norm == 1
-    assert (policy.max_norm, policy.max_bytes_per_round, policy.max_rounds_per_day) == (None, None, None)
+    assert (policy.max_norm, policy.max_bytes_per_round) == (None, None)
+    assert (policy.share_loss, policy.share_labels) == (True, ())
     assert policy.quality_names() == (), "the site's owner has to want it"
     assert policy.max_evaluations_per_day == 10
-    assert (policy.min_images, policy.require_dp, policy.approve_first_round, policy.bundles) == (2, False, False, ())
+    assert (policy.min_images, policy.require_dp, policy.approve_first_round, policy.bundles) == (16, False, False, ())
 
 
 def test_the_template_says_what_holds_without_it(tmp_path: Path) -> None:
-    assert policy_in(tmp_path, TEMPLATE) == SitePolicy()
+    assert policy_in(tmp_path, UNATTENDED) == SitePolicy()
+
+
+def test_the_template_of_kits_asks_a_person(tmp_path: Path) -> None:
+    assert policy_in(tmp_path, TEMPLATE) == SitePolicy(approve_first_round=True)
+
+
+def test_a_policy_as_a_file_is_the_same_policy(tmp_path: Path) -> None:
+    for policy in (SitePolicy(), SIMULATED, SitePolicy(max_norm=3.0, share_labels=("a b", "ü"), metrics=("outcome",))):
+        assert policy_in(tmp_path, as_toml(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "key"),
+    [(2048, 15, "min-batch"), (255, 16, "min-images-per-update"), (2048, 512, "min-steps"), (1, 1, "min-batch")],
+)
+def test_an_update_of_few_images_in_a_step_or_of_few_steps_is_none_that_may_leave(
+    images: int, batch: int, key: str
+) -> None:
+    assert f"the site's policy ({key})" in (SitePolicy().problem_of_work(images, batch) or "")
+    assert SitePolicy().problem_of_work(256, 32) is None
+    assert SIMULATED.problem_of_work(1, 1) is None
 
 
 def test_the_template_tells_which_numbers_of_an_evaluation_there_are(tmp_path: Path) -> None:
@@ -45,7 +67,7 @@ def test_the_template_names_every_key_and_what_it_comments_out_is_valid(tmp_path
     lines = TEMPLATE.splitlines()
     settings = [line.removeprefix("# ") for line in lines if line.startswith("# ") and " = " in line]
     policy = policy_in(tmp_path, TEMPLATE + "\n".join(settings))
-    assert (policy.max_norm, policy.max_bytes_per_round, policy.max_rounds_per_day) == (10, 50_000_000, 24)
+    assert (policy.max_norm, policy.max_bytes_per_round, policy.max_rounds_per_day) == (10, 50_000_000, 50)
     keys = tomllib.loads(TEMPLATE + "\n".join(settings)).keys()
     assert {key.replace("-", "_") for key in keys} == set(SitePolicy.model_fields)
 
@@ -83,7 +105,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max-norms = 1", "unknown key 'max-norms': the keys are metrics, max-relative-norm"),
+        ("max-norms = 1", "unknown key 'max-norms': the keys are metrics, share-loss"),
         ("max_norm = 1", "unknown key 'max_norm'"),
         ("[sub]\nkey = 1", "unknown key 'sub'"),
         ('metrics = ["file_name"]', "metrics = ['file_name']: 'file_name' is none of outcome, round"),
@@ -101,7 +123,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         ("max-bytes-per-round = 0", "max-bytes-per-round = 0: Input should be greater than or equal to 1"),
         ("max-bytes-per-round = 1.5", "max-bytes-per-round = 1.5: Input should be a valid integer"),
         ("max-rounds-per-day = 0", "max-rounds-per-day = 0: Input should be greater than or equal to 1"),
-        ("max-rounds-per-day = 1001", "max-rounds-per-day = 1001: Input should be less than or equal to 1000"),
+        ("max-rounds-per-day = 100001", "max-rounds-per-day = 100001: Input should be less than or equal to 100000"),
         ("min-images = true", "min-images = True: Input should be a valid integer"),
         ("require-dp = 1", "require-dp = 1: Input should be a valid boolean"),
         ('approve-first-round = "yes"', "approve-first-round = 'yes': Input should be a valid boolean"),

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from maskdm import cli
-from maskdm.policy import TEMPLATE
+from maskdm.policy import UNATTENDED
 from maskdm_client.cli import app as client_app
 from maskdm_server.cli import app as server_app
 from maskdm_server.faces import Domain, draw_faces
@@ -149,7 +149,7 @@ def write_faces(folder: Path, count: int, domain: Domain, prefix: str) -> None:
 
 def make_kits(folder: Path, port: int, *clients: str, days: int = 90) -> Path:
     """Kits for a server on loopback; returns the folder of all that was made."""
-    provision(folder, f"127.0.0.1:{port}", clients, days=days, policy=TEMPLATE.encode())
+    provision(folder, f"127.0.0.1:{port}", clients, days=days, policy=UNATTENDED.encode())
     return folder
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from maskdm.data.corpus import Corpus, in_both
 from maskdm.data.pixels import Pixels
 from maskdm.data.slices import units
 from maskdm.errors import UsageError
+from maskdm.policy import SIMULATED
 from maskdm.seeding import derive_seed
 from maskdm_server.experiment.arms import Arm, Sites
 from maskdm_server.experiment.budget import ExperimentConfig
@@ -94,7 +96,14 @@ def make_sites(images: LocalImages, config: ExperimentConfig, sites: Sites, fold
         UsageError: skew is wanted without labels, or leaves sites without images.
     """
     paths = write_shares(images.corpus, _shares(images, config, sites, seed), folder)
-    settings = {"fraction": config.fraction, "seed": seed, "held_out": 0.1, "precision": config.precision, "threads": 0}
+    settings: dict[str, Any] = {
+        "fraction": config.fraction,
+        "seed": seed,
+        "held_out": 0.1,
+        "precision": config.precision,
+        "threads": 0,
+    }
+    settings |= {"policy": SIMULATED.model_dump(mode="json")}
     folders = write_settings(paths, folder, settings)
     join: Callable[[Path], None] = import_module(CLIENT).join
     for site in folders:
