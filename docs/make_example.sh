@@ -17,7 +17,8 @@ done
 "$bin/maskdm-server" features --data labelled --out Faces.safetensors --image-size 32 --epochs 6
 "$bin/maskdm-server" pretrain --data public --out prior --size tiny --image-size 32 --mask-ratio 0.75 --block-size 2 \
   --prediction x0 --images 100K --batch-size 64 --lr 1e-3 --betas 0.9,0.95 --warmup-images 2000
-"$bin/maskdm-server" provision --out kits --server 127.0.0.1:8471 --client clinic --client laboratory --client workshop
+"$bin/maskdm-server" provision --out kits --server 127.0.0.1:8471 --client clinic --client laboratory --client workshop \
+  --no-approval
 
 "$bin/maskdm-server" serve --prior prior/prior.safetensors --out consortium --tls kits/server --host 127.0.0.1 --rounds 10 \
   --min-clients 3 --local-images 1024 --lr 5e-4 --keep-every 1 &

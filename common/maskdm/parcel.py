@@ -58,8 +58,8 @@ _WORDS = {
     Outcome.WORKING: "it is at work",
     Outcome.UNKNOWN: "it does not know the work that it was asked about",
     Outcome.TOO_LARGE: "the update would be larger than it lets out: another --encoding or --train makes it smaller",
-    Outcome.POLICY: "its policy keeps it from taking part, e.g. too few images or no more rounds for today",
-    Outcome.NOT_APPROVED: "somebody there denied the first update",
+    Outcome.POLICY: "its policy keeps it from taking part, e.g. too few images or steps, or asked too often",
+    Outcome.NOT_APPROVED: "somebody there denied it, or has not agreed to what is asked now",
     Outcome.CODE_REFUSED: "the server sent it other code than its kit names: provision renew makes new kits",
 }
 

@@ -11,13 +11,13 @@ import pytest
 
 from maskdm import cli
 from maskdm.auditlog import verify
-from maskdm.errors import UsageError
+from maskdm.errors import TrainingDiverged, UsageError
 from maskdm.parcel import Outcome
 from maskdm.policy import SitePolicy
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import read_lines
 from maskdm.terms import Terms, terms_of
-from maskdm_client import approval, caretaker
+from maskdm_client import approval, caretaker, site
 from maskdm_client.approval import NotApproved, check_not_denied, decision, wait_for_decision
 from maskdm_client.cli import app
 from maskdm_client.job import Superseded
@@ -215,3 +215,84 @@ def test_without_the_policy_nothing_waits(make_site: Callable[..., Path], ask: A
     folder = make_site()
     assert outcome(folder, ask(local_images=8, exchange=1), 1) == Outcome.DONE
     assert not (folder / "work" / "approval.json").exists()
+
+
+def test_a_measurement_is_not_begun_before_somebody_approved(
+    held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+    while_waiting(monkeypatch, lambda: seen.append(len(events(held, "measured"))), lambda: decide(held))
+    assert outcome(held, ask(local_images=8, exchange=1, action="measure"), 1) == Outcome.DONE
+    assert seen == [0]
+    assert "fingerprint of these terms" in capsys.readouterr().out
+    assert not (held / "updates.json").exists()
+    assert len(json.loads((held / "measurements.json").read_text())) == 1
+
+
+def test_how_the_work_on_images_failed_waits_for_approval_too(
+    held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Mailbox(held)
+
+    def diverges(*_: object) -> None:
+        raise TrainingDiverged("a crafted model met a bright image")
+
+    seen = list[object]()
+    monkeypatch.setattr(site, "fine_tune", diverges)
+    while_waiting(monkeypatch, lambda: seen.append(box.replied()), lambda: decide(held))
+    assert outcome(held, ask(local_images=8, exchange=1), 1) == Outcome.DIVERGED
+    assert seen == [None]
+
+
+def test_before_approval_the_coordinator_is_not_told_how_far_the_work_is(
+    held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Mailbox(held)
+    while_waiting(monkeypatch, lambda: decide(held))
+    asked = ask(local_images=8, exchange=1)
+    monkeypatch.setattr(Mailbox, "progressed", lambda *_: pytest.fail("progress was told"))
+    box.ask(1, *asked)
+    answer(*asked, held, box, 1)
+
+
+def test_terms_that_change_after_an_approval_wait_again_and_the_change_is_shown(
+    held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    while_waiting(monkeypatch, lambda: decide(held), lambda: decide(held, "--deny"))
+    assert outcome(held, ask(local_images=8, exchange=1), 1) == Outcome.DONE
+    assert outcome(held, ask(local_images=16, exchange=2, round=2), 2) == Outcome.DONE, "more images are no change"
+    capsys.readouterr()
+    assert outcome(held, ask(local_images=8, exchange=3, round=3, encoding="fp32"), 3) == Outcome.NOT_APPROVED
+    assert "CHANGED     encoding was bf16, is fp32" in capsys.readouterr().out
+
+
+def test_the_first_terms_are_taken_where_nobody_is_to_be_asked_and_others_are_refused_until_somebody_approves(
+    make_site: Callable[..., Path], ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_site()
+    assert outcome(folder, ask(local_images=8, exchange=1), 1) == Outcome.DONE
+    (agreed,) = events(folder, "agreed")
+    caretaker.tell(agreed)
+    assert "as the first terms that came" in capsys.readouterr().err
+    changed = ask(local_images=8, exchange=2, round=2, train="norm-bias")
+    assert outcome(folder, changed, 2) == Outcome.NOT_APPROVED
+    assert "train was all, is norm-bias" in events(folder, "failed")[0]["reason"]
+    assert decide(folder) == 0
+    assert "CHANGED     train was all, is norm-bias" in capsys.readouterr().out
+    assert outcome(folder, changed, 2) == Outcome.DONE
+
+
+def test_terms_whose_fingerprint_the_owner_knows_need_no_person_and_others_do(
+    make_site: Callable[..., Path], ask: Ask, terms: Terms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_site(policy=SitePolicy(approve_first_round=True), approve=terms.fingerprint())
+    assert outcome(folder, ask(local_images=8, exchange=1), 1) == Outcome.DONE
+    assert json.loads((folder / "approvals.json").read_text())[FEDERATION]["how"] == "by its fingerprint"
+    while_waiting(monkeypatch, lambda: decide(folder, "--deny"))
+    assert outcome(folder, ask(local_images=8, exchange=2, federation=OTHER), 2) == Outcome.NOT_APPROVED
+
+
+def test_who_never_approved_is_not_waited_for_when_the_federation_ends(held: Path, ask: Ask) -> None:
+    assert outcome(held, ask(local_images=8, exchange=1, action="finish"), 1) == Outcome.NOT_APPROVED
+    assert (held / "model.safetensors").exists()
+    assert "nobody here approved this federation" in events(held, "finished")[0]["reason"]

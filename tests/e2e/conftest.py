@@ -147,9 +147,9 @@ def write_faces(folder: Path, count: int, domain: Domain, prefix: str) -> None:
         Image.fromarray(pixels).save(folder / f"{prefix}-{number:04d}.png")
 
 
-def make_kits(folder: Path, port: int, *clients: str, days: int = 90) -> Path:
+def make_kits(folder: Path, port: int, *clients: str, days: int = 90, policy: str = UNATTENDED) -> Path:
     """Kits for a server on loopback; returns the folder of all that was made."""
-    provision(folder, f"127.0.0.1:{port}", clients, days=days, policy=UNATTENDED.encode())
+    provision(folder, f"127.0.0.1:{port}", clients, days=days, policy=policy.encode())
     return folder
 
 

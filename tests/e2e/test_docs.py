@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskdm.checkpoint import load_checkpoint
 from maskdm.kit import POLICY, open_kit
-from maskdm.policy import load_policy
+from maskdm.policy import TEMPLATE, load_policy
 from maskdm.processes import free_port
 from maskdm.runfolder import read_lines
 from maskdm_server.federation import FederationConfig
@@ -137,14 +137,13 @@ def test_a_site_that_follows_its_page_takes_its_policy_out_and_approves_before_a
 ) -> None:
     """`docs/how-to/join-as-a-site.md`, with a server that is content with one site."""
     port = free_port()
-    make_kits(workplace / "kits", port, "hospital-a")
+    make_kits(workplace / "kits", port, "hospital-a", policy=TEMPLATE)
     shutil.copy(workplace / "kits" / "hospital-a.zip", workplace)
     write_faces(workplace / "images", 120, "clinic", "face")
     (take_out, doctor), (join,), (approve, deny) = (documented(name, SITE) for name in ("policy", "join", "approve"))
     assert take_out[:2] == ["unzip", "-p"]
     policy = (open_kit(workplace / "hospital-a.zip", workplace / "opened").folder / POLICY).read_text()
-    changed = policy.replace("approve-first-round = false", "approve-first-round = true")
-    (workplace / "policy.toml").write_text(changed)
+    (workplace / "policy.toml").write_text(policy)
     assert load_policy(workplace / "policy.toml").approve_first_round
 
     def here(command: list[str]) -> list[str]:

@@ -35,7 +35,7 @@ def federation(
         through: what stands before the server's port, once that listens; returns the port for the first client.
     """
     for site in ("a", "b"):
-        write_faces(workplace / f"local-{site}", 60, "clinic", "face")
+        write_faces(workplace / f"local-{site}", 90, "clinic", "face")
     port = free_port()
     serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--insecure", "--port", str(port)]
     server = Started([*serve, "--rounds", str(rounds), "--round-deadline", "20", *options], workplace, "serve")

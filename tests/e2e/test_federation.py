@@ -34,7 +34,7 @@ def test_the_readme_story_trains_a_federated_model_and_only_listed_names_leave_a
     secret = "SMITH-1961-ward7"
     write_faces(workplace / "local" / "DIAGNOSIS-positive", 120, "clinic", secret)
     write_faces(workplace / "other", 120, "workshop", "other")
-    pretrain, provision, serve, client = documented("story")
+    pretrain, provision, serve, client, approve = documented("story")
     port = free_port()
     for command, name in ((pretrain, "pretrain"), (with_port(provision, port), "provision")):
         run = Started(command, workplace, name)
@@ -45,6 +45,10 @@ def test_the_readme_story_trains_a_federated_model_and_only_listed_names_leave_a
     first = Started(client, workplace, "first", MASKDM_OUT="site-a", MASKDM_SERVER=f"127.0.0.1:{proxy.port}")
     other = ["maskdm-client", "--data", "./other", "--kit", "kits/hospital-b.zip", "--out", "site-b"]
     second = Started(other, workplace, "second")
+    for joined, name in ((first, "site-a"), (second, "site-b")):
+        joined.until("waits for your approval")
+        approved = Started(approve, workplace, f"approve-{name}", MASKDM_OUT=name)
+        assert approved.wait() == 0, approved.output()
     assert server.wait() == 0, server.output() + first.output()
     assert first.wait() == 0, first.output()
     assert second.wait() == 0, second.output()
@@ -97,7 +101,7 @@ def test_a_client_gives_up_with_a_message_when_no_server_comes(workplace: Path) 
 def test_interrupted_server_and_client_end_with_130_and_leave_no_process_and_the_same_commands_continue(
     workplace: Path, prior: Path
 ) -> None:
-    write_faces(workplace / "local", 60, "clinic", "face")
+    write_faces(workplace / "local", 90, "clinic", "face")
     port = free_port()
     serve, join = alone(prior, port)
     server = Started([*serve, "--rounds", "50"], workplace, "serve")
@@ -121,7 +125,7 @@ def test_interrupted_server_and_client_end_with_130_and_leave_no_process_and_the
 
 
 def test_nothing_survives_when_server_and_client_are_killed(workplace: Path, prior: Path) -> None:
-    write_faces(workplace / "local", 60, "clinic", "face")
+    write_faces(workplace / "local", 90, "clinic", "face")
     port = free_port()
     serve, join = alone(prior, port)
     server = Started([*serve, "--rounds", "50"], workplace, "serve")
@@ -134,8 +138,8 @@ def test_nothing_survives_when_server_and_client_are_killed(workplace: Path, pri
 
 
 def test_colour_images_for_a_grey_prior_end_the_client_with_one_clear_line(workplace: Path) -> None:
-    write_faces(workplace / "public", 60, "public", "face")
-    write_faces(workplace / "local", 60, "clinic", "face")
+    write_faces(workplace / "public", 90, "public", "face")
+    write_faces(workplace / "local", 90, "clinic", "face")
     command = ["maskdm-server", "pretrain", "--data", "./public", "--out", "run", "--channels", "3", "--images", "64"]
     assert Started(command, workplace, "pretrain").wait() == 0
     grey = workplace / "grey"

@@ -152,7 +152,7 @@ def federation(prior: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three rounds with two real clients; afterwards something went wrong."""
     folder = tmp_path_factory.mktemp("report")
     for name, domain in (("a", "clinic"), ("b", "workshop")):
-        write_faces(folder / name, 60, domain, "face")  # type: ignore[arg-type]
+        write_faces(folder / name, 90, domain, "face")  # type: ignore[arg-type]
     command = ["maskdm-server", "simulate", "--prior", str(prior), "--data", "a", "--data", "b", "--clients", "2"]
     run = Started([*command, "--out", "fed", "--rounds", "3", "--sample-every", "1"], folder, "simulate")
     assert run.wait() == 0, run.output()
@@ -200,7 +200,7 @@ def test_the_page_of_a_run_reads_well_everywhere(prior: Path, browser: Browser, 
 
 
 def test_the_dashboard_follows_a_federation_in_the_browser(workplace: Path, prior: Path, browser: Browser) -> None:
-    write_faces(workplace / "local", 60, "clinic", "face")
+    write_faces(workplace / "local", 90, "clinic", "face")
     port, look = free_port(), free_port()
     serve = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--min-clients", "1", "--insecure"]
     server = Started([*serve, "--port", str(port), "--dashboard", str(look), "--rounds", "40"], workplace, "serve")

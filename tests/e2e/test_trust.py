@@ -53,7 +53,7 @@ def status(url: str, authority: Path | None = None, body: bytes | None = None) -
 
 
 def test_only_those_who_were_given_a_kit_of_this_server_are_let_in(workplace: Path, prior: Path) -> None:
-    write_faces(workplace / "local", 60, "clinic", "face")
+    write_faces(workplace / "local", 90, "clinic", "face")
     port = free_port()
     kits = make_kits(workplace / "kits", port, "hospital-a", "revoked", "leaver")
     foreign = make_kits(workplace / "foreign", port, "hospital-a")
@@ -127,7 +127,7 @@ def test_a_site_that_is_revoked_while_it_works_is_put_out_and_the_others_go_on(w
     port = free_port()
     kits = make_kits(workplace / "kits", port, "stays", "leaves")
     for name in ("stays", "leaves"):
-        write_faces(workplace / name, 60, "clinic", "face")
+        write_faces(workplace / name, 90, "clinic", "face")
     command = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--tls", "kits/server"]
     server = Started([*command, "--rounds", "4", "--host", "127.0.0.1"], workplace, "serve")
     clients = {
@@ -149,7 +149,7 @@ def test_a_site_that_is_revoked_while_it_works_is_put_out_and_the_others_go_on(w
 
 
 def test_a_hostile_server_cannot_run_its_code_at_a_site(workplace: Path, prior: Path) -> None:
-    write_faces(workplace / "local", 60, "clinic", "face")
+    write_faces(workplace / "local", 90, "clinic", "face")
     (workplace / "hostile.py").write_text(HOSTILE)
     port = free_port()
     server = Started(
@@ -186,7 +186,7 @@ def test_server_and_clients_call_nobody_but_each_other(workplace: Path, prior: P
         "-e",
         "signal=none",
     ]
-    write_faces(workplace / "local", 60, "clinic", "face")
+    write_faces(workplace / "local", 90, "clinic", "face")
     port = free_port()
     make_kits(workplace / "kits", port, "hospital-a")
     programs = Path(sys.executable).parent

@@ -70,7 +70,7 @@ def test_sites_on_hosts_of_their_own_join_with_a_kit_and_finish(
     server = Started(command, workplace, "serve", within=network["server"])
     clients = {}
     for name in ("hospital-a", "hospital-b"):
-        write_faces(workplace / name / "local", 60, "clinic", "face")
+        write_faces(workplace / name / "local", 90, "clinic", "face")
         shutil.move(workplace / "kits" / f"{name}.zip", workplace / name)  # all that the site is given
         join = ["maskdm-client", "--data", "./local", "--kit", f"{name}.zip"]
         clients[name] = Started(join, workplace / name, "client", within=network[name])
