@@ -50,7 +50,7 @@ class FederationConfig(Frozen):
 
     aggregation: Rule = "mean"
     byzantine: Annotated[int, Field(ge=0)] = 1  # hostile updates in a round that the robust rules withstand
-    max_norm_ratio: Annotated[float, Field(gt=1)] = 10.0
+    max_norm_ratio: Annotated[float, Field(gt=1)] = 3.0
     server_optimizer: ServerOptimizer = "fedavg"
     server_lr: Annotated[float, Field(gt=0)] = 1.0
     server_betas: tuple[Decay, Decay] = (0.9, 0.99)
