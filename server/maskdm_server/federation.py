@@ -119,12 +119,12 @@ def largest_update(config: FederationConfig, model: ModelConfig) -> int:
     return update_size(config, model) + 1_000_000
 
 
-# Continuing with more rounds, other patience or other clocks is the same federation.
+# Continuing with more rounds, other patience, other clocks or another limit of norms is the same federation.
 MAY_CHANGE = tuple(
     f"federation.{name}"
     for name in (
         *("rounds", "min_clients", "min_replies", "clients_per_round", "join_deadline", "round_deadline"),
-        *("round_limit", "patience", "keep_every", "sample_every", "max_upload"),
+        *("round_limit", "patience", "keep_every", "sample_every", "max_upload", "max_norm_ratio"),
         *("evaluate", "evaluate_features", "evaluate_sampler", "evaluate_steps"),
     )
 )

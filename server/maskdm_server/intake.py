@@ -17,9 +17,8 @@ from maskdm_server.directions import Sketch, cosines
 # As many updates must be known before one can be called long; the first ones wait on the disk for that.
 ENOUGH = 3
 REMEMBERED = 64
-# Whatever the others do, no update may be longer than this share of the model: what a lone reply is held against.
-# Honest ones were seen to reach 0.07 of it (docs/federation.md).
-LONGEST_SHARE = 1 / 2
+# Whatever the others do, no update may be longer than the model itself: what a lone reply is held against. Honest ones
+# were seen to have a sixth of its length at a large rate, a thirtieth at a usual one.
 
 
 class Measured(Frozen):
@@ -65,7 +64,7 @@ class Intake:
             seed: of the signs by which directions are compared; no site may know it.
         """
         self._plan, self._aggregate, self._folder, self._seed = plan, aggregate, folder, seed
-        self._limit, self._longest = max_norm_ratio, LONGEST_SHARE * model_norm
+        self._limit, self._longest = max_norm_ratio, model_norm
         self.known = list(before)
         self.reports: dict[int, tuple[Report, float]] = {}  # accepted ones with their weights
         self.rejected: dict[int, UpdateRejected] = {}  # of those that waited
@@ -85,7 +84,7 @@ class Intake:
         update, sketch = Update(parcel.arrays, self._plan), Sketch(self._seed)
         measured = Measured(norm=update.norm(sketch), images=report.images_seen)
         if measured.norm > self._longest:
-            raise UpdateRejected(f"its norm {measured.norm:.3g} is more than half that of the whole model")
+            raise UpdateRejected(f"its norm {measured.norm:.3g} is more than that of the whole model, {self._longest:.3g}")
         self._sketches[site] = sketch.values
         if len(self.known) + len(self._waiting) + 1 < ENOUGH:
             path = self._folder / f"waiting-{site}.safetensors"
