@@ -97,7 +97,7 @@ def ours(plan: RoundPlan, updates: list[bytes], clients: int) -> None:
         **{"loss_after": 1.0, "seconds": 1.0, "skipped_steps": 0},
     }
     mean = StreamingMean()
-    intake = Intake(plan, mean, known, 10.0, Path())
+    intake = Intake(plan, mean, known, 3.0, 100.0, 0, Path())
     for number in range(clients):
         intake.offer(number, Parcel(unpack(updates[number % len(updates)]), numbers), None)
     assert mean.count == clients

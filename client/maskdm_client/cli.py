@@ -22,6 +22,7 @@ from maskdm.reporting import say
 from maskdm.runfolder import claim, owned
 from maskdm_client.address import BANNER, address_of
 from maskdm_client.approval import approve as approve_command
+from maskdm_client.changed_policy import warn_of_change
 from maskdm_client.doctor import doctor
 from maskdm_client.local_data import choose_slice
 from maskdm_client.quality import features_of
@@ -102,6 +103,8 @@ def join(
         opened = valid_kit(kit, out / ".kit") if kit else None
         host, port = address_of(server, opened, insecure)
         terms = load_policy(policy or (opened.folder / POLICY if opened else None))
+        if opened and not policy:
+            warn_of_change(opened, terms)
         if max_upload:
             largest = cli.size("--max-upload", max_upload)
             if largest < 1:

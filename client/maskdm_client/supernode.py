@@ -36,7 +36,7 @@ class SuperNode:
             kit: for TLS and this site's key; None connects in the clear, as nobody in particular.
         """
         home, site = (folder / ".flwr").resolve(), folder.resolve()
-        home.mkdir(exist_ok=True)
+        home.mkdir(exist_ok=True, mode=0o700)
         home.chmod(0o700)
         self._logs, self._let_in = folder / "logs", False
         self._unanswered = folder / UNANSWERED
@@ -59,7 +59,6 @@ class SuperNode:
             arguments += ["--insecure"]
         arguments += ["--node-config", f"site={json.dumps(str(site))}"]
         self.log = self._logs / "supernode.log"
-        self._earlier = self.log.stat().st_size if self.log.exists() else 0
         command = [*pinned("supernode", site), *arguments]
         self._node = Child(command, log=self.log, environment=self._environment)
         self._executor: Child | None = None
@@ -68,7 +67,7 @@ class SuperNode:
         """Whether the server took this site in."""
         if not self._let_in:
             with self.log.open("rb") as file:
-                file.seek(self._earlier)
+                file.seek(self._node.begins)
                 self._let_in = LET_IN in file.read()
         return self._let_in
 

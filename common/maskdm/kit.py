@@ -7,13 +7,18 @@ one is for two people to compare by its fingerprint.
 
 import base64
 import hashlib
-import zipfile
+import io
+import lzma
+import os
+import stat
+import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
+from zipfile import BadZipFile, ZipFile
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -28,7 +33,12 @@ from maskdm.runfolder import atomic_write
 KIT, SIGNATURE, POLICY = "kit.json", "kit.sig", "policy.toml"
 AUTHORITY, KEY, PUBLIC_KEY, README = "ca.crt", "client.key", "client.pub", "README.md"
 SIGNED = (AUTHORITY, KEY, PUBLIC_KEY, README)
-LARGEST_FILE = 1_000_000  # bytes
+LARGEST_FILE, LARGEST_KIT = 1_000_000, 10_000_000  # bytes
+# Whatever a file that is no zip, or a damaged one, makes of its reading; names that cannot be one are ValueErrors.
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError),
+    *(BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
 # How far two clocks may lie apart before a kit counts as made in the future.
 SKEW = timedelta(minutes=10)
 
@@ -123,36 +133,58 @@ def valid_kit(path: Path, folder: Path) -> OpenedKit:
     opened = open_kit(path, folder)
     problem = opened.kit.problem(datetime.now(UTC))
     if problem:
-        raise UsageError(f"--kit {path} cannot be used: {problem}")
+        raise UsageError(f"--kit {_shown(path)} cannot be used: {problem}")
     return opened
+
+
+def _shown(path: Path) -> str:
+    """A path in one line, whatever it holds."""
+    return "".join(character if character.isprintable() else "?" for character in str(path))
 
 
 def _read(path: Path) -> dict[str, bytes]:
     """The files of a kit, and no others."""
-    names = (KIT, SIGNATURE, POLICY, *SIGNED)
+    names, given = (KIT, SIGNATURE, POLICY, *SIGNED), _shown(path)
     try:
         if path.is_dir():
-            return {name: _whole(path, name, (path / name).stat().st_size, (path / name).read_bytes) for name in names}
-        with zipfile.ZipFile(path) as archive:
-            sizes = {name: archive.getinfo(name).file_size for name in names}
-            return {name: _whole(path, name, sizes[name], lambda n=name: archive.read(n)) for name in names}  # type: ignore[misc]
+            return {name: _file(given, path / name) for name in names}
+        with ZipFile(io.BytesIO(_file(given, path, LARGEST_KIT))) as archive:
+            return {name: _member(given, archive, name) for name in names}
     except FileNotFoundError as error:
         missing = Path(error.filename).name if path.is_dir() else "such file"
-        raise UsageError(f"--kit {path} holds no {missing}: give the zip that the coordinator made for you") from error
+        raise UsageError(f"--kit {given} holds no {missing}: give the zip that the coordinator made for you") from error
     except KeyError as error:
-        raise UsageError(f"--kit {path} is no kit: {error.args[0]}") from error
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise UsageError(f"--kit {path} cannot be read ({error}): give the zip that the coordinator made") from error
+        raise UsageError(f"--kit {given} is no kit: {error.args[0]}") from error
+    except UNREADABLE as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"--kit {given} cannot be read ({why}): give the zip that the coordinator made") from error
 
 
-def _whole(path: Path, name: str, size: int, read: Callable[[], bytes]) -> bytes:
-    if size > LARGEST_FILE:
-        raise UsageError(f"--kit {path} is no kit: {name} has {size:,} bytes")
-    return read()
+def _file(kit: str, path: Path, largest: int = LARGEST_FILE) -> bytes:
+    """A regular file, also through a link, as Kubernetes mounts them; a FIFO or a device could be read for ever."""
+    # Without O_NONBLOCK the opening of a FIFO waits for somebody who writes.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UsageError(f"--kit {kit} is no kit: {path.name} is no regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise UsageError(f"--kit {kit} is no kit: {path.name} has more than {largest:,} bytes")
+    return content
+
+
+def _member(kit: str, archive: ZipFile, name: str) -> bytes:
+    about = archive.getinfo(name)
+    if stat.S_IFMT(about.external_attr >> 16) not in (0, stat.S_IFREG):  # 0: made where files have no such mode
+        raise UsageError(f"--kit {kit} is no kit: {name} is no regular file")
+    if about.file_size > LARGEST_FILE:
+        raise UsageError(f"--kit {kit} is no kit: {name} has {about.file_size:,} bytes")
+    return archive.read(about)
 
 
 def _verified(path: Path, files: Mapping[str, bytes]) -> Kit:
-    damaged = f"--kit {path} was damaged or changed"
+    damaged = f"--kit {_shown(path)} was damaged or changed"
     try:
         kit = Kit.model_validate_json(files[KIT])
         authority = x509.load_pem_x509_certificate(files[AUTHORITY]).public_key()

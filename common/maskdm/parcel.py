@@ -7,9 +7,9 @@ Down goes a document with the weights (fp32). Up comes an encoded update and the
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from maskdm.config import Frozen
 from maskdm.tensorfile import Arrays, layout_of, size_of
@@ -64,6 +64,18 @@ _WORDS = {
 }
 
 
+def outcome_of(scalars: Scalars) -> Outcome | None:
+    """The code among the numbers of a reply; None where there is none, or one that only equals a code, e.g. 0.0."""
+    code = scalars.get("outcome")
+    return Outcome(code) if type(code) is int and code in list(Outcome) else None
+
+
+def _whole(code: Any) -> Any:
+    if isinstance(code, int) and not isinstance(code, bool):
+        return code
+    raise ValueError("it should be a whole number")
+
+
 # Of a model that is worth anything it is near 1. Sums of what hostile sites say must stay finite, and a model must not
 # make one image outshout the others.
 LARGEST_LOSS = 10.0
@@ -73,7 +85,7 @@ Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS, strict=True)]
 class Report(Frozen):
     """The fixed list of numbers that a site returns beside its update."""
 
-    outcome: Outcome = Outcome.DONE
+    outcome: Annotated[Outcome, BeforeValidator(_whole)] = Outcome.DONE
     round: Annotated[int, Field(ge=1, le=100_000, strict=True)]
     exchange: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
     examples: Annotated[int, Field(ge=1, le=2**40, strict=True)]

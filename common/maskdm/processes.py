@@ -12,23 +12,33 @@ from typing import Self
 from maskdm import guard
 
 GRACE_SECONDS = 10.0
+MOST_LOGGED = 10_000_000  # bytes of a child's log, and of the older one beside it
 # Flower reads these as it is imported.
 NO_CALLS_HOME = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 class Child:
-    """A command under a guard: it and all it starts end when this object is closed or this process dies."""
+    """A command under a guard: it and all it starts end when this object is closed or this process dies.
+
+    What it prints is appended to a log that keeps the newest: when it grows large it becomes LOG.1, also before the
+    command starts, so that what the command prints first stays in its log for long.
+    """
 
     def __init__(self, arguments: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if log.exists() and log.stat().st_size > MOST_LOGGED / 2:
+            log.replace(log.with_name(f"{log.name}.1"))
+        self.log, self.begins = log, log.stat().st_size if log.exists() else 0  # where its output begins
         reading, self._pipe = os.pipe()
-        self.log = log
         try:
             with log.open("ab") as output:
                 self._guard = subprocess.Popen(
-                    [sys.executable, "-S", guard.__file__, str(reading), str(GRACE_SECONDS), *arguments],
+                    [
+                        *(sys.executable, "-S", guard.__file__, str(reading), str(GRACE_SECONDS)),
+                        *(str(log), str(MOST_LOGGED), *arguments),
+                    ],
                     stdin=subprocess.DEVNULL,
-                    stdout=output,
+                    stdout=output,  # its own, if it fails
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **(environment or {})},
                     pass_fds=[reading],

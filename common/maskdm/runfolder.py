@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -108,6 +109,26 @@ class LineReader:
         return [json.loads(line) for line in whole.splitlines() if line]
 
 
+def open_lock(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> FileIO:
+    """A file to be locked, made if needed: never what a link leads to, which might be any file that is ours to write.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    file = FileIO(descriptor, "r" if flags == os.O_RDONLY else "r+")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "its lock is no regular file", str(path))
+    return file
+
+
+def close_to_others(folder: Path) -> None:
+    """Keep other users out of a folder, where it belongs to this one: not where it is, e.g. a volume of a container."""
+    if folder.stat().st_uid == os.geteuid():
+        folder.chmod(0o700)
+
+
 @contextmanager
 def owned(folder: Path, option: str = "--out") -> Iterator[None]:
     """Create the folder if needed and hold it for this process; the lock dies with the process.
@@ -116,8 +137,8 @@ def owned(folder: Path, option: str = "--out") -> Iterator[None]:
         UsageError: it cannot be written, or another running process holds it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = open_lock(folder / ".lock")
     except OSError as error:
         raise UsageError(f"{option} {folder} cannot be written ({error.strerror}): choose another folder") from error
     with lock:
@@ -139,7 +160,7 @@ def record_versions(folder: Path, *packages: str) -> None:
 def is_owned(folder: Path) -> bool:
     """Whether a running process holds the folder. Whoever looks holds it for a moment, too short to be noticed."""
     try:
-        with (folder / ".lock").open() as lock:
+        with open_lock(folder / ".lock", os.O_RDONLY) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -149,7 +170,7 @@ def is_owned(folder: Path) -> bool:
 
 
 def claim(folder: Path, kind: str, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()) -> bool:
-    """Record `config` in a new folder, or check that the folder holds this very run.
+    """Record `config` in a new folder, or check that the folder holds this very run; close it to other users.
 
     Args:
         kind: what the folder holds, e.g. "pretrain"; kept as `kind` in config.json.
@@ -170,6 +191,7 @@ def claim(folder: Path, kind: str, config: Mapping[str, Any], *, may_change: tup
             raise UsageError(
                 f"--out {folder} already holds {sorted(foreign)[0]!r}, which is no MaskDM run: choose another"
             )
+        close_to_others(folder)
         write_json(path, wanted)
         return False
     try:
@@ -183,6 +205,7 @@ def claim(folder: Path, kind: str, config: Mapping[str, Any], *, may_change: tup
                 f"--out {folder} holds another run: {name} is {before.get(name)!r} there and {now.get(name)!r} here; "
                 f"choose another folder, or give the same options to continue it"
             )
+    close_to_others(folder)
     write_json(path, wanted)
     return True
 

@@ -163,7 +163,11 @@ def squared_norm(update: Callable[[str], Tensor], name: str, train: Trainable) -
     Of the very product that will be added: trace((UᵀU)(D Dᵀ)) is cheaper, but factors can be chosen that make it 0, or
     finite, where the product in fp32 is huge, or not finite.
     """
-    difference = delta(update, name, train).reshape(-1)
+    return squared_length(delta(update, name, train))
+
+
+def squared_length(difference: Tensor) -> float:
+    """‖difference‖² of one weight of any float type, summed in fp32."""
     # Parts that fit into a cache: half the time of a norm of the whole.
-    parts = (part.float() for part in torch.split(difference, PART))
+    parts = (part.float() for part in torch.split(difference.reshape(-1), PART))
     return sum(float(torch.dot(part, part)) for part in parts)

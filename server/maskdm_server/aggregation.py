@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from maskdm.checkpoint import first_problem
-from maskdm.parcel import NUMBER_NAMES, REPORT_NAMES, Outcome, Parcel, QualityReport, Report
+from maskdm.parcel import NUMBER_NAMES, REPORT_NAMES, Outcome, Parcel, QualityReport, Report, outcome_of
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
 from maskdm.tensorfile import Arrays, Stored, chunks, layout_of
-from maskdm.trainable import delta, squared_norm
+from maskdm.trainable import delta, squared_length
 from maskdm.wire import as_bfloat16, check, decode
+from maskdm_server.directions import Sketch
 from maskdm_server.robust import Rule, robust_delta
 
 # Nothing that a site sends counts more than so many times the median, whatever it says it has or saw.
@@ -40,9 +41,8 @@ def check_reply(parcel: Parcel, plan: RoundPlan, declared: int | None = None) ->
     evaluated = plan.action == "evaluate"
     if set(parcel.scalars) - set(NUMBER_NAMES if evaluated else REPORT_NAMES):
         raise UpdateRejected("it holds a number that was not asked for")  # whose name a stranger chose
-    code = parcel.scalars.get("outcome")
-    if code != Outcome.DONE and code in list(Outcome):
-        outcome = Outcome(int(code))
+    outcome = outcome_of(parcel.scalars)
+    if outcome is not None and outcome != Outcome.DONE:
         raise UpdateRejected(f"the site reports {outcome.name}: {outcome.words()}")
     try:
         report = (QualityReport if evaluated else Report).model_validate(dict(parcel.scalars))
@@ -61,19 +61,40 @@ def check_reply(parcel: Parcel, plan: RoundPlan, declared: int | None = None) ->
     return report
 
 
-def overall_loss(losses: Sequence[tuple[float, int]], rule: Rule) -> float | None:
-    """One loss for all sites: their mean by images, or with a robust rule their median, which few cannot move far.
+def overall_loss(losses: Sequence[tuple[float | None, int]], rule: Rule) -> float | None:
+    """One loss for all sites: their median, weighted by images, or with a robust rule unweighted.
+
+    Of three sites or more none can move it beyond what the others say. Of two nobody can tell which one lies: then it
+    is their mean.
 
     Args:
-        losses: each with the images that its site says to have.
+        losses: each with the images that its site says to have; None of a site that keeps its loss to itself.
     """
-    if not losses:
+    known = [(loss, images) for loss, images in losses if loss is not None]
+    if not known:
         return None
+    values = [loss for loss, _ in known]
     if rule != "mean":
-        return statistics.median(loss for loss, _ in losses)
-    most = LARGEST_WEIGHT * statistics.median_low([images for _, images in losses])
-    weights = [min(images, most) for _, images in losses]
-    return sum(loss * weight for (loss, _), weight in zip(losses, weights, strict=True)) / sum(weights)
+        return statistics.median(values)
+    most = LARGEST_WEIGHT * statistics.median_low([images for _, images in known])
+    weights = [min(images, most) for _, images in known]
+    if len(known) < 3:
+        return sum(loss * weight for loss, weight in zip(values, weights, strict=True)) / sum(weights)
+    # Whatever one says to have, it weighs less than the others together.
+    return weighted_median(values, [min(weight, sum(weights) - weight - 1) for weight in weights])
+
+
+def weighted_median(values: Sequence[float], weights: Sequence[int]) -> float:
+    """The value with at most half of the weight on either side; the middle of two such values. Weights are > 0."""
+    half, below = sum(weights), 0  # doubled, so that all stay whole numbers
+    ordered = sorted(zip(values, weights, strict=True))
+    for place, (value, weight) in enumerate(ordered):
+        below += 2 * weight
+        if below == half:
+            return (value + ordered[place + 1][0]) / 2
+        if below > half:
+            return value
+    raise ValueError("a median of nothing")
 
 
 class Update:
@@ -87,18 +108,21 @@ class Update:
         """The difference of one weight, only to be read; fp32, or bfloat16 as it came, which spares a copy."""
         return delta(self._decoded, name, self._plan.train)
 
-    def norm(self) -> float:
-        """Length of the whole difference.
+    def norm(self, sketch: Sketch | None = None) -> float:
+        """Length of the whole difference, which is added to `sketch` on the way.
 
         Raises:
             UpdateRejected: a value is not finite, or all are zero.
         """
         total = 0.0
         for name in self.names:
-            squared = squared_norm(self._decoded, name, self._plan.train)
+            difference = self.delta(name)
+            squared = squared_length(difference)
             if not np.isfinite(squared):
                 raise UpdateRejected(f"{name} is not finite")
             total += squared
+            if sketch:
+                sketch.add(difference)
         if total == 0:
             raise UpdateRejected("it changes nothing")
         return float(np.sqrt(total))

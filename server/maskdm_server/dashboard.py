@@ -1,10 +1,12 @@
 """`serve --dashboard PORT`: the federation's report, live, for a browser on this machine.
 
 Whoever reads it costs nothing: pages are made at most every few seconds, and take a small share of one core however
-many look. It listens on loopback only, answers GET and HEAD of `/` and of `/?still`, which does not load itself again,
-and only under the names of loopback, so that no page of the internet can read it through the browser (DNS rebinding).
+many look. It listens on loopback only, and only under the names of loopback, so that no page of the internet can read
+it through the browser (DNS rebinding). Other users of this machine can connect, too: its address holds a random token,
+as those of notebooks do. It answers GET and HEAD of `/TOKEN/` and `/TOKEN/?still`, which does not load itself again.
 """
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +27,8 @@ from maskdm_server.report.markup import SECURITY_POLICY, tag, together
 LOOPBACK = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost")
 REFRESH_SECONDS = 5
-STILL = "/?still"  # for who reads it slowly, or has it read aloud
+STILL = "?still"  # for who reads it slowly, or has it read aloud
+TOKEN_BYTES = 24
 SHARE = 20  # making a page takes one part in so many of the time, at most
 IDLE_SECONDS = 10.0  # for a request to come
 POLL_SECONDS = 0.1  # how soon the end is noticed
@@ -81,21 +84,22 @@ class Dashboard:
         Raises:
             UsageError: the port is in use.
         """
-        live = LivePage(_maker(folder))
+        live, secret = LivePage(_maker(folder)), secrets.token_urlsafe(TOKEN_BYTES)
 
         class Bound(Handler):
-            source = live
+            source, token = live, secret
 
         try:
             self._server = _Server((LOOPBACK, port), Bound)
         except OSError as error:
             raise UsageError(f"--dashboard {port} on {LOOPBACK} is in use or not ours: choose another port") from error
         self.port = int(self._server.server_address[1])
+        self.address = f"http://{LOOPBACK}:{self.port}/{secret}/"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(POLL_SECONDS,), name="dashboard")
 
     def __enter__(self) -> Self:
         self._thread.start()
-        say(f"dashboard: http://{LOOPBACK}:{self.port}/ (on this machine only)")
+        say(f"dashboard: {self.address} (on this machine only; whoever has this address can read it)")
         return self
 
     def __exit__(
@@ -117,6 +121,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers one connection."""
 
     source: LivePage
+    token: str
     timeout = IDLE_SECONDS
     server_version, sys_version = "MaskDM", ""
 
@@ -132,13 +137,20 @@ class Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or (hosts[0].rpartition(":")[0].lower() not in NAMES and hosts[0].lower() not in NAMES):
             self._say(HTTPStatus.FORBIDDEN, b"This page is for browsers on this machine, under the name localhost.\n")
-        elif self.path not in ("/", STILL):
-            self._say(HTTPStatus.NOT_FOUND, b"There is nothing but / and /?still.\n")
+        elif (view := self._view()) is None:
+            self._say(HTTPStatus.NOT_FOUND, b"There is nothing here; the terminal says where the page is.\n")
         elif content := self.source.content():
-            again = {} if self.path == STILL else {"Refresh": str(REFRESH_SECONDS)}
+            again = {} if view == STILL else {"Refresh": str(REFRESH_SECONDS)}
             self._say(HTTPStatus.OK, content, {"Content-Type": "text/html; charset=utf-8"} | again)
         else:
             self._say(HTTPStatus.SERVICE_UNAVAILABLE, b"The page could not be made; the terminal says why.\n")
+
+    def _view(self) -> str | None:
+        """What of the page is asked for: nothing, or STILL; None without the token, or where there is no such thing."""
+        known, found = f"/{self.token}/", self.path[: len(self.token) + 2]
+        view = self.path[len(known) :]
+        is_known = secrets.compare_digest(known.encode(), found.encode(errors="replace"))
+        return view if is_known and view in ("", STILL) else None
 
     def _say(self, status: HTTPStatus, content: bytes, about: Mapping[str, str] = PLAIN) -> None:
         self.send_response(status)
@@ -165,7 +177,7 @@ def _maker(folder: Path) -> Callable[[], str]:
         f"It loads itself again every {REFRESH_SECONDS} seconds: ",
         tag("a", "keep it still", href=STILL),
         ", or ",
-        tag("a", "live", href="/"),
+        tag("a", "live", href="."),
         ".",
     )
 

@@ -37,10 +37,15 @@ def described(event: Mapping[str, Any]) -> str:
     if kind == "rejected":
         return f"round {event['round']}: the reply of site {event['site']} was rejected: {event['reason']}"
     if kind == "round":
-        before, after, megabytes = event["loss_before"], event["loss_after"], event["bytes_up"] / 1e6
         return (
-            f"round {event['round']}/{event['rounds']}: held-out loss {before:.4f} → {after:.4f} at {event['clients']} "
-            f"clients, {event['images_seen']:,} images, {event['seconds']:.0f} s, {megabytes:.1f} MB up"
+            f"round {event['round']}/{event['rounds']}: held-out loss {_loss(event['loss_before'])} → "
+            f"{_loss(event['loss_after'])} at {event['clients']} clients, {event['images_seen']:,} images, "
+            f"{event['seconds']:.0f} s, {event['bytes_up'] / 1e6:.1f} MB up"
+        )
+    if kind == "against":
+        return (
+            f"round {event['round']}: the update of site {event['site']} points against those of the others "
+            f"(cosine {event['cosine']:.2f}, {event['norm_ratio']:.2g} times the usual length) and was let in"
         )
     if kind == "working":
         return f"round {event['round']}: site {event['site']} is at {event['images']:,} images, all at {event['all']:,}"
@@ -56,11 +61,15 @@ def described(event: Mapping[str, Any]) -> str:
         return f"the process that runs the rounds failed: {event['reason']}"
     if kind == "retry":
         return f"round {event['round']}: {event['accepted']} usable updates, {event['needed']} needed; trying again"
-    if kind == "finished" and event["loss_final"] is not None:
-        return f"held-out loss: prior {event['loss_prior']:.4f} → final {event['loss_final']:.4f}"
+    if kind == "finished" and event["clients"]:
+        return f"held-out loss: prior {_loss(event['loss_prior'])} → final {_loss(event['loss_final'])}"
     if kind == "finished":
         return "WARNING: no client was there at the end: the final model was not measured, and none of them has it"
     return ""
+
+
+def _loss(value: float | None) -> str:
+    return "untold" if value is None else f"{value:.4f}"
 
 
 def _quality(event: Mapping[str, Any]) -> str:

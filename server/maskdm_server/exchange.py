@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from maskdm.auditlog import NOTHING, Message, message_of
-from maskdm.parcel import NUMBER_NAMES, Outcome, Parcel
+from maskdm.parcel import NUMBER_NAMES, Outcome, Parcel, outcome_of
 from maskdm.protocol import RoundPlan
 from maskdm.tensorfile import Stored
 from maskdm_server.aggregation import UpdateRejected
@@ -189,14 +189,14 @@ class Exchange:
                 asked.gone_since = asked.gone_since or self._clock()
             else:
                 self._fail(site, asked, reply.problem)
-        elif parcel.scalars.get("outcome") == Outcome.WORKING:
+        elif outcome_of(parcel.scalars) == Outcome.WORKING:
             self._note("in", site, "working", unchecked)
             self._take_note(site, asked, parcel)
             if newest:
                 self._ask_how_far(site, asked)
-        elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and not newest:
+        elif outcome_of(parcel.scalars) == Outcome.UNKNOWN and not newest:
             self._note("in", site, "unknown", unchecked)
-        elif parcel.scalars.get("outcome") == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
+        elif outcome_of(parcel.scalars) == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
             self._note("in", site, "unknown", unchecked)
             self._have_rest.discard(site)
             self._ask([site])

@@ -50,7 +50,7 @@ class FederationConfig(Frozen):
 
     aggregation: Rule = "mean"
     byzantine: Annotated[int, Field(ge=0)] = 1  # hostile updates in a round that the robust rules withstand
-    max_norm_ratio: Annotated[float, Field(gt=1)] = 10.0
+    max_norm_ratio: Annotated[float, Field(gt=1)] = 3.0
     server_optimizer: ServerOptimizer = "fedavg"
     server_lr: Annotated[float, Field(gt=0)] = 1.0
     server_betas: tuple[Decay, Decay] = (0.9, 0.99)
@@ -119,12 +119,12 @@ def largest_update(config: FederationConfig, model: ModelConfig) -> int:
     return update_size(config, model) + 1_000_000
 
 
-# Continuing with more rounds, other patience or other clocks is the same federation.
+# Continuing with more rounds, other patience, other clocks or another limit of norms is the same federation.
 MAY_CHANGE = tuple(
     f"federation.{name}"
     for name in (
         *("rounds", "min_clients", "min_replies", "clients_per_round", "join_deadline", "round_deadline"),
-        *("round_limit", "patience", "keep_every", "sample_every", "max_upload"),
+        *("round_limit", "patience", "keep_every", "sample_every", "max_upload", "max_norm_ratio"),
         *("evaluate", "evaluate_features", "evaluate_sampler", "evaluate_steps"),
     )
 )

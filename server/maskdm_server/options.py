@@ -73,9 +73,7 @@ def federation_options(
     byzantine: Annotated[
         int, typer.Option(help="Hostile updates a round that the other rules than mean withstand.")
     ] = 1,
-    max_norm_ratio: Annotated[
-        float, typer.Option(help="An update so many times longer than usual is rejected.")
-    ] = 10.0,
+    max_norm_ratio: Annotated[float, typer.Option(help="An update so many times longer than usual is rejected.")] = 3.0,
     server_optimizer: Annotated[
         ServerOptimizer, typer.Option(help="What the coordinator does with the result.")
     ] = "fedavg",

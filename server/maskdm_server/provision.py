@@ -18,7 +18,7 @@ from maskdm.bundle import bundle_sha256
 from maskdm.config import ModelConfig
 from maskdm.errors import UsageError
 from maskdm.kit import AUTHORITY, KEY, KIT, POLICY, PUBLIC_KEY, README, SIGNATURE, SITE_NAME, Kit, sign
-from maskdm.runfolder import atomic_write
+from maskdm.runfolder import atomic_write, close_to_others
 from maskdm_server.authority import (
     key_bytes,
     load_authority,
@@ -64,6 +64,9 @@ def provision(
             raise UsageError(f"--client {name}: give a name of letters, digits, dots, dashes and underscores")
     before = read_server(out / "server")
     address = _address(server, before, out)
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if before or all(path.name.startswith(".") for path in out.iterdir()):  # else it holds other things, too
+        close_to_others(out)
     if not (out / "authority" / "ca.key").exists():
         if before:
             raise UsageError(f"--out {out}: authority/ca.key is not there: put it back for as long as kits are made")
@@ -95,6 +98,7 @@ def renew(out: Path, clients: Sequence[str], *, days: int = 90, policy: bytes) -
     known = list(dict.fromkeys(site.name for site in _sites(out) if site.revoked is None))
     if unknown := [name for name in clients if name not in known]:
         raise UsageError(f"--client {unknown[0]} has no kit, or was revoked: maskdm-server provision makes a new one")
+    close_to_others(out)
     _certify(out, server, days)
     return [_make_kit(out, name, server, days, policy) for name in clients or known]
 

@@ -14,7 +14,7 @@ QUALITY = "quality.jsonl"
 def new_line(
     number: int, plan: QualityPlan, reports: Mapping[str, Report], rule: Rule, bytes_down: int, bytes_up: int
 ) -> dict[str, Any]:
-    """Figures of all sites: as losses, their mean by images held out, capped, or with a robust rule their median.
+    """Figures of all sites: as losses, their median, weighted by images held out, or with a robust rule unweighted.
 
     A figure is of those sites that gave it, which need not be the same for each.
 

@@ -6,6 +6,7 @@ Knows nothing of Flower: a `Link` is all it needs.
 import contextlib
 import errno
 import math
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -23,8 +24,9 @@ from maskdm.parcel import Parcel, Report
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import append_line, atomic_write, read_lines, write_json
 from maskdm.tensorfile import chunks, fp32
-from maskdm.trainable import expected_shapes
+from maskdm.trainable import expected_shapes, squared_length
 from maskdm_server.aggregation import Aggregate, HeldUpdates, StreamingMean, check_reply, overall_loss
+from maskdm_server.directions import AGAINST
 from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange
 from maskdm_server.federation import FederationConfig, changes_size, update_size
 from maskdm_server.intake import Intake
@@ -106,10 +108,9 @@ class Rounds:
             self._evaluate(0, self._folder / "prior.safetensors")
 
     def has_stopped(self) -> bool:
-        """Whether the held-out loss has not improved for `patience` rounds."""
-        return (
-            bool(self._config.patience) and self.journal.number - self.journal.known.best_round > self._config.patience
-        )
+        """Whether the held-out loss, where sites tell theirs, has not improved for `patience` rounds."""
+        known, patience = self.journal.known, self._config.patience
+        return bool(patience) and known.best_loss is not None and self.journal.number - known.best_round > patience
 
     def next_round(self) -> None:
         """Do one round and journal it; under quorum it is tried again.
@@ -125,7 +126,7 @@ class Rounds:
             plan = self._plan("train", number)
             with self._scratch() as scratch:
                 aggregate = self._aggregate(plan, scratch)
-                intake = Intake(plan, aggregate, self.journal.known.measured, self._config.max_norm_ratio, scratch)
+                intake = self._intake(plan, aggregate, scratch)
                 have_rest = [site for site, standing in standings.items() if standing.replies]
                 changes = self._write(lambda p=plan, s=scratch: self._changes(p, s)) if have_rest else None  # type: ignore[misc]
                 exchange = self._exchange(plan, changes=changes, have_rest=have_rest)
@@ -255,6 +256,9 @@ class Rounds:
         if line["loss_before"] is not None and (best_loss is None or line["loss_before"] < best_loss):
             best_round, best_loss = self.journal.number, line["loss_before"]
         known = Known(line=line, standings=standings, measured=intake.known, best_round=best_round, best_loss=best_loss)
+        for name, about in line["updates"].items():
+            if about["cosine"] is not None and about["cosine"] < AGAINST:
+                self.say({"event": "against", "round": line["round"], "site": name, **about})
         changed = next_weights(self.journal.weights(), aggregate.result(), self._moments, self._config)
         metadata = finetuned(self.journal.metadata, self.journal.number + 1, line["images_seen"])
         ema = self._config.server_ema
@@ -301,10 +305,23 @@ class Rounds:
             "silent": sum(len(exchange.silent) for exchange in exchanges),
             "late": sum(exchange.late for exchange in exchanges),
             "attempts": len(exchanges),
+            "updates": {
+                self._link.name(site): {
+                    "norm_ratio": float(f"{about.norm_ratio:.3g}"),
+                    "cosine": None if about.cosine is None else round(about.cosine, 2),
+                }
+                for site, about in intake.compared().items()
+            },
         }
 
-    def _overall(self, losses: list[tuple[float, Report]]) -> float | None:
+    def _overall(self, losses: list[tuple[float | None, Report]]) -> float | None:
         return overall_loss([(loss, report.examples) for loss, report in losses], self._config.aggregation)
+
+    def _intake(self, plan: RoundPlan, aggregate: Aggregate, scratch: Path) -> Intake:
+        weights, shapes = self.journal.weights(), expected_shapes(plan.model.model)
+        model_norm = math.sqrt(sum(squared_length(weights(name)) for name in shapes))
+        before, ratio = self.journal.known.measured, self._config.max_norm_ratio
+        return Intake(plan, aggregate, before, ratio, model_norm, secrets.randbits(128), scratch)
 
     def _aggregate(self, plan: RoundPlan, scratch: Path) -> Aggregate:
         config = self._config

@@ -1,10 +1,13 @@
 """How the process that runs the rounds shows that it lives: by a lock that goes when it goes, however that happens."""
 
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from maskdm.runfolder import open_lock
 
 PATIENCE_SECONDS = 10.0
 
@@ -16,7 +19,7 @@ def alive(federation: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another one holds it.
     """
-    with (federation / ".rounds.lock").open("w") as lock:
+    with open_lock(federation / ".rounds.lock") as lock:
         deadline = time.monotonic() + PATIENCE_SECONDS  # who looks holds it for a moment
         while True:
             try:
@@ -32,7 +35,7 @@ def alive(federation: Path) -> Iterator[None]:
 def is_alive(federation: Path) -> bool:
     """Whether some process holds the lock."""
     try:
-        with (federation / ".rounds.lock").open("r+") as lock:
+        with open_lock(federation / ".rounds.lock", os.O_RDWR) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -1,12 +1,18 @@
 """A startup kit is taken only as it was made."""
 
+import os
+import re
 import shutil
 import stat
+import struct
 import zipfile
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from maskdm.errors import UsageError
 from maskdm.kit import KEY, KIT, POLICY, SIGNATURE, SIGNED, open_kit, valid_kit
@@ -101,3 +107,90 @@ def test_what_is_no_kit_is_a_mistake_of_one_line(kit: Path, tmp_path: Path, make
     with pytest.raises(UsageError, match="--kit"):
         open_kit(path, tmp_path / "site")
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize("name", [KIT, POLICY, KEY])
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "link to a FIFO"])
+def test_a_kit_that_holds_what_is_no_file_is_refused_at_once(kit: Path, tmp_path: Path, name: str, kind: str) -> None:
+    folder = unpacked(kit, tmp_path / "unpacked")
+    (folder / name).unlink()
+    match kind:
+        case "FIFO":
+            os.mkfifo(folder / name)
+        case "device":
+            (folder / name).symlink_to("/dev/zero")
+        case "folder":
+            (folder / name).mkdir()
+        case _:
+            os.mkfifo(tmp_path / "fifo")
+            (folder / name).symlink_to(tmp_path / "fifo")
+    with pytest.raises(UsageError, match=rf"--kit .* is no kit: {re.escape(name)} is no regular file"):
+        open_kit(folder, tmp_path / "site")
+
+
+def test_a_kit_of_links_to_files_is_a_kit(kit: Path, tmp_path: Path) -> None:
+    """As Kubernetes mounts a Secret."""
+    unpacked(kit, tmp_path / "data")
+    (tmp_path / "mounted").mkdir()
+    for path in (tmp_path / "data").iterdir():
+        (tmp_path / "mounted" / path.name).symlink_to(path)
+    assert open_kit(tmp_path / "mounted", tmp_path / "site").kit.name == "hospital-a"
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "FIFO"])
+def test_a_device_is_no_kit(tmp_path: Path, path: str) -> None:
+    if path == "FIFO":
+        os.mkfifo(tmp_path / path)
+    with pytest.raises(UsageError, match=r"is no kit: .* is no regular file"):
+        open_kit(tmp_path / path, tmp_path / "site")
+
+
+@pytest.mark.parametrize("mode", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFDIR])
+def test_a_member_of_a_zip_that_is_no_file_is_refused(kit: Path, tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "given.zip"
+    with zipfile.ZipFile(kit) as whole, zipfile.ZipFile(path, "w") as archive:
+        for name in whole.namelist():
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = (mode if name == POLICY else stat.S_IFREG) << 16
+            archive.writestr(entry, "policy.toml" if name == POLICY else whole.read(name))
+    with pytest.raises(UsageError, match=r"policy\.toml is no regular file"):
+        open_kit(path, tmp_path / "site")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "\udcff.zip", "two\nlines"])
+def test_a_name_that_cannot_be_one_is_a_mistake_of_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="--kit") as raised:
+        open_kit(tmp_path / name, tmp_path / "site")
+    assert len(str(raised.value).splitlines()) == 1
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("broken", ["name", "method", "name and method"])
+def test_a_zip_whose_names_or_contents_cannot_be_decoded_is_a_mistake_of_one_line(
+    kit: Path, tmp_path: Path, broken: str
+) -> None:
+    content, path = bytearray(kit.read_bytes()), tmp_path / "given.zip"
+    place = content.find(b"PK\x01\x02")
+    while place >= 0:  # the headers of the central directory
+        if "method" in broken:
+            content[place + 10 : place + 12] = struct.pack("<H", 14)  # LZMA
+        if "name" in broken:
+            content[place + 8 : place + 10] = struct.pack("<H", 0x800)  # UTF-8
+            content[place + 46] = 0xFF
+        place = content.find(b"PK\x01\x02", place + 4)
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="--kit"):
+        open_kit(path, tmp_path / "site")
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8))
+def test_however_a_zip_is_damaged_it_is_refused_or_opens_as_what_it_was(
+    kit: Path, tmp_path: Path, changes: list[tuple[int, int]]
+) -> None:
+    content, path = bytearray(kit.read_bytes()), tmp_path / "given.zip"
+    for place, value in changes:
+        content[-1 - place % len(content)] = value
+    path.write_bytes(content)
+    with suppress(UsageError):
+        assert open_kit(path, tmp_path / "site").kit.name == "hospital-a"

@@ -110,6 +110,71 @@ def test_the_output_and_the_environment_of_a_child_can_be_looked_at(tmp_path: Pa
         assert child.last_lines(1) == "c"
 
 
+# Prints numbered lines, each of 100 bytes: as many as it is told, or without end and deaf to requests to stop.
+FLOOD = """
+import itertools, signal, sys
+if sys.argv[1] == "endless":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for number in itertools.count() if sys.argv[1] == "endless" else range(int(sys.argv[1])):
+    print(f"{number:099d}")
+"""
+
+
+def test_of_a_log_that_grows_large_the_newest_part_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "MOST_LOGGED", 100_000)
+    log = tmp_path / "log"
+    with Child([sys.executable, "-S", "-c", FLOOD, "30000"], log=log) as child:
+        assert wait_for(lambda: child.exit_code() is not None)
+    older = tmp_path / "log.1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1"]
+    assert max(log.stat().st_size, older.stat().st_size) <= 100_000
+    assert child.last_lines(1) == f"{29_999:099d}"
+    text = older.read_text() + log.read_text()
+    assert text.endswith("".join(f"{number:099d}\n" for number in range(29_500, 30_000))), "nothing in between is lost"
+
+
+def test_a_command_that_prints_without_end_fills_no_disk_and_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "MOST_LOGGED", 100_000)
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
+    log, older = tmp_path / "log", tmp_path / "log.1"
+    with Child([sys.executable, "-S", "-c", FLOOD, "endless"], log=log) as child:
+        assert wait_for(lambda: older.exists() and int(older.read_text().split("\n")[1]) > 5000)
+        assert child.exit_code() is None
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 200_000
+
+
+def test_a_large_log_is_put_aside_before_a_command_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a command prints first is in the log from where it began."""
+    monkeypatch.setattr(processes, "MOST_LOGGED", 100_000)
+    log = tmp_path / "log"
+    for before, begins in ((40_000, 40_000), (60_000, 0)):
+        log.write_text("x" * before)
+        with Child([sys.executable, "-S", "-c", "print('first')"], log=log) as child:
+            assert wait_for(lambda: child.exit_code() is not None)
+        assert child.begins == begins
+        assert log.read_bytes()[child.begins :] == b"first\n"
+    assert (tmp_path / "log.1").read_text() == "x" * 60_000
+
+
+def test_a_command_goes_on_where_its_log_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "MOST_LOGGED", 10_000)
+    (tmp_path / "log.1").mkdir()  # in the way of the older part
+    (tmp_path / "log.1" / "more").touch()
+    with Child([sys.executable, "-S", "-c", FLOOD + "raise SystemExit(7)", "30000"], log=tmp_path / "log") as child:
+        assert wait_for(lambda: child.exit_code() is not None)
+    assert child.exit_code() == 7
+    assert (tmp_path / "log").stat().st_size <= 10_000
+
+
+def test_a_command_that_closes_its_output_lives_on(tmp_path: Path) -> None:
+    program = "import os, time; os.close(1); os.close(2); time.sleep(0.5); raise SystemExit(5)"
+    with Child([sys.executable, "-S", "-c", program], log=tmp_path / "log") as child:
+        assert wait_for(lambda: child.exit_code() is not None)
+    assert child.exit_code() == 5
+
+
 def test_closing_twice_does_no_harm(tmp_path: Path) -> None:
     child = Child([sys.executable, "-S", "-c", "input()"], log=tmp_path / "log")
     child.close()

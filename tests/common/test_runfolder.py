@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,82 @@ from maskdm.runfolder import (
     append_line,
     atomic_write,
     claim,
+    close_to_others,
     flatten,
+    is_owned,
     keep_lines,
+    open_lock,
     owned,
     read_lines,
     write_json,
 )
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_run_is_closed_to_other_users_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    with owned(tmp_path / "deep" / "new"):
+        assert mode(tmp_path / "deep" / "new") == 0o700
+    (tmp_path / "old").mkdir(mode=0o755)
+    for _ in range(2):  # an empty folder that was there, and one that an earlier version had left open
+        (tmp_path / "old").chmod(0o755)
+        with owned(tmp_path / "old"):
+            claim(tmp_path / "old", "test", {})
+        assert mode(tmp_path / "old") == 0o700
+
+
+def test_a_folder_with_other_things_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    tmp_path.chmod(0o755)
+    with owned(tmp_path), pytest.raises(UsageError, match="already holds"):
+        claim(tmp_path, "test", {})
+    assert mode(tmp_path) == 0o755
+
+
+def test_a_folder_of_another_user_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a volume that is mounted into a container."""
+    tmp_path.chmod(0o777)
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    close_to_others(tmp_path)
+    assert mode(tmp_path) == 0o777
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "FIFO", "folder"])
+def test_what_lies_in_the_place_of_a_lock_is_not_followed_and_not_touched(tmp_path: Path, kind: str) -> None:
+    """A link would have another user's process empty, or make, any file; a FIFO would have it wait for ever."""
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    folder.mkdir()
+    if kind == "link":
+        victim.write_text("precious")
+    if kind.endswith("link"):
+        (folder / ".lock").symlink_to(victim)
+    elif kind == "FIFO":
+        os.mkfifo(folder / ".lock")
+    else:
+        (folder / ".lock").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"), owned(folder):
+        pass
+    assert not is_owned(folder)
+    assert victim.read_text() == "precious" if kind == "link" else not victim.exists()
+
+
+def test_a_lock_keeps_what_is_in_it_and_is_only_this_users(tmp_path: Path) -> None:
+    with open_lock(tmp_path / "lock") as lock:
+        lock.write(b"x")
+    assert mode(tmp_path / "lock") == 0o600
+    with open_lock(tmp_path / "lock"), open_lock(tmp_path / "lock", os.O_RDONLY) as lock:
+        assert lock.read() == b"x"
+    with pytest.raises(FileNotFoundError):
+        open_lock(tmp_path / "none", os.O_RDWR)
 
 
 def test_a_written_file_is_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:

@@ -281,9 +281,22 @@ def test_the_images_run_as_a_user_and_are_made_from_python_and_nothing_else() ->
     users = [rest for word, rest in stages()["runtime"] if word == "USER"]
     assert users == ["10001:10001"]
     bases = {instructions[0][1] for instructions in stages().values()}
-    assert bases == {"${WHEELS}", "python:3.11-slim", "base", "runtime"}
+    assert bases == {"${WHEELS}", "${PYTHON_IMAGE}", "base", "runtime"}
+    assert "ARG PYTHON_IMAGE=python:3.11-slim" in DOCKERFILE
     assert "ARG WHEELS=scratch" in DOCKERFILE
     assert not DOCKERFILE.startswith("# syntax")  # which would be fetched
+
+
+@pytest.mark.parametrize("file", [SIMULATION, *ALONE])
+def test_the_base_image_can_be_given_by_its_digest(file: str) -> None:
+    """Arguments that FROM uses stand before the first one; the page says how a digest is found, and names none."""
+    before = DOCKERFILE.partition("\nFROM ")[0]
+    assert re.findall(r"^ARG (\w+)", before, re.MULTILINE) == ["WHEELS", "PYTHON_IMAGE"]
+    (given,) = {service["build"]["args"]["PYTHON_IMAGE"] for service in services(file).values() if "build" in service}
+    assert given == "python:3.11-slim"
+    assert "docker buildx imagetools inspect python:3.11-slim" in PAGE
+    assert "--build-arg PYTHON_IMAGE=python:3.11-slim@sha256:…" in PAGE
+    assert not re.search("sha256:[0-9a-f]", PAGE + DOCKERFILE), "it ages"
 
 
 def test_no_file_names_a_registry_or_an_address() -> None:

@@ -206,7 +206,7 @@ def test_the_dashboard_follows_a_federation_in_the_browser(workplace: Path, prio
     server = Started([*serve, "--port", str(port), "--dashboard", str(look), "--rounds", "40"], workplace, "serve")
     server.until(f"dashboard: http://127.0.0.1:{look}/")
     server.until("listening on")
-    address = f"http://127.0.0.1:{look}/"
+    (address,) = re.findall(rf"dashboard: (http://127\.0\.0\.1:{look}/[\w-]+/) ", server.output())
 
     def says(text: str) -> bool:
         browser.show(address, "light", 1200)

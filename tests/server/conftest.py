@@ -167,8 +167,8 @@ def small(metadata: CheckpointMetadata) -> CheckpointMetadata:
 
 @pytest.fixture(scope="session")
 def prior(small: CheckpointMetadata) -> dict[str, Tensor]:
-    """Its weights; nobody may change them."""
-    return {name: p.detach() for name, p in build_model(small.model, seed=1).named_parameters()}
+    """Its weights, large enough for the long steps of these tests to be short beside them; nobody may change them."""
+    return {name: 32 * p.detach() for name, p in build_model(small.model, seed=1).named_parameters()}
 
 
 @pytest.fixture

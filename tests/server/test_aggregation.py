@@ -1,7 +1,8 @@
 """What is let in of a reply, and the mean (or another rule) of what was let in."""
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,12 +14,21 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from maskdm.checkpoint import CheckpointMetadata
-from maskdm.parcel import Outcome, Parcel
+from maskdm.parcel import Outcome, Parcel, outcome_of
 from maskdm.protocol import RoundPlan
 from maskdm.tensorfile import Stored, pack
 from maskdm.trainable import Trainable, changed_weights
 from maskdm.wire import Encoding, decode, encode
-from maskdm_server.aggregation import HeldUpdates, StreamingMean, Update, UpdateRejected, check_reply
+from maskdm_server.aggregation import (
+    LARGEST_WEIGHT,
+    HeldUpdates,
+    StreamingMean,
+    Update,
+    UpdateRejected,
+    check_reply,
+    overall_loss,
+    weighted_median,
+)
 from maskdm_server.robust import Rule
 
 from .conftest import numbers
@@ -74,10 +84,64 @@ def test_a_measurement_holds_numbers_alone(plan: RoundPlan, action: str) -> None
 
 
 @pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome])
-@pytest.mark.parametrize("kind", [int, float])
-def test_a_failure_code_is_rejected_by_its_name(plan: RoundPlan, outcome: Outcome, kind: Callable[[int], Any]) -> None:
+def test_a_failure_code_is_rejected_by_its_name(plan: RoundPlan, outcome: Outcome) -> None:
     with pytest.raises(UpdateRejected, match=f"the site reports {outcome.name}"):
-        check_reply(Parcel({}, {"outcome": kind(outcome), "round": 2}), plan)
+        check_reply(Parcel({}, {"outcome": int(outcome), "round": 2}), plan)
+
+
+@pytest.mark.parametrize("action", ["train", "measure"])
+@pytest.mark.parametrize("code", [0.0, -0.0, False, True, 1.0, 7.0])
+def test_what_only_equals_a_code_is_none(plan: RoundPlan, code: float, action: str) -> None:
+    """Else a reply that no site's gate lets out would pass for one that is done."""
+    wanted = plan.model_copy(update={"action": action})
+    update = drawn(plan, 0) if action == "train" else {}
+    assert outcome_of({"outcome": code}) is None
+    with pytest.raises(UpdateRejected, match="its numbers do not fit: outcome"):
+        check_reply(Parcel(update, numbers(wanted, outcome=code)), wanted)
+
+
+def losses_of(losses: Sequence[float | None], images: Sequence[int] | None = None, rule: Rule = "mean") -> float | None:
+    return overall_loss(list(zip(losses, images or [10] * len(losses), strict=True)), rule)
+
+
+def test_the_loss_of_all_sites_is_their_median_by_images() -> None:
+    assert losses_of([0.1, 0.2, 0.6]) == 0.2
+    assert losses_of([0.6, 0.1, 0.2, 0.4]) == pytest.approx(0.3), "between the two in the middle"
+    assert losses_of([0.1, 0.2, 0.6], [10, 10, 19]) == 0.2
+    assert losses_of([0.1, 0.2, 0.3, 0.6], [10, 10, 10, 29]) == 0.3
+    assert losses_of([0.1, 0.2, 0.6], [10, 10, 1000]) == 0.2, "the largest one weighs less than the others together"
+    assert losses_of([0.1, 0.5], [10, 30]) == pytest.approx(0.4), "of two it is the mean"
+    assert losses_of([0.1, 0.5], [10, 1000]) == pytest.approx((0.1 + LARGEST_WEIGHT * 0.5) / (1 + LARGEST_WEIGHT))
+    assert losses_of([0.7]) == 0.7
+    assert losses_of([0.1, 0.2, 0.6], [1, 1, 1000], rule="median") == 0.2
+    assert losses_of([0.1, 0.2, 0.4, 0.9], [1, 1, 1, 1000], rule="krum") == pytest.approx(0.3)
+
+
+def test_sites_that_keep_their_loss_to_themselves_count_for_nothing() -> None:
+    assert losses_of([None, 0.5, None], [10**6, 10, 1]) == 0.5
+    assert losses_of([None, 0.1, 0.2, 0.6]) == 0.2
+    assert losses_of([None, None]) is None
+    assert losses_of([]) is None
+
+
+@given(
+    honest=st.lists(st.tuples(st.floats(0, 10), st.integers(1, 10_000)), min_size=2, max_size=9),
+    lie=st.tuples(st.floats(0, 1e6), st.integers(1, 2**40)),
+    place=st.integers(0, 9),
+    rule=st.sampled_from(get_args(Rule)),
+)
+def test_one_liar_cannot_move_the_loss_beyond_what_the_others_say(
+    honest: list[tuple[float, int]], lie: tuple[float, int], place: int, rule: Rule
+) -> None:
+    said = overall_loss([*honest[:place], lie, *honest[place:]], rule)
+    assert said is not None
+    assert min(loss for loss, _ in honest) <= said <= max(loss for loss, _ in honest)
+
+
+@given(values=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=9))
+def test_the_weighted_median_is_that_of_each_value_repeated(values: list[tuple[int, int]]) -> None:
+    repeated = [value for value, weight in values for _ in range(weight)]
+    assert weighted_median(*zip(*values, strict=True)) == statistics.median(repeated)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import pytest
 
@@ -25,10 +26,14 @@ def dashboard(folder: Path) -> Iterator[Dashboard]:
         yield found
 
 
-def ask(port: int, method: str = "GET", path: str = "/", **headers: str) -> tuple[HTTPResponse, bytes]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+def ask(
+    dashboard: Dashboard, method: str = "GET", path: str | None = None, **headers: str
+) -> tuple[HTTPResponse, bytes]:
+    """The page, or what is relative to it."""
+    target = urlsplit(urljoin(dashboard.address, path or ""))
+    connection = HTTPConnection("127.0.0.1", dashboard.port, timeout=60)
     try:
-        connection.putrequest(method, path, skip_host="Host" in headers)
+        connection.putrequest(method, urlunsplit(("", "", *target[2:])), skip_host="Host" in headers)
         for name, value in headers.items():
             connection.putheader(name, value)
         connection.endheaders()
@@ -42,7 +47,7 @@ def test_a_browser_on_this_machine_sees_the_federation_and_comes_back(dashboard:
     configured(folder)
     federate(InProcess({1: learner(0.1), 2: learner(0.1)}), folder)
     with owned(folder):
-        response, content = ask(dashboard.port)
+        response, content = ask(dashboard)
     page = content.decode()
     assert response.status == 200
     assert response.headers["Content-Type"] == "text/html; charset=utf-8"
@@ -52,21 +57,23 @@ def test_a_browser_on_this_machine_sees_the_federation_and_comes_back(dashboard:
 
 
 def test_whoever_reads_slowly_finds_a_page_that_stays_as_it_is(dashboard: Dashboard) -> None:
-    _, content = ask(dashboard.port)
+    _, content = ask(dashboard)
     (still,) = re.findall(r'href="([^"]*)">keep it still<', content.decode())
-    response, same = ask(dashboard.port, path=still)
+    response, same = ask(dashboard, path=still)
     assert (response.status, response.headers["Refresh"], same) == (200, None, content)
+    (live,) = re.findall(r'href="([^"]*)">live<', content.decode())
+    assert ask(dashboard, path=live)[0].headers["Refresh"] == str(REFRESH_SECONDS)
 
 
 def test_before_the_folder_is_made_ready_the_page_says_so(dashboard: Dashboard) -> None:
-    response, content = ask(dashboard.port)
+    response, content = ask(dashboard)
     assert response.status == 200
     assert b"It is being prepared." in content
 
 
 def test_the_headers_let_the_page_load_and_run_nothing_and_be_kept_nowhere(dashboard: Dashboard) -> None:
     for method in ("GET", "HEAD"):
-        response, _ = ask(dashboard.port, method)
+        response, _ = ask(dashboard, method)
         policy = response.headers["Content-Security-Policy"]
         assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline';")
         assert "frame-ancestors 'none'" in policy
@@ -76,31 +83,80 @@ def test_the_headers_let_the_page_load_and_run_nothing_and_be_kept_nowhere(dashb
 
 
 def test_head_has_the_length_of_the_page_and_nothing_else(dashboard: Dashboard) -> None:
-    response, content = ask(dashboard.port, "HEAD")
+    response, content = ask(dashboard, "HEAD")
     assert (response.status, content) == (200, b"")
     assert int(response.headers["Content-Length"]) > 1000
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8500", "localhost:9000", "localhost", "LOCALHOST:1"])
 def test_a_tunnel_with_another_port_is_still_this_machine(dashboard: Dashboard, host: str) -> None:
-    assert ask(dashboard.port, Host=host)[0].status == 200
+    assert ask(dashboard, Host=host)[0].status == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil:1", ""])
 def test_under_a_foreign_name_nothing_is_told(dashboard: Dashboard, host: str) -> None:
-    response, content = ask(dashboard.port, Host=host)
+    response, content = ask(dashboard, Host=host)
     assert response.status == 403
     assert b"<html" not in content
 
 
-@pytest.mark.parametrize("path", ["/audit.jsonl", "/../config.json", "/?x", "/index.html", "*"])
+@pytest.mark.parametrize("path", ["audit.jsonl", "../config.json", "?x", "?still&x", "index.html", "./?stil"])
 def test_there_is_nothing_but_the_page(dashboard: Dashboard, path: str) -> None:
-    assert ask(dashboard.port, path=path)[0].status == 404
+    assert ask(dashboard, path=path)[0].status == 404
+
+
+def raw(dashboard: Dashboard, target: bytes) -> bytes:
+    """The answer to a request for a target as it is."""
+    with socket.create_connection(("127.0.0.1", dashboard.port), timeout=60) as browser:
+        browser.sendall(b"GET " + target + b" HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        return b"".join(iter(lambda: browser.recv(4096), b""))
+
+
+def token_of(dashboard: Dashboard) -> str:
+    return urlsplit(dashboard.address).path.strip("/")
+
+
+@pytest.mark.parametrize(
+    "change", ["none", "still", "short", "long", "other", "case", "no slash", "query", "not ASCII", "*"]
+)
+def test_who_has_not_the_token_learns_nothing(dashboard: Dashboard, change: str) -> None:
+    """Another user of this machine, say: each answer is that to any other path."""
+    token = token_of(dashboard)
+    other = token[:-1] + ("A" if token[-1] != "A" else "B")
+    target = {
+        **{"none": "/", "still": "/?still", "short": f"/{token[:-1]}/", "long": f"/{token}x/", "other": f"/{other}/"},
+        **{"case": f"/{token.swapcase()}/", "no slash": f"/{token}", "query": f"/?token={token}", "*": "*"},
+        **{"not ASCII": f"/{token[:-1]}\xff/"},
+    }[change]
+    answer = raw(dashboard, target.encode("latin-1"))
+    assert answer.split(b"\r\n")[0].endswith(b"404 Not Found")
+    assert b"<html" not in answer
+    body = answer.partition(b"\r\n\r\n")[2]
+    assert body == raw(dashboard, b"/elsewhere").partition(b"\r\n\r\n")[2]
+    assert b"200 OK" in raw(dashboard, f"/{token}/".encode())
+
+
+def test_the_token_is_long_new_each_time_and_said_once_and_nowhere_else(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configured(folder)
+    with Dashboard(folder, free_port()) as dashboard:
+        response, content = ask(dashboard)
+        token = token_of(dashboard)
+    assert response.headers["Referrer-Policy"] == "no-referrer"
+    assert len(token) >= 32
+    said = capsys.readouterr()
+    assert (said.err.count(token), said.out) == (1, "")
+    assert token not in content.decode()
+    assert token not in str(response.headers)
+    assert not [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    with Dashboard(folder, free_port()) as again:
+        assert token_of(again) != token
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "CONNECT"])
 def test_nothing_can_be_done_to_it(dashboard: Dashboard, method: str) -> None:
-    response, content = ask(dashboard.port, method)
+    response, content = ask(dashboard, method)
     assert response.status == 405
     assert b"<html" not in content
 
@@ -110,7 +166,7 @@ def test_what_is_no_http_is_refused_and_the_next_one_is_served(dashboard: Dashbo
         stranger.sendall(b"\x16\x03\x01\x02\x00\x01\r\n\r\n")
         while stranger.recv(4096):
             pass
-    assert ask(dashboard.port)[0].status == 200
+    assert ask(dashboard)[0].status == 200
 
 
 def test_nobody_reaches_it_from_another_address(dashboard: Dashboard) -> None:
@@ -120,9 +176,9 @@ def test_nobody_reaches_it_from_another_address(dashboard: Dashboard) -> None:
 
 def test_after_the_federation_nobody_listens(folder: Path) -> None:
     with Dashboard(folder, free_port()) as dashboard:
-        assert ask(dashboard.port)[0].status == 200
+        assert ask(dashboard)[0].status == 200
     with pytest.raises(OSError, match="refused"):
-        ask(dashboard.port)
+        ask(dashboard)
 
 
 def test_a_port_in_use_is_one_line_and_nothing_was_begun(
@@ -181,4 +237,4 @@ def test_what_goes_wrong_is_said_once_and_the_page_before_stays(capsys: pytest.C
 
 def test_a_config_that_is_not_whole_is_no_error(dashboard: Dashboard, folder: Path) -> None:
     (folder / "config.json").write_text('{"kind": "federation"')
-    assert ask(dashboard.port)[0].status == 200
+    assert ask(dashboard)[0].status == 200

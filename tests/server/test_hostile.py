@@ -41,7 +41,7 @@ def honest(seed: int) -> Answering:
 
 
 def sign_flip(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
-    return parcel(plan, {name: -5 * tensor for name, tensor in common(plan).items()})
+    return parcel(plan, {name: -2.8 * tensor for name, tensor in common(plan).items()})
 
 
 def hundredfold(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
@@ -56,7 +56,7 @@ def not_finite(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
 
 def random(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
     randomness = torch.Generator().manual_seed(plan.round + 5)
-    return parcel(plan, {n: 0.5 * torch.randn(s, generator=randomness) for n, s in plan.shapes().items()})
+    return parcel(plan, {n: 0.28 * torch.randn(s, generator=randomness) for n, s in plan.shapes().items()})
 
 
 HOSTILE: dict[str, Site] = {"sign flip": sign_flip, "x100": hundredfold, "NaN": not_finite, "random": random}
@@ -110,11 +110,35 @@ def test_the_mean_is_kept_from_what_is_far_too_long_or_not_finite_wherever_it_co
 @pytest.mark.parametrize("kind", ["sign flip", "random"])
 def test_the_mean_is_no_defence_against_the_others(folder: Path, prior: dict[str, Tensor], kind: str) -> None:
     """Otherwise nothing was shown above."""
-    assert run(folder, prior, {99: HOSTILE[kind]}) > 2 * NOISE
+    assert run(folder, prior, {99: HOSTILE[kind]}) > 1.2 * NOISE
+
+
+def test_a_flipped_update_that_is_let_in_is_named_in_every_round_and_no_honest_one_is(
+    folder: Path, prior: dict[str, Tensor]
+) -> None:
+    run(folder, prior, {99: sign_flip})
+    assert [(event["round"], event["site"]) for event in events(folder, "against")] == [(1, "99"), (2, "99"), (3, "99")]
+    for line in read_lines(folder / "rounds.jsonl"):
+        found = line["updates"]
+        assert found.keys() == {"99", *(str(site) for site in range(1, HONEST + 1))}
+        assert found["99"]["cosine"] < -0.9
+        assert all(about["cosine"] > 0.5 for site, about in found.items() if site != "99")
+        assert found["99"]["norm_ratio"] == pytest.approx(2.8, rel=0.1)
+
+
+def test_a_flipped_update_ten_times_as_long_as_others_is_kept_out(folder: Path, prior: dict[str, Tensor]) -> None:
+    def tenfold(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
+        return parcel(plan, {name: -9.9 * tensor for name, tensor in common(plan).items()})
+
+    assert run(folder, prior, {99: tenfold}) < NOISE
+    assert events(folder, "against") == []
 
 
 def test_a_looser_limit_of_the_norm_lets_a_long_update_in(folder: Path, prior: dict[str, Tensor]) -> None:
-    assert run(folder, prior, {99: hundredfold}, max_norm_ratio=1000) > 10
+    def twentyfold(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
+        return parcel(plan, {name: 20 * tensor for name, tensor in common(plan).items()})
+
+    assert run(folder, prior, {99: twentyfold}, max_norm_ratio=1000) > 2
 
 
 @pytest.mark.parametrize("train", ["norm-bias", "adapters"])

@@ -20,7 +20,7 @@ from maskdm_server.intake import ENOUGH, REMEMBERED, Intake, Measured
 
 from .conftest import parcel
 
-LIMIT = 10.0
+LIMIT, MODEL_NORM = 10.0, 1e9
 HONEST = [Measured(norm=1.0, images=64)] * ENOUGH
 
 NewIntake = Callable[..., Intake]
@@ -36,7 +36,7 @@ def intake(plan: RoundPlan, tmp_path: Path) -> NewIntake:
     """An intake of the plan, which knows what is given."""
 
     def make(before: Sequence[Measured] = (), plan: RoundPlan = plan) -> Intake:
-        return Intake(plan, StreamingMean(), list(before), LIMIT, tmp_path)
+        return Intake(plan, StreamingMean(), list(before), LIMIT, MODEL_NORM, 0, tmp_path)
 
     return make
 
@@ -142,6 +142,52 @@ def test_two_updates_of_like_length_are_both_let_in(intake: NewIntake, update: C
     assert weights_of(under_test) == {1: 16.0, 2: 48.0}
 
 
+@pytest.mark.parametrize("before", [(), HONEST])
+def test_an_update_that_is_longer_than_the_model_is_too_long_also_where_there_is_no_other(
+    plan: RoundPlan, update: Callable[..., Parcel], tmp_path: Path, before: Sequence[Measured]
+) -> None:
+    """At once, so that two that lie together cannot be each other's measure."""
+    under_test = Intake(plan, StreamingMean(), list(before), 1e6, 5.0, 0, tmp_path)
+    with pytest.raises(UpdateRejected, match="more than that of the whole model, 5"):
+        under_test.offer(1, update(5.1), None)
+    assert list(tmp_path.iterdir()) == []
+    under_test.offer(2, update(4.9), None)
+    assert under_test.close() == {}
+    assert set(weights_of(under_test)) == {2}
+    assert under_test.compared()[2].cosine is None, "there is no other"
+
+
+def test_accepted_updates_are_compared_with_each_other_and_rejected_ones_are_not(
+    intake: NewIntake, plan: RoundPlan, update: Callable[..., Parcel]
+) -> None:
+    """Whether they waited or not."""
+    under_test = intake()
+    flipped = {name: -torch.from_numpy(array) for name, array in update(2.0, seed=1).arrays.items()}
+    for site, reply in enumerate(
+        (update(1.0, seed=1), update(1.5, seed=1), parcel(plan, flipped), update(1.0, seed=1))
+    ):
+        under_test.offer(site, reply, None)
+    with pytest.raises(UpdateRejected):
+        under_test.offer(4, update(100.0, seed=2), None)
+    under_test.close()
+    compared = under_test.compared()
+    assert {site: about.cosine for site, about in compared.items()} == pytest.approx({0: 1, 1: 1, 2: -1, 3: 1})
+    assert {site: about.norm_ratio for site, about in compared.items()} == pytest.approx({0: 1, 1: 1.5, 2: 2, 3: 1})
+
+
+def test_who_had_time_for_more_steps_may_go_further_as_their_square_root(intake: NewIntake, plan: RoundPlan) -> None:
+    """Up to what it may weigh: the number of images is a claim."""
+    by_time = plan.model_copy(update={"local_images": 100_000_000, "local_minutes": 5.0})
+    under_test = intake(HONEST, by_time)
+    under_test.offer(1, reply(by_time, 19.9, images_seen=4 * 64), None)
+    with pytest.raises(UpdateRejected, match="more than 20 times the usual 1"):
+        under_test.offer(2, reply(by_time, 20.1, images_seen=10_000), None)
+    with pytest.raises(UpdateRejected, match="more than 10 times the usual 1"):
+        under_test.offer(3, reply(by_time, 10.1, images_seen=64), None)
+    with pytest.raises(UpdateRejected, match="more than 10 times the usual 1"):
+        under_test.offer(4, reply(by_time, 10.1, images_seen=1), None)
+
+
 def test_a_lonely_update_is_let_in(intake: NewIntake, update: Callable[..., Parcel]) -> None:
     under_test = intake()
     under_test.offer(1, update(123.0), None)
@@ -223,11 +269,11 @@ def test_what_could_not_be_taken_in_for_want_of_room_can_be_offered_again(
     plan: RoundPlan, update: Callable[..., Parcel], tmp_path: Path, known: int
 ) -> None:
     mean = FullDisk()
-    under_test = Intake(plan, mean, HONEST[:known], LIMIT, tmp_path)
+    under_test = Intake(plan, mean, HONEST[:known], LIMIT, MODEL_NORM, 0, tmp_path)
     sent = {1: update(1.0, seed=1), 2: update(2.0, seed=2)}
 
     def bring() -> None:
-        for site in sent.keys() - under_test.reports.keys() - {entry[0] for entry in under_test._waiting}:
+        for site in sent.keys() - under_test.reports.keys() - under_test._waiting.keys():
             under_test.offer(site, sent[site], None)
         under_test.close()
 
@@ -245,7 +291,7 @@ def test_updates_that_waited_are_held_for_rules_that_must_see_all_of_them(
     plan: RoundPlan, update: Callable[..., Parcel], tmp_path: Path
 ) -> None:
     held = HeldUpdates("median", 0, plan, tmp_path)
-    under_test = Intake(plan, held, [], LIMIT, tmp_path)
+    under_test = Intake(plan, held, [], LIMIT, MODEL_NORM, 0, tmp_path)
     sent = [update(1.0, seed=seed) for seed in range(ENOUGH)]  # all but the last wait
     for site, each in enumerate(sent):
         under_test.offer(site, each, None)

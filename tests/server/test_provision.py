@@ -1,6 +1,7 @@
 """Kits are made once, renewed, revoked; the server's certificate has the right names."""
 
 import json
+import os
 import ssl
 import stat
 import zipfile
@@ -49,6 +50,28 @@ def test_private_keys_are_only_this_users_and_the_authoritys_is_in_no_kit(tmp_pa
             with zipfile.ZipFile(path) as archive:
                 content = b"".join(archive.read(name) for name in archive.namelist())
         assert secret.split(b"\n")[1] not in content, path
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_the_folder_of_kits_is_closed_to_other_users_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        make(tmp_path / "kits", "a")
+        folders = [tmp_path / "kits" / name for name in (".", "authority", "server")]
+        assert [stat.S_IMODE(path.stat().st_mode) for path in folders] == [0o700] * 3
+        (tmp_path / "kits").chmod(0o755)  # as an earlier version left it
+        renew(tmp_path / "kits", [], policy=POLICY)
+        assert stat.S_IMODE((tmp_path / "kits").stat().st_mode) == 0o700
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_that_holds_other_things_stays_open(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    tmp_path.chmod(0o755)
+    make(tmp_path, "a")
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert stat.S_IMODE((tmp_path / "authority").stat().st_mode) == 0o700
 
 
 def test_the_certificate_names_the_server_and_is_signed_by_the_authority(tmp_path: Path) -> None:

@@ -691,7 +691,7 @@ def test_every_message_of_a_federation_is_in_its_audit_log(folder: Path, prior: 
 
 
 def test_an_update_that_is_rejected_after_it_had_to_wait_is_recorded_as_such(folder: Path) -> None:
-    federate(InProcess({1: learner(0.1), 2: learner(0.1 * 1000)}), folder, rounds=1)
+    federate(InProcess({1: learner(0.1), 2: learner(0.1 * 20)}), folder, rounds=1)
     verdicts = [line["verdict"] for line in read_lines(folder / "audit.jsonl") if line["peer"] == "2"]
     assert verdicts[:2] == ["sent: train", "accepted"]
     assert verdicts[2].startswith("rejected: its norm")

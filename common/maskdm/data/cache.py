@@ -3,8 +3,8 @@
 import fcntl
 import hashlib
 import os
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from maskdm.data.corpus import Corpus, is_corpus
 from maskdm.data.packing import pack
@@ -12,6 +12,7 @@ from maskdm.data.pixels import PixelPolicy
 from maskdm.data.sources import PackedSource, Source
 from maskdm.errors import DataError
 from maskdm.reporting import say
+from maskdm.runfolder import open_lock
 
 
 def cache_folder() -> Path:
@@ -53,7 +54,7 @@ def _loaded(source: Source, policy: PixelPolicy, cache: Path, option: str) -> Co
     folder = cache / f"{source.path.stem}-{policy.image_size}-{key}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = open_lock(folder / ".lock")
     except OSError as error:
         raise DataError(
             f"--data is packed into {folder.parent}, which cannot be written ({error.strerror}): set MASKDM_CACHE to "
@@ -66,7 +67,7 @@ def _loaded(source: Source, policy: PixelPolicy, cache: Path, option: str) -> Co
         return pack(source, folder, policy, option="MASKDM_CACHE", replace=True)
 
 
-def _wait_for(lock: IO[str], folder: Path) -> None:
+def _wait_for(lock: FileIO, folder: Path) -> None:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

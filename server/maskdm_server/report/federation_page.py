@@ -1,6 +1,7 @@
 """A federation as a page: where it stands, what it learned, who took part, what it cost, what went wrong."""
 
 from maskdm.reporting import readable_size
+from maskdm_server.report.agreement import agreement
 from maskdm_server.report.blocks import code, colophon, configuration, facts, page, picture, row_of, section, tiles
 from maskdm_server.report.costs import costs, round_by_round
 from maskdm_server.report.files import read_picture
@@ -34,6 +35,7 @@ def federation_page(found: Federation, *, written: float = 0.0, note: str = "") 
         section("Held-out loss and cost of the rounds", costs(found.rounds)),
         section("Quality of the samples", quality(found.folder), quality_at_sites(found.quality)),
         section("Who took part", participation(found.sites, found.done())),
+        section("How the updates agree", agreement(found.rounds)),
         section("Rejected updates", rejections(found)),
         section("What went wrong", faults(found)),
         section("Privacy", *privacy(found)),

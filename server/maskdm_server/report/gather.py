@@ -25,6 +25,13 @@ class Kind(Row):
     kind: str
 
 
+class UpdateLine(Row):
+    """Of an update that was let in: its length by the usual one, and its cosine to the others' mean direction."""
+
+    norm_ratio: float
+    cosine: float | None = None
+
+
 class RoundLine(Row):
     """Of rounds.jsonl."""
 
@@ -41,6 +48,7 @@ class RoundLine(Row):
     silent: int = 0
     late: int = 0
     attempts: int = 1
+    updates: Mapping[str, UpdateLine] = {}  # by site
 
 
 class QualityLine(Row):

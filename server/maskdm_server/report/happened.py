@@ -8,7 +8,7 @@ from typing import Any
 
 from maskdm_server.events import described
 
-FAULTS = ("rejected", "silent", "late", "rests", "retry", "disk full", "crashed", "failed")
+FAULTS = ("rejected", "against", "silent", "late", "rests", "retry", "disk full", "crashed", "failed")
 KEPT = 200  # of the newest faults
 MOST_REASONS = 1000  # different ones that are counted
 

@@ -26,7 +26,7 @@ from ..conftest import InProcess, config, federate, learner, parcel, silent
 
 def poisoned(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
     """Fails in the second round."""
-    value = float("nan") if plan.round == 2 and plan.action == "train" else 0.1
+    value = float("nan") if plan.round == 2 and plan.action == "train" else 0.2
     return parcel(plan, {name: torch.full(shape, value) for name, shape in plan.shapes().items()})
 
 

@@ -14,7 +14,9 @@ from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, Train
 from maskdm.runfolder import append_line, write_json
 from maskdm_server.cli import app
 from maskdm_server.pretrain import Run
+from maskdm_server.report.agreement import agreement
 from maskdm_server.report.command import page_of
+from maskdm_server.report.gather import RoundLine
 from maskdm_server.report.participation import MOST_COLUMNS, MOST_ROWS, columns, participation
 from maskdm_server.report.sites import Part, Site, Sites
 
@@ -23,6 +25,10 @@ from .test_gather import configured, poisoned
 
 EVIL = '</td><script>alert(1)</script><img src="http://evil.example/x" onerror=alert(1)>\u202e'
 VOID = {"img", "meta"}
+LINE = {
+    **{"round": 1, "clients": 1, "examples": 1, "images_seen": 64, "loss_before": None, "loss_after": None},
+    **{"bytes_down": 1, "bytes_up": 1, "seconds": 1.0, "rejected": 0},
+}
 
 
 class Document(HTMLParser):
@@ -98,6 +104,30 @@ def test_a_federation_page_says_what_a_person_wants_to_know(federation: Path) ->
     ]
 
 
+def test_a_site_whose_update_points_against_the_others_is_seen_on_the_page(folder: Path) -> None:
+    federate(InProcess({1: learner(0.1), 2: learner(0.1), 3: learner(0.1), 4: learner(-0.25)}), configured(folder))
+    document = read(folder)
+    said = " ".join(document.text)
+    assert "How the updates agree" in document.text
+    assert "the update of site 4 points against those of the others (cosine -1.00, 2.5 times the usual length)" in said
+    assert "the update of site 1 points" not in said
+    assert [about for about in document.named("td") if about.get("class") == "n rejected"] == [{"class": "n rejected"}]
+
+
+def test_of_very_many_sites_those_that_agree_least_are_shown(folder: Path) -> None:
+    updates = {f"site {i}": {"norm_ratio": 1.0, "cosine": i / 1000} for i in range(1000)} | {
+        "alone": {"norm_ratio": 1.0}
+    }
+    line = RoundLine.model_validate(LINE | {"updates": updates})
+    said = " ".join(Document(agreement([line, line])).text)
+    assert "site 0 2" in said
+    assert "site 39" in said
+    assert "site 40" not in said
+    assert "there are 961 more" in said
+    assert agreement([RoundLine.model_validate(LINE)]) == "", "written before updates were compared"
+    assert "–" in Document(agreement([RoundLine.model_validate(LINE | {"updates": {"1": {"norm_ratio": 1}}})])).text
+
+
 def test_names_and_reasons_of_strangers_stay_text(federation: Path) -> None:
     auditlog.record(federation / "audit.jsonl", "out", EVIL, 1, "sent: train", Message(1, {}, {}, ""))
     auditlog.record(federation / "audit.jsonl", "in", EVIL, 1, f"rejected: {EVIL}")
@@ -106,6 +136,9 @@ def test_names_and_reasons_of_strangers_stay_text(federation: Path) -> None:
         event = {"time": 1.0, "event": kind, "round": 1, "site": EVIL, "reason": EVIL}
         append_line(federation / "events.jsonl", event)
     append_line(federation / "events.jsonl", {"time": 2.0, "event": "crashed", "reason": EVIL})
+    append_line(
+        federation / "rounds.jsonl", LINE | {"round": 3, "updates": {EVIL: {"norm_ratio": 1.0, "cosine": -1.0}}}
+    )
     document = json.loads((federation / "config.json").read_text())
     document["federation"][EVIL] = EVIL
     (federation / "config.json").write_text(json.dumps(document))

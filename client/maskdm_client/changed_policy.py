@@ -1,0 +1,27 @@
+"""Whether a kit's policy is the one that it was made with: the kit's signature leaves it to the site, so nobody else
+would notice who changed it."""
+
+from typing import Any
+
+from maskdm.kit import POLICY, OpenedKit
+from maskdm.policy import SitePolicy
+from maskdm.reporting import say
+
+
+def warn_of_change(opened: OpenedKit, terms: SitePolicy) -> None:
+    """Say which keys of a changed policy differ from the defaults; nothing of one that is as it was made."""
+    if opened.policy_is_as_made:
+        return
+    usual = SitePolicy()
+    differing = [name for name in SitePolicy.model_fields if getattr(terms, name) != getattr(usual, name)]
+    found = "; ".join(f"{name.replace('_', '-')} = {_shown(getattr(terms, name))}" for name in differing)
+    say(
+        f"WARNING: {POLICY} was changed since {opened.kit.name}'s kit was made. It differs from the defaults in: "
+        f"{found or 'nothing'}. If nobody at this site changed it, stop now and ask the coordinator for a new kit"
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(str(part) for part in value)}]"
+    return str(value).lower() if isinstance(value, bool) else "not given" if value is None else str(value)
