@@ -22,12 +22,13 @@ class Kind(NamedTuple):
 
     file: str
     noun: str
-    per_day: str  # keys of the policy
+    per_day: str | None  # keys of the policy
     per_federation: str | None
 
 
 UPDATES = Kind("updates.json", "updates", "max_rounds_per_day", "max_rounds")
 MEASUREMENTS = Kind("measurements.json", "measurements", "max_measurements_per_day", "max_measurements")
+FAILURES = Kind("failures.json", "failures of work on the images", None, "max_failures")
 EVALUATIONS = Kind("evaluations.json", "evaluations", "max_evaluations_per_day", None)
 
 
@@ -71,7 +72,8 @@ def _before(job: Job, kind: Kind) -> list[Used]:
         del used[-1]
     if kind.per_federation is not None:
         _check(policy, kind, kind.per_federation, "a federation", sum(one.federation == federation for one in used))
-    _check(policy, kind, kind.per_day, "24 hours", sum(_is_of_today(one) for one in used))
+    if kind.per_day is not None:
+        _check(policy, kind, kind.per_day, "24 hours", sum(_is_of_today(one) for one in used))
     return used
 
 
@@ -79,7 +81,7 @@ def _check(policy: SitePolicy, kind: Kind, name: str, span: str, count: int) -> 
     allowed = getattr(policy, name)
     if count >= allowed:
         raise PolicyRefused(
-            f"the site's policy allows {allowed:,} {kind.noun} in {span}, and so many were asked for "
+            f"the site's policy allows {allowed:,} {kind.noun} in {span}, and there were so many "
             f"({name.replace('_', '-')})"
         )
 

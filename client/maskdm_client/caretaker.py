@@ -121,6 +121,10 @@ def tell(event: dict[str, Any]) -> None:
         say(f"WARNING: {event['reason']}; trying again until it can be written")
     elif kind == "code refused":
         say(f"WARNING: {event['reason']}; it was not unpacked, and the server is told only CODE_REFUSED")
+    elif kind == "loss kept":
+        say(f"round {event['round']}: one held-out image's loss is unlike all others', so no loss leaves")
+    elif kind == "joined late":
+        say(f"round {event['round']}: this site has not seen the prior itself, only what became of it")
     elif kind == "agreed":
         say(f"the terms of this federation were agreed to {event['how']}; their fingerprint is {event['fingerprint']}")
     elif kind == "held":

@@ -1,15 +1,15 @@
 """A round's training at a site, and the measuring before and after it."""
 
-import math
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from maskdm.config import MaskConfig, TrainingConfig
 from maskdm.data.batches import batches, class_numbers
-from maskdm.diffusion import denoising_loss
+from maskdm.diffusion import denoising_losses
 from maskdm.errors import GateRefused, TrainingDiverged
 from maskdm.layers import patchify
 from maskdm.model import Network, device_of
@@ -34,9 +34,17 @@ from maskdm_client.saved import Saved
 # So many images at most, and at least so many (image, timestep, noise) draws, for a held-out loss. Other rounds have
 # other draws: their losses differ by 1 or 2 % for that, which is less than what a round mostly changes.
 HELD_OUT_IMAGES, HELD_OUT_DRAWS = 512, 1024
+STANDS_OUT = 10.0  # standard deviations of the others
 REPORT_SECONDS = 2.0
 # Of the optimiser, which sees tens of steps a round: its memory must suit those, not the published 200,000.
 LOCAL_BETAS = (0.9, 0.95)
+
+
+class HeldOut(NamedTuple):
+    """How well a model fits the images that are held out."""
+
+    loss: float
+    one_stands_out: bool = False  # then the loss is that image's affair, and stays here
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class Done:
     update: dict[str, Tensor]  # fp32, named and shaped as the plan asks
     moments: dict[str, Tensor]  # of the optimiser, where they are to be kept
     images_seen: int
-    loss_before: float
-    loss_after: float
+    before: HeldOut
+    after: HeldOut
     seconds: float
     skipped_steps: int
 
@@ -91,17 +99,16 @@ def fine_tune(
     resumed = saved.restore(state)
     if not resumed:
         restore_optimizer(state, moments.before(optimizer_shapes(learner)))
-    before, spent = resumed or (held_out_loss(model, job, images), 0.0)
-    job.say(
-        {"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": before, "images": state.images_seen}
-    )
+    before, spent = (HeldOut(resumed[0]), resumed[1]) if resumed else (held_out_loss(model, job, images), 0.0)
+    where = {"round": plan.round, "rounds": plan.rounds, "images": state.images_seen}
+    job.say({"event": "measured", "loss": before.loss, **where})
 
     def seconds() -> float:
         return spent + time.monotonic() - started
 
     def on_progress(progress: Progress) -> None:
         job.say({"event": "training", "round": plan.round, "images": progress.images, "of": training.images})
-        saved.keep(state, training, before, seconds())
+        saved.keep(state, training, before.loss, seconds())
 
     order = batches(
         images.corpus.pixels,
@@ -134,7 +141,7 @@ def fine_tune(
         raise Superseded
     if state.skipped >= state.steps:
         raise TrainingDiverged(f"the gradient was not finite in any of {state.steps} steps: try --precision fp32")
-    if problem := concentration.problem():
+    if problem := concentration.problem(state.images_seen):
         raise GateRefused(f"the update was kept here: {problem}, which no honest model does")
     # The moving average of the local steps is what goes up: with its ramp it averages the last quarter or so.
     if isinstance(learner, PartialNetwork):
@@ -148,7 +155,7 @@ def fine_tune(
     return Done(update, left, state.images_seen, before, after, seconds(), state.skipped)
 
 
-def held_out_loss(model: Network | PartialNetwork, job: Job, images: LocalImages) -> float:
+def held_out_loss(model: Network | PartialNetwork, job: Job, images: LocalImages) -> HeldOut:
     """Denoising loss of the whole images that are held out, by draws of the site's own: the same before and after a
     round's training, so that their difference is the training's, and other ones for every other question.
 
@@ -161,7 +168,7 @@ def held_out_loss(model: Network | PartialNetwork, job: Job, images: LocalImages
     classes = classes_of(images, job)
     model.eval()
     with arithmetic(device, pick_precision(job.settings.precision, device)):
-        loss = denoising_loss(
+        losses = denoising_losses(
             model,
             plan.model.diffusion,
             patches,
@@ -170,9 +177,20 @@ def held_out_loss(model: Network | PartialNetwork, job: Job, images: LocalImages
             classes=None if classes is None else classes[rows].to(device),
             largest=LARGEST_LOSS,
         )
-    if not math.isfinite(loss):
+    if not losses.isfinite().all():
         raise TrainingDiverged("the held-out loss is no number: the model is of no use, or try --precision fp32")
-    return loss
+    return HeldOut(float(losses.mean()), one_stands_out(losses))
+
+
+def one_stands_out(losses: Tensor) -> bool:
+    """Whether the loss of one image, of (N,), is so unlike those of the others that their mean tells of that image.
+
+    Models that are made to ask about one image give all others much the same loss.
+    """
+    furthest = int((losses - losses.median()).abs().argmax())
+    others = torch.cat([losses[:furthest], losses[furthest + 1 :]])
+    spread = others.std() if len(others) > 1 else torch.zeros(())
+    return bool((losses[furthest] - others.mean()).abs() > STANDS_OUT * spread) if len(others) else True
 
 
 def classes_of(images: LocalImages, job: Job) -> Tensor | None:

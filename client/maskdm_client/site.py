@@ -26,15 +26,15 @@ from maskdm.runfolder import write_json
 from maskdm.tensorfile import Document
 from maskdm.terms import terms_of
 from maskdm.wire import size
-from maskdm_client.allowance import MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
+from maskdm_client.allowance import FAILURES, MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
 from maskdm_client.approval import HELD, NotApproved, agree, decision, wait_for_decision
-from maskdm_client.fine_tuning import fine_tune, held_out_loss
+from maskdm_client.fine_tuning import HeldOut, fine_tune, held_out_loss
 from maskdm_client.gate import check_numbers, check_update, code, norms, problem_of_size, record
 from maskdm_client.job import Job, Superseded
 from maskdm_client.kept import Kept, forget_others
 from maskdm_client.local_data import LocalImages, forget_pixels, local_images
 from maskdm_client.mailbox import Mailbox, note, plain
-from maskdm_client.plausible import first_lengths, problem_of_weights, remember_first
+from maskdm_client.plausible import first_weights, is_prior, problem_of_weights, remember_first
 from maskdm_client.quality import NotEvaluated, measure_quality
 from maskdm_client.received import PlanRefused, RestMissing, key_of, read_weights
 from maskdm_client.residual import Residual
@@ -96,13 +96,11 @@ def answer(
         job = Job(plan, key, load_settings(folder), folder, say, superseded)
         if job.settings.threads:
             torch.set_num_threads(job.settings.threads)
-        if plan.action == "train":
-            forget_others(plan, folder / "work")
-        elif plan.action == "finish":
+        if plan.action == "finish":
             ends = True
             save_checkpoint(folder / "model.safetensors", received, plan.model)
             kept = True
-        released, event = _work(job, received, saved)
+        released, event = _work(job, received, weights, saved)
     except Superseded:
         say({"event": "superseded", "round": round_number})
         raise
@@ -126,15 +124,17 @@ def answer(
     return released
 
 
-def _work(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, dict[str, Any]]:
+def _work(job: Job, weights: dict[str, Tensor], packed: Document, saved: Saved) -> tuple[Parcel, dict[str, Any]]:
     """Train or measure; what a failure tells of the images waits for approval like everything else."""
     try:
+        _begin(job, weights, packed)
         return _train(job, weights, saved) if job.plan.action == "train" else _measure(job, weights)
     except OF_THE_PLAN:
         raise
     except Exception as error:
         if _is_undecided(job):
             _hold(job, code(_outcome(error), job.plan.round, job.plan.exchange))
+        use_allowance(job, FAILURES)
         raise
 
 
@@ -144,18 +144,19 @@ def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, 
     if problem:
         raise TooLarge(problem)
     model, images = _prepare(job, weights)
-    moments = Kept(work, "moments", plan, wanted=plan.keep_moments)
+    moments = Kept(work, "moments", plan, wanted=plan.keep_moments and policy.keep_moments)
     done = fine_tune(model, job, weights, images, saved, moments)
-    report = _report(job, images, done.loss_before, done.loss_after, done.images_seen, done.seconds, done.skipped_steps)
+    report = _report(job, images, done.before, done.after, done.images_seen, done.seconds, done.skipped_steps)
     residual = Residual(work, plan)
     update = residual.added_to(done.update)
     released = check_update(update, report, plan, weights, policy, job.folder / AUDIT)
     if _is_undecided(job):
         _hold(job, released, norms(update, plan, weights))
         use_allowance(job, UPDATES)
+    forget_others(plan, work)
     residual.keep(update, released.arrays)
     moments.keep({name: tuple(t.shape) for name, t in done.moments.items()}, lambda name: done.moments[name].cpu())
-    losses = {"loss_before": done.loss_before, "loss_after": done.loss_after}
+    losses = {"loss_before": done.before.loss, "loss_after": done.after.loss}
     event = {"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")}
     return released, event | losses
 
@@ -163,34 +164,43 @@ def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, 
 def _measure(job: Job, weights: dict[str, Tensor]) -> tuple[Parcel, dict[str, Any]]:
     started, plan = time.monotonic(), job.plan
     model, images = _prepare(job, weights)
-    loss = held_out_loss(model, job, images)
+    found = held_out_loss(model, job, images)
     quality: dict[str, int | float] = {}
     if plan.quality:
         try:
             quality = measure_quality(model, job, images)
         except (NotEvaluated, PolicyRefused) as reason:
             job.say({"event": "not evaluated", "round": plan.round, "reason": str(reason)})
-    nine = _report(job, images, loss, loss, 0, time.monotonic() - started, 0)
+    nine = _report(job, images, found, found, 0, time.monotonic() - started, 0)
     report = QualityReport.model_validate(nine.model_dump() | quality)
     released = check_numbers(report, job.settings.policy, job.folder / AUDIT)
     if plan.quality and quality:
         job.say({"event": "evaluated", "round": plan.round, "drawn": plan.quality.images, "quality": quality})
-    return released, {"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": loss}
+    return released, {"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": found.loss}
 
 
 def _report(
-    job: Job, images: LocalImages, before: float, after: float, images_seen: int, seconds: float, skipped_steps: int
+    job: Job,
+    images: LocalImages,
+    before: HeldOut,
+    after: HeldOut,
+    images_seen: int,
+    seconds: float,
+    skipped_steps: int,
 ) -> Report:
-    """The numbers that go out, rounded; losses of few images, or where the site keeps them, are not among them."""
+    """The numbers that go out, rounded; losses of few images, of one image, or that the site keeps, are not there."""
     policy = job.settings.policy
     tells = policy.share_loss and len(images.held_out) >= policy.min_held_out
+    if before.one_stands_out or after.one_stands_out:
+        tells = False
+        job.say({"event": "loss kept", "round": job.plan.round})
     return Report(
         round=job.plan.round,
         exchange=job.plan.exchange,
         examples=int(rounded(len(images.train))),
         images_seen=images_seen,
-        loss_before=rounded(before) if tells else None,
-        loss_after=rounded(after) if tells else None,
+        loss_before=rounded(before.loss) if tells else None,
+        loss_after=rounded(after.loss) if tells else None,
         seconds=rounded(seconds),
         skipped_steps=skipped_steps,
     )
@@ -248,22 +258,32 @@ def _read_plan(document: str) -> RoundPlan:
         raise PlanRefused(f"the coordinator's plan was refused: {plain(first_problem(error))}") from error
 
 
-def _prepare(job: Job, weights: dict[str, Tensor]) -> tuple[Network, LocalImages]:
-    """The model on its device, and the slice, where the site's policy lets it take part; counted from here on."""
-    plan, settings, folder = job.plan, job.settings, job.folder
-    how = check_policy(settings, plan, folder)
+def _begin(job: Job, weights: dict[str, Tensor], packed: Document) -> None:
+    """See that the work may be done, before any image is looked at.
+
+    Raises:
+        PolicyRefused, NotApproved, PlanRefused: it may not.
+    """
+    plan = job.plan
+    how = check_policy(job.settings, plan, job.folder)
     if how:
         job.say({"event": "agreed", "how": how, "fingerprint": terms_of(plan).fingerprint()})
-    _check_weights(job, weights)
+    _check_weights(job, weights, packed)
     if _is_undecided(job) and plan.action == "finish":
         raise NotApproved("nobody here approved this federation before it ended (approve-first-round)")
     if _is_undecided(job) and plan.action != "train":
         _hold(job)
+
+
+def _prepare(job: Job, weights: dict[str, Tensor]) -> tuple[Network, LocalImages]:
+    """The model on its device, and the slice; what is asked counts from here on."""
+    plan, settings, folder = job.plan, job.settings, job.folder
     shape = plan.model.model
     images = local_images(settings, folder, shape.image_size, shape.channels)
     problem = settings.policy.problem_of_slice(len(images.train))
     if problem:
         raise PolicyRefused(problem)
+    check_allowance(job, FAILURES)
     kind = UPDATES if plan.action == "train" else MEASUREMENTS
     (check_allowance if _is_undecided(job) else use_allowance)(job, kind)
     if (plan.round == 1 and plan.action != "evaluate") or plan.action == "finish":
@@ -274,17 +294,21 @@ def _prepare(job: Job, weights: dict[str, Tensor]) -> tuple[Network, LocalImages
     return model_from(weights, shape, pick_device(settings.device)), images
 
 
-def _check_weights(job: Job, weights: dict[str, Tensor]) -> None:
-    """See that weights are plausible beside the first ones of the federation, which are remembered."""
-    federation = job.plan.federation
-    first = first_lengths(job.folder, federation)
-    if first and first.keys() != weights.keys():  # of terms that were approved anew
-        first = None
+def _check_weights(job: Job, weights: dict[str, Tensor], packed: Document) -> None:
+    """See that weights are plausible beside the first ones of the federation that were trained here."""
+    plan, work = job.plan, job.folder / "work"
+    first = first_weights(work, plan)
+    if {name: array.shape for name, array in first.items()} != {name: tuple(w.shape) for name, w in weights.items()}:
+        first = {}  # of terms that were approved anew
+        if is_prior(packed, plan) is False:
+            raise PlanRefused("the coordinator's weights were refused: they are not the prior that the terms name")
     problem = problem_of_weights(weights, first, job.settings.policy)
     if problem:
         raise PlanRefused(f"the coordinator's weights were refused: {problem}")
-    if first is None:
-        remember_first(job.folder, federation, weights)
+    if plan.action == "train" and not first:
+        remember_first(work, plan, weights)
+        if plan.round > 1:
+            job.say({"event": "joined late", "round": plan.round})
 
 
 def _outcome(error: Exception) -> Outcome:

@@ -131,7 +131,6 @@ def masked_loss(
     return error.square().mean(dim=(1, 2)) * loss_weight(config, process, alpha, sigma)
 
 
-@torch.no_grad()
 def denoising_loss(
     denoiser: Denoiser,
     config: DiffusionConfig,
@@ -141,9 +140,25 @@ def denoising_loss(
     seed: int = 0,
     batch_size: int = 128,
     classes: Tensor | None = None,
-    largest: float = math.inf,
 ) -> float:
-    """Held-out loss over whole images, unweighted; comparable between models: same times and noise for the same seed.
+    """Mean of `denoising_losses`, which has the arguments."""
+    losses = denoising_losses(denoiser, config, patches, draws=draws, seed=seed, batch_size=batch_size, classes=classes)
+    return float(losses.mean())
+
+
+@torch.no_grad()
+def denoising_losses(
+    denoiser: Denoiser,
+    config: DiffusionConfig,
+    patches: Tensor,
+    *,
+    draws: int = 8,
+    seed: int = 0,
+    batch_size: int = 128,
+    classes: Tensor | None = None,
+    largest: float = math.inf,
+) -> Tensor:
+    """Held-out loss of whole images, unweighted; comparable between models: same times and noise for the same seed.
 
     Times are stratified over the training distribution so that a few draws an image estimate the mean well.
 
@@ -151,7 +166,10 @@ def denoising_loss(
         patches: whole images as uint8 patches, (N, tokens, P), N ≥ 1.
         draws: (time, noise) pairs an image.
         classes: (N,) int64, or None.
-        largest: what one draw may add to the mean; of a model that is of any use each lies near 1.
+        largest: what one draw may count; of a model that is of any use each lies near 1.
+
+    Returns:
+        One value an image, (N,) float64 on the CPU.
     """
     config = config.model_copy(update={"loss_weight": "uniform"})
     process = forward_process(config, patches.device)
@@ -159,16 +177,16 @@ def denoising_loss(
     pairs = len(patches) * draws
     strata = (torch.arange(pairs) + torch.rand(pairs, generator=randomness)) / pairs  # (N·draws,), one in each stratum
     quantiles = strata[torch.randperm(pairs, generator=randomness)]
-    total = 0.0
+    totals = torch.zeros(len(patches), dtype=torch.float64)
     for start in range(0, pairs, batch_size):
-        rows = (torch.arange(start, min(start + batch_size, pairs)) % len(patches)).to(patches.device)
-        clean = to_model_range(patches[rows])
+        rows = torch.arange(start, min(start + batch_size, pairs)) % len(patches)  # (batch,)
+        clean = to_model_range(patches[rows.to(patches.device)])
         noise = torch.randn(clean.shape, generator=randomness).to(patches.device)
         times = process.times(quantiles[start : start + batch_size].to(patches.device))
-        chosen = None if classes is None else classes[rows]
-        losses = masked_loss(denoiser, config, process, clean, None, times, noise, chosen).double()  # (batch,)
-        total += losses.clamp(max=largest).sum().item()
-    return total / pairs
+        chosen = None if classes is None else classes[rows.to(classes.device)]
+        losses = masked_loss(denoiser, config, process, clean, None, times, noise, chosen)  # (batch,)
+        totals.index_add_(0, rows, losses.double().clamp(max=largest).cpu())
+    return totals / draws
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _whole(code: Any) -> Any:
 
 # Of a model that is worth anything it is near 1. Sums of what hostile sites say must stay finite, and a model must not
 # make one image outshout the others.
-LARGEST_LOSS = 10.0
+LARGEST_LOSS = 4.0
 Loss = Annotated[float, Field(ge=0, le=LARGEST_LOSS, strict=True)]
 
 

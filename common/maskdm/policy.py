@@ -47,17 +47,19 @@ class SitePolicy(Frozen):
     max_norm: Norm | None = None
     max_bytes_per_round: Annotated[int, BeforeValidator(_bytes), Field(ge=1, strict=True)] | None = None
     max_rounds_per_day: Asked = 50
-    max_rounds: Asked = 500  # of a federation
-    max_measurements_per_day: Asked = 20
-    max_measurements: Asked = 200  # of a federation
+    max_rounds: Asked = 200  # of a federation
+    max_measurements_per_day: Asked = 10
+    max_measurements: Asked = 30  # of a federation
+    max_failures: Asked = 3  # of a federation, of work on the images
     max_evaluations_per_day: Asked = 10
     min_images: Least = 16  # to train on
     min_images_per_update: Least = 256  # seen, counting repetitions
     min_batch: Least = 16
     min_steps: Least = 8
     min_held_out: Least = 8  # behind a loss that leaves
-    max_weight_growth: Annotated[float, Field(gt=1, strict=True)] = 10.0
+    max_weight_change: Annotated[float, Field(gt=0, strict=True)] = 1.0
     max_zero_share: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.5
+    keep_moments: Switch = False
     require_dp: Switch = False
     approve_first_round: Switch = False
     bundles: tuple[Digest, ...] = ()  # of Flower apps that may run here besides the kit's
@@ -93,14 +95,16 @@ SIMULATED = SitePolicy(
     max_rounds=MOST_ASKED,
     max_measurements_per_day=MOST_ASKED,
     max_measurements=MOST_ASKED,
+    max_failures=MOST_ASKED,
     max_evaluations_per_day=MOST_ASKED,
     min_images=1,
     min_images_per_update=1,
     min_batch=1,
     min_steps=1,
     min_held_out=1,
-    max_weight_growth=1e6,
+    max_weight_change=1e6,
     max_zero_share=1.0,
+    keep_moments=True,
 )
 
 POLICY_KEYS = tuple(f"site.policy.{name}" for name in SitePolicy.model_fields)
@@ -139,9 +143,13 @@ max-relative-norm = 1.0
 # final model), in 24 hours whatever federation asks, and in one federation. Each answer tells a little; what can be
 # told in all is bounded by how many there are. What is begun counts, however it ends.
 max-rounds-per-day = 50
-max-rounds = 500
-max-measurements-per-day = 20
-max-measurements = 200
+max-rounds = 200
+max-measurements-per-day = 10
+max-measurements = 30
+
+# Work on the images that may fail in a federation (training that diverged, an update that the gate stopped): whoever
+# chooses the model can make it fail for some images and not for others, and learns from the code which it was.
+max-failures = 3
 
 # Evaluations whose numbers may leave in 24 hours.
 max-evaluations-per-day = 10
@@ -158,11 +166,15 @@ min-steps = 8
 # Fewest held-out images behind a loss; with fewer the update leaves without its losses.
 min-held-out = 8
 
-# What a model may look like: how many times longer than in the first model of the federation the weights of a layer may
-# become, and which share of a layer may be exactly zero. Weights that were made to read images break such bounds
-# unless they are made with care.
-max-weight-growth = 10.0
+# What a model may look like: how far a layer's weights may have moved since the first model of the federation that this
+# site trained, as a share of their length then, and which share of a layer may be exactly zero. Weights that were made
+# to read images break such bounds unless they are made with care.
+max-weight-change = 1.0
 max-zero-share = 0.5
+
+# true lets a coordinator have the optimiser's moments kept here from round to round. Moments of gradients that a
+# crafted model made large let later, smaller ones through as they are.
+keep-moments = false
 
 # true takes part only in training with differential privacy. This version has none, so every plan is refused.
 require-dp = false

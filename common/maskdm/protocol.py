@@ -85,10 +85,12 @@ class RoundPlan(Frozen):
 def work_key(plan: RoundPlan, weights: Iterable[bytes | memoryview]) -> str:
     """The same work asked for again, e.g. after a loss of the connection, has the same key; any other has another.
 
+    How many rounds there will be in all makes no difference.
+
     Args:
         weights: pieces of what training starts from; where one ends and the next begins does not matter.
     """
-    same = plan.model_copy(update={"exchange": 0}).model_dump_json().encode()
+    same = plan.model_copy(update={"exchange": 0, "rounds": 1}).model_dump_json().encode()
     digest = hashlib.sha256(hashlib.sha256(same).digest())
     for piece in weights:
         digest.update(piece)

@@ -11,7 +11,9 @@ from maskdm_client.concentration import FEWEST_STEPS, Concentration
 STEPS = 8
 
 
-def problem(steps: Iterable[Sequence[Tensor]], shape: tuple[int, ...] = (3, 16), name: str = "layer.weight") -> str:
+def problem(
+    steps: Iterable[Sequence[Tensor]], shape: tuple[int, ...] = (3, 16), name: str = "layer.weight", images: int = 256
+) -> str:
     """What is found where these are the gradients of the halves of each step."""
     parameter = nn.Parameter(torch.zeros(shape))
     found = Concentration([(name, parameter)])
@@ -20,7 +22,7 @@ def problem(steps: Iterable[Sequence[Tensor]], shape: tuple[int, ...] = (3, 16),
         for number, half in enumerate(halves):
             parameter.grad += half
             found.look(number == len(halves) - 1)
-    return found.problem() or ""
+    return found.problem(images) or ""
 
 
 def honest(shape: tuple[int, ...] = (3, 16), scale: float = 1e-3, steps: int = STEPS) -> list[list[Tensor]]:

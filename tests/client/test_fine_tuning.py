@@ -53,7 +53,7 @@ class Site:
         self.said: list[dict[str, Any]] = []
 
     def loss(self, plan: RoundPlan, weights: dict[str, Tensor], key: str) -> float:
-        return held_out_loss(model_from(weights, plan.model.model), self.job(plan, key), self.images)
+        return held_out_loss(model_from(weights, plan.model.model), self.job(plan, key), self.images).loss
 
     def job(self, plan: RoundPlan, key: str, say: Say = lambda event: None, superseded: Asked = lambda: False) -> Job:
         return Job(plan, key, self.settings, self.folder, say, superseded)
@@ -367,6 +367,29 @@ def test_a_loss_that_is_no_number_is_divergence(
 ) -> None:
     losses = [1.0, 1.0]
     losses[measured] = loss
-    monkeypatch.setattr(fine_tuning, "denoising_loss", lambda *_, **__: losses.pop(0))
+    monkeypatch.setattr(fine_tuning, "denoising_losses", lambda *_, **__: torch.full((8,), losses.pop(0)))
     with pytest.raises(TrainingDiverged, match="the held-out loss is no number"):
         site.train(make_plan(local_images=8))
+
+
+@pytest.mark.parametrize(
+    ("losses", "stands_out"),
+    [
+        ([0.1] * 7 + [0.5], True),
+        ([0.1, 0.11, 0.09, 0.1, 0.12, 0.1, 0.11, 0.5], True),
+        ([0.1, 0.2, 0.05, 0.3, 0.15, 0.1, 0.25, 0.5], False),
+        ([0.1, 0.11, 0.09, 0.1, 0.12, 0.1, 0.11, 0.13], False),
+        ([0.1], True),
+    ],
+)
+def test_a_loss_that_is_one_images_affair_is_told_from_that_of_all(losses: list[float], stands_out: bool) -> None:
+    assert fine_tuning.one_stands_out(torch.tensor(losses, dtype=torch.float64)) == stands_out
+
+
+def test_losses_of_honest_models_are_those_of_all_images() -> None:
+    """However few draws an image has; lognormal times, as ε-losses of few draws look."""
+    for seed in range(200):
+        randomness = torch.Generator().manual_seed(seed)
+        for images in (8, 32, 512):
+            draws = torch.randn(images, -(-1024 // images), generator=randomness, dtype=torch.float64).exp()
+            assert not fine_tuning.one_stands_out(draws.mean(dim=1))

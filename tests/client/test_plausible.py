@@ -1,26 +1,38 @@
-"""Weights that come must look like a model."""
+"""Weights that come must look like a model, and stay near the first one."""
 
+import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from maskdm.checkpoint import CheckpointMetadata
+from maskdm.parcel import Outcome
 from maskdm.policy import SIMULATED, SitePolicy
-from maskdm_client.plausible import first_lengths, lengths, problem_of_weights, remember_first
+from maskdm.runfolder import read_lines
+from maskdm_client.plausible import problem_of_weights
+from maskdm_client.virtual import answer
+
+Ask = Callable[..., tuple[str, bytes]]
+
+
+def refused(weights: dict[str, Tensor], first: dict[str, Tensor], policy: SitePolicy) -> str:
+    return problem_of_weights(weights, {name: tensor.numpy() for name, tensor in first.items()}, policy) or ""
 
 
 def test_a_model_and_what_training_makes_of_it_are_plausible(weights: dict[str, Tensor]) -> None:
-    assert problem_of_weights(weights, None, SitePolicy()) is None
-    trained = {name: 3 * tensor + 0.3 for name, tensor in weights.items()}
-    assert problem_of_weights(trained, lengths(weights), SitePolicy()) is None
+    assert refused(weights, {}, SitePolicy()) == ""
+    trained = {name: 1.5 * tensor + (0.05 if tensor.dim() == 1 else 0) for name, tensor in weights.items()}
+    assert refused(trained, weights, SitePolicy()) == ""
 
 
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("norm.weight", 11.0, r"norm\.weight is 11 long .* more than 10 \(max-weight-growth\)"),
+        ("norm.weight", 11.0, r"norm\.weight is 11 long"),
         ("head.weight", 0.0, r"100% of head\.weight is zero, more than 50% \(max-zero-share\)"),
     ],
 )
@@ -28,28 +40,52 @@ def test_a_first_model_that_drowns_everything_or_is_mostly_zero_is_none(
     weights: dict[str, Tensor], name: str, value: float, reason: str
 ) -> None:
     crafted = {**weights, name: torch.full_like(weights[name], value)}
-    problem = problem_of_weights(crafted, None, SitePolicy())
-    assert problem is not None
-    assert re.search(reason, problem)
-    assert name == "norm.weight" or problem_of_weights(crafted, None, SIMULATED) is None
+    assert re.search(reason, refused(crafted, {}, SitePolicy()))
 
 
-def test_one_value_that_outweighs_all_others_is_found(weights: dict[str, Tensor]) -> None:
-    table = weights["position.table"].clone()
+def test_one_value_that_outweighs_all_others_is_found() -> None:
+    table = torch.full((1000, 100), 0.01)
     table[0, 0] = 1001.0
-    many = {**weights, "position.table": table.repeat(1000, 1) * torch.eye(1)}
-    many["position.table"][1:, 0] = 0.01
-    assert "beyond 1000" in (problem_of_weights(many, None, SIMULATED) or "")
+    assert "with values to 1e+03" in refused({"position.table": table}, {}, SIMULATED)
 
 
-def test_later_models_are_held_against_the_first_one_of_their_federation(
-    tmp_path: Path, weights: dict[str, Tensor]
+def test_later_models_stay_near_the_first_one(weights: dict[str, Tensor]) -> None:
+    name = "patch_embedding.weight"
+    moved = {**weights, name: -0.2 * weights[name]}
+    assert f"{name} moved by" in refused(moved, weights, SitePolicy())
+    assert refused(moved, {}, SitePolicy()) == ""
+    assert refused(moved, weights, SIMULATED) == ""
+
+
+def test_the_first_round_has_the_prior_that_the_terms_name_and_later_ones_what_is_near_it(
+    make_site: Callable[..., Path], ask: Ask, metadata: CheckpointMetadata, weights: dict[str, Tensor]
 ) -> None:
-    assert first_lengths(tmp_path, "a") is None
-    remember_first(tmp_path, "a", weights)
-    remember_first(tmp_path, "b", {"other": torch.ones(3)})
-    first = first_lengths(tmp_path, "a")
-    assert first == pytest.approx(lengths(weights))
-    grown = {**weights, "patch_embedding.weight": 100 * weights["patch_embedding.weight"]}
-    assert "patch_embedding.weight is" in (problem_of_weights(grown, first, SitePolicy()) or "")
-    assert problem_of_weights(grown, None, SitePolicy()) is None
+    folder, prior = make_site(), ask()[1]
+    named = metadata.model_copy(update={"prior_sha256": hashlib.sha256(prior).hexdigest()})
+    crafted = {name: -tensor for name, tensor in weights.items()}
+
+    def outcome(sent: dict[str, Tensor], number: int) -> int:
+        return int(answer(*ask(sent, model=named, local_images=8, round=number), folder).scalars["outcome"])
+
+    assert outcome(crafted, 1) == Outcome.PLAN_REFUSED
+    assert "not the prior that the terms name" in read_lines(folder / "events.jsonl")[-1]["reason"]
+    assert outcome(weights, 1) == Outcome.DONE
+    assert outcome(crafted, 2) == Outcome.PLAN_REFUSED
+    assert "max-weight-change" in read_lines(folder / "events.jsonl")[-1]["reason"]
+    assert outcome({name: 1.1 * tensor for name, tensor in weights.items()}, 2) == Outcome.DONE
+
+
+def test_a_site_that_joins_late_says_that_it_has_not_seen_the_prior(make_site: Callable[..., Path], ask: Ask) -> None:
+    folder = make_site()
+    for number in (2, 3):
+        assert answer(*ask(local_images=8, round=number), folder).scalars["outcome"] == Outcome.DONE
+    assert [line["round"] for line in read_lines(folder / "events.jsonl") if line["event"] == "joined late"] == [2]
+
+
+def test_what_is_only_measured_is_not_what_later_models_are_compared_with(
+    make_site: Callable[..., Path], ask: Ask, weights: dict[str, Tensor]
+) -> None:
+    folder = make_site()
+    other = {name: 3 * tensor for name, tensor in weights.items()}
+    for sent, action in ((other, "measure"), (weights, "train")):
+        assert answer(*ask(sent, local_images=8, action=action), folder).scalars["outcome"] == Outcome.DONE

@@ -425,7 +425,7 @@ def nothing_to_measure(folder: Path, _: pytest.MonkeyPatch) -> None:
 
 
 def measures_no_number(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fine_tuning, "denoising_loss", lambda *_, **__: float("nan"))
+    monkeypatch.setattr(fine_tuning, "denoising_losses", lambda *_, **__: torch.full((8,), torch.nan))
 
 
 def has_no_room(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:

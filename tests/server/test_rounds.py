@@ -478,7 +478,7 @@ def test_with_a_robust_rule_one_site_does_not_decide_when_to_stop_and_which_mode
 
 
 def test_no_report_that_is_let_in_ends_a_federation(folder: Path) -> None:
-    largest: dict[str, Any] = {"loss_before": 1e6, "loss_after": 1e6, "seconds": 1e9, "skipped_steps": 2**40}
+    largest: dict[str, Any] = {"loss_before": 4.0, "loss_after": 4.0, "seconds": 1e9, "skipped_steps": 2**40}
     huge = learner(0.5, loss_before=1e308, loss_after=1e308)
     federate(InProcess({1: learner(0.5), 2: learner(0.5, examples=2**40, **largest), 3: huge}), folder)
     assert [line["rejected"] for line in read_lines(folder / "rounds.jsonl")] == [1, 1, 0]
