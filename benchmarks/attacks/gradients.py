@@ -1,0 +1,116 @@
+"""From an update back to gradients, and from gradients to the image that they were taken on.
+
+AdamW divides each gradient by its own size, so that one step tells little but signs, unless the gradient is below
+its epsilon: there a step is the gradient times lr / ε. Whoever chooses the loss weight or the weights gets there.
+"""
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskdm.config import TrainingConfig
+from maskdm.forward_process import forward_process
+from maskdm.protocol import RoundPlan
+from maskdm.seeding import derive_seed, generator
+from maskdm.training import ema_decay
+
+from .site import Coordinator, as_images
+
+EPSILON = 1e-8  # of AdamW
+BETA = 0.9  # of its first moment, at a site
+TINY = 1e-7  # a loss weight that brings the gradients of an honest network below EPSILON
+
+
+def summed_gradient(update: Tensor, weight: Tensor, plan: RoundPlan) -> Tensor:
+    """Weighted mean of the steps' gradients as it goes up; exact for one step, linear for small gradients."""
+    config, steps = TrainingConfig(lr=plan.lr), steps_of(plan)
+    value, average = 1.0, 1.0  # of a weight of 1 that has no gradient
+    for step in range(1, steps + 1):
+        value *= 1 - plan.lr * config.weight_decay
+        average += (1 - ema_decay(config, step)) * (value - average)
+    moves = (update - weight * (average - 1)) / (-plan.lr * sum(responses(plan)))  # of g / (|g| + ε)
+    return EPSILON * moves / (1 - moves.abs()).clamp(min=1e-3) if steps == 1 else EPSILON * moves
+
+
+def responses(plan: RoundPlan) -> list[float]:
+    """What a gradient of ε in one step alone moves what goes up, in units of −lr, for each step; ε ≫ gradient."""
+    config, found = TrainingConfig(), []
+    for hit in range(1, steps_of(plan) + 1):
+        moment, moved, average = 0.0, 0.0, 0.0
+        for step in range(1, steps_of(plan) + 1):
+            moment = BETA * moment + (1 - BETA) * (step == hit)
+            moved += moment / (1 - BETA**step)
+            average += (1 - ema_decay(config, step)) * (moved - average)
+        found.append(average)
+    return found
+
+
+def steps_of(plan: RoundPlan) -> int:
+    """Steps of a training plan."""
+    return -(-plan.local_images // plan.batch_size)
+
+
+def draws(plan: RoundPlan, shape: tuple[int, ...], seen: int = 0) -> tuple[Tensor, Tensor]:
+    """Times (B,) and noise (B, …) of a step, where they follow from the plan alone."""
+    seed = derive_seed("local work", plan.seed, plan.federation, plan.round)
+    randomness = generator("step", seed, seen, 0)
+    if plan.model.class_names:
+        torch.rand(plan.batch_size, generator=randomness)  # which images see no class
+    process = forward_process(plan.model.diffusion)
+    times = process.times(torch.rand(plan.batch_size, generator=randomness))
+    return times, torch.randn((plan.batch_size, *shape), generator=randomness)
+
+
+def clean(noisy: Tensor, plan: RoundPlan, time: Tensor, noise: Tensor) -> Tensor:
+    """x_0 from x_t (N, P), with noise that is known, or zero."""
+    alpha, sigma = (part.float() for part in forward_process(plan.model.diffusion).level(time[None]))
+    return (noisy - sigma * noise) / alpha
+
+
+def early_ones(plan: RoundPlan, latest: int) -> list[tuple[int, int, Tensor]]:
+    """(images seen before its step, number in its batch, time) of each image that comes at `latest` or before."""
+    found = []
+    for seen in range(0, plan.local_images, plan.batch_size):
+        times, _ = draws(plan, (), seen)
+        found += [(seen, int(number), times[number]) for number in (times <= latest).nonzero()[:, 0]]
+    return found
+
+
+def early_seeds(plan: RoundPlan, latest: int) -> Iterator[int]:
+    """Seeds by whose times, if the plan alone decides on them, exactly one image of all steps is an early one."""
+    for seed in count(plan.seed):
+        if len(early_ones(plan.model_copy(update={"seed": seed}), latest)) == 1:
+            yield seed
+
+
+def noisy_patches(update: dict[str, Tensor], weights: dict[str, Tensor], plan: RoundPlan) -> Tensor:
+    """x_t (N, P) of the one image behind an update, from the gradients of position table and patch embedding.
+
+    The table's gradient is each token's own, δ_n (D,); that of the embedding is Σ_n δ_n x_nᵀ, (D, P): linear equations.
+    """
+    table, embedding = "position.table", "patch_embedding.weight"
+    tokens = plan.model.model.grid**2
+    own = summed_gradient(update[table], weights[table], plan)[-tokens:].double()  # (N, D)
+    joint = summed_gradient(update[embedding], weights[embedding], plan).double()  # (D, P)
+    return torch.linalg.lstsq(own.T, joint, driver="gelsd", rcond=1e-6).solution.float()
+
+
+def single_image(
+    coordinator: Coordinator, weights: dict[str, Tensor], loss_weight: dict[str, Any] | None = None
+) -> Iterator[Tensor]:
+    """Reconstructions (S, S, C) by an honest prior, of whose metadata only the loss weight is another."""
+    prior = coordinator.prior
+    changes = loss_weight if loss_weight is not None else {"loss_weight": "min-snr", "min_snr_gamma": TINY}
+    metadata = prior.model_copy(update={"diffusion": prior.diffusion.model_copy(update=changes)})
+    plan = coordinator.plan(model=metadata)
+    plan = plan.model_copy(update={"seed": next(early_seeds(plan, latest := prior.diffusion.timesteps // 50))})
+    update = coordinator.update(plan, weights)
+    if update:
+        noisy = noisy_patches(update, weights, plan)
+        ((seen, number, time),) = early_ones(plan, latest)
+        _, noise = draws(plan, tuple(noisy.shape), seen)
+        for guess in (noise[number], torch.zeros_like(noisy)):  # as it follows from the plan; nothing, where it does not
+            yield as_images(clean(noisy, plan, time, guess)[None], prior.model)[0]
