@@ -9,7 +9,7 @@ neither optimiser, loss, nor batch size in the result.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from maskdm.layers import patchify, timestep_embedding
 from maskdm.protocol import RoundPlan
 from maskdm.trainable import Trainable
 
-from .gradients import clean, draws, early_ones, early_seeds, responses, steps_of, summed_gradient
+from .gradients import cleaned, responses, seeds, steps_of, summed_gradient
 from .site import Coordinator, Images, as_images, fresh_weights
 
 LEVEL = 2.0  # of constant channels, in units of the images' range
@@ -89,6 +89,7 @@ def imprinting(config: ModelConfig, gates: Gates, timesteps: int, size: float) -
     """
     at, dim, tokens, hidden = Channels(config.patch_dim), config.dim, config.grid**2, int(config.dim * config.mlp_ratio)
     codes, code = at.code(tokens), _codes(tokens)
+    strict = 2.0 if (gates.latest or 0) < 4 else 16.0  # an early time may not open the door of another token
     assert codes[-1] < dim, f"a network of dim {dim} has no room for patches of {config.patch_dim}"
     weights = {name: torch.zeros_like(tensor) for name, tensor in fresh_weights(config).items()}
     for name, tensor in weights.items():
@@ -108,8 +109,8 @@ def imprinting(config: ModelConfig, gates: Gates, timesteps: int, size: float) -
     for number, (token, edge, pixel) in enumerate(units, start=hidden if gates.edges else 0):
         block, place = blocks_of(config)[number // hidden], number % hidden
         row = weights[f"{block}.mlp.fc1.weight"][place]
-        row[codes] = 2 * code[token]  # 0 in all where the token is the one, far below elsewhere
-        row[at.one] = -2.0 * len(codes)
+        row[codes] = strict * code[token]  # 0 in all where the token is the one, far below elsewhere
+        row[at.one] = -strict * len(codes)
         row[at.time] = -4.0
         if edge is not None:
             row[at.light], row[at.shut] = 16.0, -1.0
@@ -143,7 +144,7 @@ def _carry(weights: dict[str, Tensor], config: ModelConfig, gates: Gates, timest
     if gates.latest is not None:
         qkv[0, [at.one, at.zero]] = torch.tensor([6.0, -6.0])
         qkv[dim, [at.time, at.zero]] = torch.tensor([6.0, -6.0])
-        qkv[2 * dim] = early_detector(config, gates.latest, timesteps, weights["position.table"][0])
+        qkv[2 * dim] = early_detector(config, gates.latest, timesteps)
         proj[at.early, 0] = 1.0
     if gates.edges:
         weights["in_blocks.0.mlp.fc1.weight"][0, [at.early, at.zero]] = torch.tensor([-1.0, 1.0])
@@ -153,21 +154,36 @@ def _carry(weights: dict[str, Tensor], config: ModelConfig, gates: Gates, timest
         proj[at.light, head] = 4.0 / config.patch_dim
 
 
-def early_detector(config: ModelConfig, latest: int, timesteps: int, mark: Tensor) -> Tensor:
-    """(D,): over a time token after its norm, about LEVEL up to `latest` and −LEVEL after; by squared hinge loss.
+@lru_cache(maxsize=16)
+def early_detector(config: ModelConfig, latest: int, timesteps: int) -> Tensor:
+    """(D,): over a time token after its norm, at least LEVEL up to `latest` and at most −LEVEL after: a separating plane.
 
-    The step from one to the other is as sharp as the quickest of the sinusoids allows.
+    Raises:
+        ValueError: none was found.
     """
-    inputs = timestep_embedding(torch.arange(timesteps), config.dim) + mark  # (T, D)
+    inputs = timestep_embedding(torch.arange(timesteps), config.dim)  # (T, D)
+    inputs[:, Channels(config.patch_dim).time] += 4 * LEVEL  # as the position table marks it
     inputs = torch.nn.functional.layer_norm(inputs, (config.dim,)).double()
     sides = torch.where(torch.arange(timesteps) <= latest, 1.0, -1.0).double()  # (T,)
-    found = torch.zeros(config.dim, dtype=torch.float64)
-    ridge = 1e-7 * torch.eye(config.dim, dtype=torch.float64)
-    for _ in range(200):  # damped Newton steps; only what is not yet far enough from the border counts
-        near = sides * (inputs @ found) < 1
-        part = inputs[near]
-        found += 0.5 * (torch.linalg.solve(part.T @ part + ridge, part.T @ sides[near]) - found)
-    return (LEVEL * found).float()
+    left, values, right = torch.linalg.svd(inputs, full_matrices=False)
+    kept = values > 1e-4 * values[0]
+    directions, back = left[:, kept] * math.sqrt(timesteps), right[kept].T * math.sqrt(timesteps) / values[kept]
+    found = torch.zeros(directions.shape[1], dtype=torch.float64, requires_grad=True)
+    weight = torch.where(sides > 0, 1 / (latest + 1), 0.02)
+    search = torch.optim.LBFGS([found], max_iter=300, line_search_fn="strong_wolfe", history_size=50)
+    search.param_groups[0].update(tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def hinge() -> Tensor:
+        search.zero_grad()
+        loss = (weight * (1 - sides * (directions @ found)).clamp(min=0).square()).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    search.step(hinge)  # type: ignore[arg-type]
+    plane: Tensor = LEVEL * (back @ found.detach())
+    if (sides * (inputs @ plane)).min() < 0.8 * LEVEL:
+        raise ValueError(f"no plane separates times up to {latest} from the others")
+    return plane.float()
 
 
 def unit_gradient(update: dict[str, Tensor], weights: dict[str, Tensor], plan: RoundPlan, kind: str) -> Tensor:
@@ -201,7 +217,7 @@ def one_of_many(
     plan = coordinator.plan(lr=SLOW, train=train, adapter_rank=8 * config.dim, **coordinator.limits.plan(batch))
     weights = imprinting(config, gates, process.timesteps, size=small(plan))
     units = len(gates.units(config))
-    for seed in islice(early_seeds(plan, latest), questions):
+    for seed in seeds(coordinator, plan, latest, questions):
         plan = plan.model_copy(update={"seed": seed})
         update = coordinator.update(plan, weights)
         if update is None:
@@ -211,7 +227,7 @@ def one_of_many(
             yield from (as_images(guess[None], config)[0] for guess in targets(gradient, weights, plan, latest))
             continue
         gradient = unit_gradient(update, weights, plan, "weight")[:units]
-        yield from cleaned(seen_patches(gradient, config), plan, latest)
+        yield from cleaned(coordinator, seen_patches(gradient, config), plan, latest)
 
 
 def targets(gradient: Tensor, weights: dict[str, Tensor], plan: RoundPlan, latest: int) -> Iterator[Tensor]:
@@ -238,14 +254,6 @@ def targets(gradient: Tensor, weights: dict[str, Tensor], plan: RoundPlan, lates
 def small(plan: RoundPlan) -> float:
     """What brings units' gradients below the optimiser's epsilon; far below, where steps add up."""
     return plan.batch_size * (2e-9 if steps_of(plan) == 1 else 4e-11)
-
-
-def cleaned(noisy: Tensor, plan: RoundPlan, latest: int) -> Iterator[Tensor]:
-    """Without the noise that follows from the plan, and as it is, which is all where the site draws its own."""
-    for step, number, time in early_ones(plan, latest):
-        _, noise = draws(plan, tuple(noisy.shape), step)
-        yield as_images(clean(noisy, plan, time, noise[number])[None], plan.model.model)[0]
-    yield as_images(noisy[None], plan.model.model)[0]
 
 
 def by_brightness(

@@ -5,7 +5,7 @@ its epsilon: there a step is the gradient times lr / ε. Whoever chooses the los
 """
 
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from .site import Coordinator, as_images
 
 EPSILON = 1e-8  # of AdamW
 BETA = 0.9  # of its first moment, at a site
-TINY = 1e-7  # a loss weight that brings the gradients of an honest network below EPSILON
+TINY: dict[str, Any] = {"loss_weight": "min-snr", "min_snr_gamma": 1e-7}  # brings an honest network's gradients below that
+
+# The same within narrow bounds, for images that come early: 1/(1 + SNR)² times SNR or so is 1e-9 there.
+EARLY_TINY: dict[str, Any] = {"loss_weight": "p2", "p2_gamma": 2.0}
 
 
 def summed_gradient(update: Tensor, weight: Tensor, plan: RoundPlan) -> Tensor:
@@ -98,19 +101,29 @@ def noisy_patches(update: dict[str, Tensor], weights: dict[str, Tensor], plan: R
     return torch.linalg.lstsq(own.T, joint, driver="gelsd", rcond=1e-6).solution.float()
 
 
+def seeds(coordinator: Coordinator, plan: RoundPlan, latest: int, questions: int) -> Iterator[int]:
+    """For `questions` plans: those that bring one early image, or any, where the plan does not decide on the times."""
+    return islice(early_seeds(plan, latest) if coordinator.knows_draws else count(), questions)
+
+
+def cleaned(coordinator: Coordinator, noisy: Tensor, plan: RoundPlan, latest: int) -> Iterator[Tensor]:
+    """Images (S, S, C): without the noise that follows from the plan, and as it is, which is all where it does not."""
+    if coordinator.knows_draws:
+        for seen, number, time in early_ones(plan, latest):
+            _, noise = draws(plan, tuple(noisy.shape), seen)
+            yield as_images(clean(noisy, plan, time, noise[number])[None], plan.model.model)[0]
+    yield as_images(noisy[None], plan.model.model)[0]
+
+
 def single_image(
-    coordinator: Coordinator, weights: dict[str, Tensor], loss_weight: dict[str, Any] | None = None
+    coordinator: Coordinator, weights: dict[str, Tensor], loss_weight: dict[str, Any], questions: int = 1
 ) -> Iterator[Tensor]:
     """Reconstructions (S, S, C) by an honest prior, of whose metadata only the loss weight is another."""
     prior = coordinator.prior
-    changes = loss_weight if loss_weight is not None else {"loss_weight": "min-snr", "min_snr_gamma": TINY}
-    metadata = prior.model_copy(update={"diffusion": prior.diffusion.model_copy(update=changes)})
-    plan = coordinator.plan(model=metadata)
-    plan = plan.model_copy(update={"seed": next(early_seeds(plan, latest := prior.diffusion.timesteps // 50))})
-    update = coordinator.update(plan, weights)
-    if update:
-        noisy = noisy_patches(update, weights, plan)
-        ((seen, number, time),) = early_ones(plan, latest)
-        _, noise = draws(plan, tuple(noisy.shape), seen)
-        for guess in (noise[number], torch.zeros_like(noisy)):  # as it follows from the plan; nothing, where it does not
-            yield as_images(clean(noisy, plan, time, guess)[None], prior.model)[0]
+    metadata = prior.model_copy(update={"diffusion": prior.diffusion.model_copy(update=loss_weight)})
+    plan, latest = coordinator.plan(model=metadata), prior.diffusion.timesteps // 50
+    for seed in seeds(coordinator, plan, latest, questions):
+        plan = plan.model_copy(update={"seed": seed})
+        update = coordinator.update(plan, weights)
+        if update:
+            yield from cleaned(coordinator, noisy_patches(update, weights, plan), plan, latest)

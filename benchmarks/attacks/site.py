@@ -6,6 +6,7 @@ the site's policy lets through: `Limits` are the floors under every plan.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ Images = NDArray[np.uint8]  # (N, S, S, C)
 
 
 class Limits(NamedTuple):
-    """The least that a plan may ask for."""
+    """The least that a plan may ask for: of images in a batch and in an update, and of steps."""
 
     batch: int = 1
     images: int = 1
@@ -54,6 +55,12 @@ def make_site(folder: Path, images: Images, labels: Iterable[str] = (), **change
     settings = SiteSettings.model_validate(values | changes)
     (folder / "config.json").write_text(json.dumps({"site": settings.model_dump(mode="json")}))
     return folder
+
+
+def held_out_rows(folder: Path) -> list[int]:
+    """Which of its images a site holds out, once it was asked anything; for whoever judges an attack."""
+    names = json.loads((folder / "slice.json").read_text())["held_out"].values()
+    return [int(re.findall(r"\d+", name)[-1]) for name in names]
 
 
 def prior_of(model: ModelConfig, **diffusion: Any) -> CheckpointMetadata:
@@ -81,6 +88,7 @@ class Coordinator:
     prior: CheckpointMetadata
     limits: Limits = Limits()
     encoding: Encoding = "fp32"
+    knows_draws: bool = True  # rows, times and noise follow from the plan alone; else it does as if they did not
     questions: int = 0
     refusals: list[Outcome] = field(default_factory=list)
 
@@ -128,6 +136,12 @@ def psnr(found: Tensor, images: Images) -> Tensor:
     true = torch.from_numpy(images).float().reshape(len(images), *found.shape)
     error = (true - found).square().flatten(1).mean(dim=1)
     return (20 * math.log10(255) - 10 * error.clamp(min=1e-9).log10()).clamp(max=99)
+
+
+def no_leak(images: Images, public: Images) -> float:
+    """dB that come without asking anything: the best beside a site's images of their mean, or of public images."""
+    guesses = [torch.from_numpy(images).float().mean(dim=0), *torch.from_numpy(public).float()]
+    return best_psnr(guesses, images)
 
 
 def best_psnr(found: Iterable[Tensor], images: Images) -> float:
