@@ -14,16 +14,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from maskdm.config import ModelConfig
 from maskdm.checkpoint import model_from
+from maskdm.config import ModelConfig
 from maskdm.diffusion import to_model_range
 from maskdm.layers import patchify, timestep_embedding
 from maskdm.protocol import RoundPlan
 from maskdm.trainable import Trainable
 
-from .gradients import cleaned, responses, seeds, steps_of, summed_gradient
+from .gradients import cleaned, decay, responses, seeds, steps_of, summed_gradient
 from .site import Coordinator, Images, as_images, fresh_weights
 
+UNIT = "in_blocks.0.mlp.fc1.weight"
 LEVEL = 2.0  # of constant channels, in units of the images' range
 SHARP = 24.0  # how far a shut door is shut
 GAIN = 0.05  # of the head
@@ -45,10 +46,10 @@ class Channels:
         return range(first, first + max(1, math.ceil(math.log2(tokens))))
 
 
-# zero, blank: nothing. one, shown: constants. No unit reads `blank` and `shown`, whose weights are 0, which fp32 resolves
-# finely. time: marks the token of the time. early: whether the time is an early one. shut: how far it is from that, 0 if
-# it is. light: mean brightness. out: what the head reads.
-NAMES = ("zero", "blank", "one", "shown", "time", "early", "shut", "light", "out")
+# zero, blank, empty: nothing. one, shown: constants. No unit reads `blank`, `empty` and `shown`: their weights are 0,
+# which fp32 resolves finely. time: marks the token of the time. early: whether the time is an early one. shut: how far
+# it is from that, 0 if it is. light: mean brightness. out: what the head reads.
+NAMES = ("zero", "blank", "empty", "one", "shown", "time", "early", "shut", "light", "out")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def imprinting(config: ModelConfig, gates: Gates, timesteps: int, size: float) -
     weights = {name: torch.zeros_like(tensor) for name, tensor in fresh_weights(config).items()}
     for name, tensor in weights.items():
         if "norm" in name and name.endswith("weight"):
-            tensor.fill_(SHARP if "norm2" in name else 1.0)  # rather than in the units: what is small there is seen well
+            tensor.fill_(
+                SHARP if "norm2" in name else 1.0
+            )  # rather than in the units: what is small there is seen well
     if not gates.pixels:  # else the channels are the units' own, and nothing depends on the noise
         weights["patch_embedding.weight"][: config.patch_dim] = torch.eye(config.patch_dim)
     table = weights["position.table"]  # [time, patches]
@@ -125,7 +128,9 @@ def imprinting(config: ModelConfig, gates: Gates, timesteps: int, size: float) -
         weights["head.weight"][:, : config.patch_dim] = GAIN * torch.eye(config.patch_dim)
     else:
         weights["head.weight"][:, at.out] = GAIN
-    weights["head.bias"].fill_(0.5 if gates.pixels else 2.0)  # the latter: what differs between images is small beside it
+    weights["head.bias"].fill_(
+        0.5 if gates.pixels else 2.0
+    )  # the latter: what differs between images is small beside it
     if gates.pixels:
         weights["norm.weight"].fill_(0.1)  # keeps the whole gradient below the norm at which sites clip
     return weights
@@ -156,7 +161,7 @@ def _carry(weights: dict[str, Tensor], config: ModelConfig, gates: Gates, timest
 
 @lru_cache(maxsize=16)
 def early_detector(config: ModelConfig, latest: int, timesteps: int) -> Tensor:
-    """(D,): over a time token after its norm, at least LEVEL up to `latest` and at most −LEVEL after: a separating plane.
+    """A plane (D,) that tells times up to `latest`, on a time token after its norm: LEVEL or more, else −LEVEL or less.
 
     Raises:
         ValueError: none was found.
@@ -175,11 +180,11 @@ def early_detector(config: ModelConfig, latest: int, timesteps: int) -> Tensor:
 
     def hinge() -> Tensor:
         search.zero_grad()
-        loss = (weight * (1 - sides * (directions @ found)).clamp(min=0).square()).sum()
+        loss: Tensor = (weight * (1 - sides * (directions @ found)).clamp(min=0).square()).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    search.step(hinge)  # type: ignore[arg-type]
+    search.step(hinge)  # type: ignore[no-untyped-call]
     plane: Tensor = LEVEL * (back @ found.detach())
     if (sides * (inputs @ plane)).min() < 0.8 * LEVEL:
         raise ValueError(f"no plane separates times up to {latest} from the others")
@@ -230,6 +235,51 @@ def one_of_many(
         yield from cleaned(coordinator, seen_patches(gradient, config), plan, latest)
 
 
+def after_priming(coordinator: Coordinator, batch: int, latest: int, questions: int = 1) -> Iterator[Tensor]:
+    """As `one_of_many`, by gradients far above the optimiser's epsilon: `keep_moments` lets them through.
+
+    A first question, in which every unit's gradient is large and as large for each of its weights, leaves moments of
+    that size at the site. In the second, steps are gradients divided by that size. What is left of the first moment is
+    ± the same for all weights of a unit, and is taken off by two channels that differ in nothing else.
+    """
+    prior = coordinator.prior
+    config, at = prior.model, Channels(prior.model.patch_dim)
+    units = len(Gates(latest).units(config))
+    usual = coordinator.plan(lr=SLOW, keep_moments=True, rounds=2 * questions, **coordinator.limits.plan(batch))
+    for pair in range(questions):
+        second = usual.model_copy(update={"round": 2 * pair + 2})
+        second = second.model_copy(update={"seed": next(seeds(coordinator, second, latest, 1))})
+        if coordinator.update(second.model_copy(update={"round": 2 * pair + 1}), priming(config)) is None:
+            continue
+        # The gradient of one image, beside that of all of a batch in the first question.
+        weights = imprinting(config, Gates(latest), prior.diffusion.timesteps, size=0.1)
+        update = coordinator.update(second, weights)
+        if update is None:
+            continue
+        moved = update[UNIT][:units] - decay(second) * weights[UNIT][:units]
+        left = (moved[:, at.blank] - moved[:, at.empty]) / 2 * signs(config)[at.blank]
+        gradient = moved - left[:, None] * signs(config)
+        yield from cleaned(coordinator, seen_patches(gradient, config), second, latest)
+
+
+def priming(config: ModelConfig) -> dict[str, Tensor]:
+    """Weights of which all units are open, and see ±1 in each channel, whatever the image."""
+    weights = imprinting(config, Gates(), 2, size=0.1)
+    weights["patch_embedding.weight"].zero_()
+    weights["position.table"][-(config.grid**2) :] = LEVEL * signs(config)
+    weights[UNIT].zero_()
+    weights[UNIT.replace("weight", "bias")].fill_(SHARP)
+    return weights
+
+
+def signs(config: ModelConfig) -> Tensor:
+    """±1 for each channel, (D,), as many of each; other for `blank` than for `empty`."""
+    found, at = torch.ones(config.dim), Channels(config.patch_dim)
+    found[1::2] = -1
+    assert found[at.blank] != found[at.empty]
+    return found
+
+
 def targets(gradient: Tensor, weights: dict[str, Tensor], plan: RoundPlan, latest: int) -> Iterator[Tensor]:
     """x_0 (N, P) from the gradients of the biases (N, P), which are linear in it: the attacker takes them on black and
     on single bright pixels, with weights of its own. One guess for each time and step at which the image may have come.
@@ -259,7 +309,7 @@ def small(plan: RoundPlan) -> float:
 def by_brightness(
     coordinator: Coordinator, batch: int, latest: int, public: Images, train: Trainable = "all"
 ) -> Iterator[Tensor]:
-    """Reconstructions of the images of a batch, each alone between two edges of brightness if there are edges enough."""
+    """Reconstructions of the images of a batch, each alone between two edges of brightness, where these suffice."""
     prior = coordinator.prior
     config, process = prior.model, prior.diffusion
     room = Gates(edges=[0.0]).room(config) // config.grid**2
@@ -284,9 +334,7 @@ def by_brightness(
             yield as_images(patches[None], config)[0]
 
 
-def carried_light(
-    config: ModelConfig, public: Images, edges: list[float], latest: int, timesteps: int
-) -> list[float]:
+def carried_light(config: ModelConfig, public: Images, edges: list[float], latest: int, timesteps: int) -> list[float]:
     """What the channel `light` holds for images as bright as `edges`: a straight line through public images."""
     weights = imprinting(config, Gates(latest, edges=[0.0]), timesteps, 0.0)
     network, at, held = model_from(weights, config), Channels(config.patch_dim), []

@@ -21,7 +21,10 @@ from .site import Coordinator, as_images
 
 EPSILON = 1e-8  # of AdamW
 BETA = 0.9  # of its first moment, at a site
-TINY: dict[str, Any] = {"loss_weight": "min-snr", "min_snr_gamma": 1e-7}  # brings an honest network's gradients below that
+TINY: dict[str, Any] = {
+    "loss_weight": "min-snr",
+    "min_snr_gamma": 1e-7,
+}  # brings an honest network's gradients below that
 
 # The same within narrow bounds, for images that come early: 1/(1 + SNR)² times SNR or so is 1e-9 there.
 EARLY_TINY: dict[str, Any] = {"loss_weight": "p2", "p2_gamma": 2.0}
@@ -29,13 +32,17 @@ EARLY_TINY: dict[str, Any] = {"loss_weight": "p2", "p2_gamma": 2.0}
 
 def summed_gradient(update: Tensor, weight: Tensor, plan: RoundPlan) -> Tensor:
     """Weighted mean of the steps' gradients as it goes up; exact for one step, linear for small gradients."""
-    config, steps = TrainingConfig(lr=plan.lr), steps_of(plan)
-    value, average = 1.0, 1.0  # of a weight of 1 that has no gradient
-    for step in range(1, steps + 1):
+    moves = (update - weight * decay(plan)) / (-plan.lr * sum(responses(plan)))  # of g / (|g| + ε)
+    return EPSILON * moves / (1 - moves.abs()).clamp(min=1e-3) if steps_of(plan) == 1 else EPSILON * moves
+
+
+def decay(plan: RoundPlan) -> float:
+    """What goes up of a weight of 1 that has no gradient: what weight decay takes, averaged over the last steps."""
+    config, value, average = TrainingConfig(), 1.0, 1.0
+    for step in range(1, steps_of(plan) + 1):
         value *= 1 - plan.lr * config.weight_decay
         average += (1 - ema_decay(config, step)) * (value - average)
-    moves = (update - weight * (average - 1)) / (-plan.lr * sum(responses(plan)))  # of g / (|g| + ε)
-    return EPSILON * moves / (1 - moves.abs()).clamp(min=1e-3) if steps == 1 else EPSILON * moves
+    return average - 1
 
 
 def responses(plan: RoundPlan) -> list[float]:
@@ -98,7 +105,8 @@ def noisy_patches(update: dict[str, Tensor], weights: dict[str, Tensor], plan: R
     tokens = plan.model.model.grid**2
     own = summed_gradient(update[table], weights[table], plan)[-tokens:].double()  # (N, D)
     joint = summed_gradient(update[embedding], weights[embedding], plan).double()  # (D, P)
-    return torch.linalg.lstsq(own.T, joint, driver="gelsd", rcond=1e-6).solution.float()
+    solution: Tensor = torch.linalg.lstsq(own.T, joint, driver="gelsd", rcond=1e-6).solution
+    return solution.float()
 
 
 def seeds(coordinator: Coordinator, plan: RoundPlan, latest: int, questions: int) -> Iterator[int]:

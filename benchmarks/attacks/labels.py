@@ -50,4 +50,3 @@ def by_update(coordinator: Coordinator, guesses: Sequence[str]) -> set[str]:
     gradient = summed_gradient(update[name], weights[name], plan)[:-1]
     moved = gradient.abs().median(dim=1).values > 0.1 * EPSILON
     return {guess for guess, has in zip(guesses, moved.tolist(), strict=True) if has}
-

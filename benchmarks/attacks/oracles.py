@@ -73,7 +73,7 @@ def _solved(answers: list[Tensor], losses: list[float], patterns: Sequence[Tenso
     system = torch.cat([2 * differences @ basis.T, (loss[1:] - loss[0])[:, None]], dim=1)
     known = flat[1:].square().sum(1) - flat[0].square().sum()
     scale = system.abs().amax(dim=0).clamp(min=1e-300)
-    solution = torch.linalg.lstsq(system / scale, known[:, None], driver="gelsd").solution[:, 0] / scale
+    solution: Tensor = torch.linalg.lstsq(system / scale, known[:, None], driver="gelsd").solution[:, 0] / scale
     return (solution[:-1] @ basis).float().view(patterns[0].shape)
 
 
@@ -95,7 +95,7 @@ def coarse(config: ModelConfig, number: int) -> list[Tensor]:
 def brightest_held_out(coordinator: Coordinator, public: Images, latest: int, questions: int) -> float:
     """Mean brightness (0 … 255) of the brightest image that is held out, from outcome codes alone: each halves a range.
 
-    The answer grows beyond all bounds where an image is brighter than an edge, and the code says that training diverged.
+    The answer grows beyond all bounds where an image is brighter than an edge, and the code tells that it diverged.
     """
     config, timesteps = coordinator.prior.model, coordinator.prior.diffusion.timesteps
     at, low, high = Channels(config.patch_dim), 0.0, 255.0

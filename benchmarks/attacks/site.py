@@ -45,6 +45,9 @@ class Limits(NamedTuple):
         return {"batch_size": size, "local_images": size * max(self.steps, -(-self.images // size))}
 
 
+NO_FLOORS = Limits()
+
+
 def make_site(folder: Path, images: Images, labels: Iterable[str] = (), **changes: Any) -> Path:
     """The folder of a site, as `maskdm-client` leaves it, that uses all its images; keywords change its settings."""
     folder.mkdir(parents=True)
@@ -86,7 +89,7 @@ class Coordinator:
 
     folder: Path
     prior: CheckpointMetadata
-    limits: Limits = Limits()
+    limits: Limits = NO_FLOORS
     encoding: Encoding = "fp32"
     knows_draws: bool = True  # rows, times and noise follow from the plan alone; else it does as if they did not
     questions: int = 0
@@ -115,8 +118,9 @@ class Coordinator:
     def update(self, plan: RoundPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The update that a training plan gives, decoded; None where it was refused."""
         parcel = self.ask(plan, weights)
-        shapes = plan.shapes()
-        return parcel and {name: decode(parcel.arrays, name, shape, plan.encoding) for name, shape in shapes.items()}
+        if parcel is None:
+            return None
+        return {name: decode(parcel.arrays, name, shape, plan.encoding) for name, shape in plan.shapes().items()}
 
     def loss(self, weights: Mapping[str, Tensor], model: CheckpointMetadata | None = None, **changes: Any) -> float:
         """The loss that a site says a model has on what it holds out; NaN where none left."""

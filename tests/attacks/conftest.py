@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from benchmarks.attacks.site import Coordinator, Images, Limits, make_site, no_leak, prior_of
+
 from maskdm.config import ModelConfig
 from maskdm.policy import SitePolicy
 from maskdm_server.faces import draw_faces

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-
 from benchmarks.attacks import gates, gradients, labels, oracles
 from benchmarks.attacks.site import Images, best_psnr, fresh_weights
 

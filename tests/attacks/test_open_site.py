@@ -4,7 +4,6 @@ tests of a defended site say would mean anything."""
 from typing import Any
 
 import pytest
-
 from benchmarks.attacks import gates, gradients, labels, oracles
 from benchmarks.attacks.site import Images, Limits, best_psnr, fresh_weights, held_out_rows
 
