@@ -1,0 +1,57 @@
+"""Sites to attack, one open to all plans and one with the default policy, and what comes without asking."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.attacks.site import Coordinator, Images, Limits, make_site, no_leak, prior_of
+
+from maskdm.config import ModelConfig
+from maskdm.policy import SitePolicy
+from maskdm_server.faces import draw_faces
+
+SMALL = ModelConfig(image_size=16, channels=3, patch_size=4, dim=64, depth=2, heads=2)
+# Keys of a policy that floors every plan, and values under which it floors none.
+OPEN = {"min_batch": 1, "min_images_per_update": 1, "min_steps": 1, "min_held_out": 1}
+Make = Callable[..., Coordinator]
+
+
+@pytest.fixture(scope="session")
+def images() -> Images:
+    return draw_faces(240, "clinic", size=16, seed=5)
+
+
+@pytest.fixture(scope="session")
+def public() -> Images:
+    """What an attacker has anyway."""
+    return draw_faces(600, "public", size=16, seed=7)
+
+
+@pytest.fixture(scope="session")
+def free(images: Images, public: Images) -> float:
+    """dB that come without asking anything."""
+    return no_leak(images, public)
+
+
+@pytest.fixture
+def attacker(tmp_path: Path, images: Images) -> Make:
+    """Of a site with a policy that lets every plan in; keywords change the attacker."""
+
+    def make(labels: list[str] | None = None, **changes: Any) -> Coordinator:
+        policy = SitePolicy.model_validate({k: v for k, v in OPEN.items() if k in SitePolicy.model_fields})
+        folder = make_site(tmp_path / "site", images, labels or (), policy=policy)
+        return Coordinator(folder, prior_of(SMALL), **changes)
+
+    return make
+
+
+@pytest.fixture
+def outsider(tmp_path: Path, images: Images) -> Make:
+    """Of a site with the default policy, whose draws it does not know, with plans as short as that lets in."""
+
+    def make(labels: list[str] | None = None, **changes: Any) -> Coordinator:
+        folder = make_site(tmp_path / "site", images, labels or ())
+        return Coordinator(folder, prior_of(SMALL), Limits(16, 64, 8), knows_draws=False, **changes)
+
+    return make
