@@ -60,7 +60,8 @@ def is_prior(packed: Document, plan: RoundPlan) -> bool | None:
     """Whether weights that came, whole, are the very file that the terms name; None where they need not be."""
     if plan.round > 1 or plan.action != "train" or plan.model.prior_sha256 is None:
         return None
-    return hashlib.sha256(packed).hexdigest()  # type: ignore[arg-type]  # a buffer, whatever it is == plan.model.prior_sha256
+    digest = hashlib.sha256(packed).hexdigest()  # type: ignore[arg-type]
+    return digest == plan.model.prior_sha256
 
 
 def first_weights(work: Path, plan: RoundPlan) -> Arrays:
