@@ -25,7 +25,7 @@ from maskdm.runfolder import append_line, atomic_write, read_lines, write_json
 from maskdm.tensorfile import chunks, fp32
 from maskdm.trainable import expected_shapes
 from maskdm_server.aggregation import Aggregate, HeldUpdates, StreamingMean, check_reply, overall_loss
-from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange
+from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange, new_exchange
 from maskdm_server.federation import FederationConfig, changes_size, update_size
 from maskdm_server.intake import Intake
 from maskdm_server.journal import Journal, Known
@@ -333,7 +333,7 @@ class Rounds:
         return RoundPlan.model_validate(
             {
                 **{name: getattr(config, name) for name in shared},
-                "exchange": time.time_ns(),
+                "exchange": new_exchange(),
                 "action": action,
                 "round": number,
                 "model": self.journal.metadata,
