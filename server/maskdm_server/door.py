@@ -58,8 +58,6 @@ REFUSAL_SECONDS = 1.0
 # for a lock, and Debian's, which overwrite what is deleted, 100 million weights end in "database is locked".
 FIRST = (("page_size", "65536"),)  # counts only before any other
 THEN = (("busy_timeout", "120000"), ("synchronous", "OFF"), ("secure_delete", "OFF"), ("cache_size", "-2000"))
-# As Flower says it, which its SuperNode repeats before it ends.
-OLD_CLIENT = {"code": 1001, "detail": "this server wants signed requests: install its version of maskdm-client"}
 
 Send = Callable[[Message], Awaitable[None]]
 
@@ -109,7 +107,7 @@ class Door:
         try:
             await (self._private if scope["server"][1] == self._private_port else self._public)(scope, receive, send)
         except Refused as refused:
-            await _answer(send, refused.status)
+            await _answer(send, refused)
             if self._refusals:
                 self._refusals.count(str(refused.status))
         if self._refusals:
@@ -256,11 +254,11 @@ class Traffic:
         return [int(line["site"]) for line in self._refused.new()]
 
 
-async def _answer(send: Send, status: int) -> None:
+async def _answer(send: Send, refused: Refused) -> None:
     """Refuse, and end the connection: of what else comes on it nothing is read."""
-    body = json.dumps(OLD_CLIENT).encode() if status == 426 else b""
+    body = json.dumps(refused.said).encode() if refused.said else b""
     headers = [(b"connection", b"close"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -28,12 +28,17 @@ KEY, TIMESTAMP = b"flwr-public-key", b"flwr-timestamp"
 OLDEST_SECONDS, SKEW_SECONDS = 300.0, 5.0
 
 
-class Refused(Exception):
-    """A request that is not passed on, and the HTTP status that says why."""
+# As Flower says that a node is unknown, and that a version does not fit: its SuperNode repeats the latter and ends.
+UNKNOWN = {"code": 2004, "detail": "this server does not let this key in"}
+OLD_CLIENT = {"code": 1001, "detail": "this server wants signed requests: install its version of maskdm-client"}
 
-    def __init__(self, status: int) -> None:
+
+class Refused(Exception):
+    """A request that is not passed on, the HTTP status that says why, and what else is said."""
+
+    def __init__(self, status: int, said: Mapping[str, Any] | None = None) -> None:
         super().__init__(status)
-        self.status = status
+        self.status, self.said = status, said
 
 
 class Signed(NamedTuple):
@@ -63,15 +68,17 @@ class Keys:
             raise Refused(503)
         try:
             key = b64decode(headers[KEY], validate=True)
-            node = self._nodes[key]
             timestamp = headers[TIMESTAMP].decode("ascii")
             age = (datetime.now(UTC) - datetime.fromisoformat(timestamp)).total_seconds()
         except (KeyError, ValueError, TypeError, binascii.Error):  # a time without a zone among them
             raise Refused(401) from None
         if not -SKEW_SECONDS < age < OLDEST_SECONDS + SKEW_SECONDS:
             raise Refused(401)
+        node = self._nodes.get(key)
+        if node is None:
+            raise Refused(401, UNKNOWN)
         if SIGNATURE.encode() not in headers:
-            raise Refused(426)
+            raise Refused(426, OLD_CLIENT)
         try:
             digest = headers[DIGEST.encode()].decode("ascii")
             signature = b64decode(headers[SIGNATURE.encode()], validate=True)

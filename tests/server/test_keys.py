@@ -13,6 +13,7 @@ import httpx
 import pytest
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
 from flwr.supercore.runtime_version_compatibility import get_runtime_version_incompatibility_exit_message
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
@@ -21,8 +22,8 @@ from maskdm.signing import DIGEST, SIGNATURE
 from maskdm_client import signatures
 from maskdm_client.signatures import SignedRequests
 from maskdm_server import keys as under_test
-from maskdm_server.door import CHUNK, OLD_CLIENT
-from maskdm_server.keys import KEYS, Keys, Refused, Signed
+from maskdm_server.door import CHUNK
+from maskdm_server.keys import KEYS, OLD_CLIENT, UNKNOWN, Keys, Refused, Signed
 
 from .test_door import MESSAGES, PUSH, Knocking, pushed
 
@@ -110,6 +111,12 @@ def test_who_is_not_known_to_have_signed_this_is_refused_unread(
     body = pushed(5, 10)
     assert door.send(PUSH, [body], headers=change(client.headers(PUSH, body))) == status
     assert (door.app.scopes, door.pulled) == ([], 0)
+
+
+def test_who_is_not_on_the_list_is_told_so_as_flower_does_it(door: Knocking) -> None:
+    assert door.send(PUSH, [b""], headers=Client().headers(PUSH, b"")) == 401
+    assert json.loads(door.said) == UNKNOWN
+    assert UNKNOWN["code"] == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 
 
 def test_a_signature_is_for_one_path_and_one_body(door: Knocking, client: Client) -> None:
