@@ -2,8 +2,8 @@
 
     python benchmarks/door.py --json benchmarks/results/door.json
 
-The same rounds of two clients with kits, quiet and while `door_fuzz.py` runs all the time: seconds a round (the median),
-their ratio, and the most memory that the SuperLink had. The attacker shares the machine, at a lower priority.
+The same rounds of two clients with kits, quiet and while `door_fuzz.py` runs all the time: seconds a round (the median
+of all), their ratio, and the most memory that the SuperLink had. The attacker shares the machine, at a lower priority.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from faults import ENVIRONMENT, LOCAL_IMAGES, prepare
+from faults import ENVIRONMENT, LOCAL_IMAGES, prepare  # type: ignore[import-not-found]  # beside this file
 
 from maskdm.policy import TEMPLATE
 from maskdm.processes import free_port, script

@@ -90,6 +90,13 @@ class Attacker:
         self.count(f"{name if name in CALLS else 'other'} {'signed' if headers is None else 'unsigned'}: {answer}"[:60])
         return answer.content
 
+    def insist(self, name: str, request: Any) -> bytes:
+        """Send a signed request until it is answered; the flood takes most connections of this address."""
+        while self.goes_on():
+            with suppress(httpx.TransportError):
+                return self.post(name, bytes(request.SerializeToString()))
+        return b""
+
 
 def malformed(attacker: Attacker, randomness: random.Random) -> None:
     """HTTP that is none, and nearly is."""
@@ -185,18 +192,13 @@ def garbage(attacker: Attacker, randomness: random.Random) -> None:
 
 def site(attacker: Attacker, randomness: random.Random) -> None:
     """Join; answer each question with its own objects, whose parts are others, and have them deleted first."""
-    body = bytes(ActivateNodeRequest(public_key=attacker.pem, heartbeat_interval=600).SerializeToString())
-    node = Node()
+    joined = attacker.insist("activate-node", ActivateNodeRequest(public_key=attacker.pem, heartbeat_interval=600))
+    node = Node(node_id=ActivateNodeResponse.FromString(joined).node_id)
     while attacker.goes_on():
-        try:
-            if not node.node_id:
-                node = Node(node_id=ActivateNodeResponse.FromString(attacker.post("activate-node", body)).node_id)
-            answer = attacker.post("pull-messages", bytes(PullMessagesRequest(node=node).SerializeToString()))
-            for _, tree in questions(answer):
-                attacker.count("question")
-                answer_harm(attacker, answer, node, list(names_in(tree)))
-        except (httpx.HTTPError, DecodeError):  # the flood takes all connections of this address
-            attacker.count("no room for the hostile site itself")
+        answer = attacker.insist("pull-messages", PullMessagesRequest(node=node))
+        for _, tree in questions(answer):
+            attacker.count("question")
+            answer_harm(attacker, answer, node, list(names_in(tree)))
         time.sleep(0.5)
 
 
@@ -220,10 +222,10 @@ def answer_harm(attacker: Attacker, answer: bytes, node: Any, names: list[str]) 
     asked = message_from_proto(head)
     TaskIdentity.node_id, TaskIdentity.task_id, TaskIdentity.run_id = node.node_id, 1, asked.metadata.run_id
     for name in names:
-        request = ConfirmMessageReceivedRequest(node=node, run_id=asked.metadata.run_id, message_object_id=name)
-        attacker.post("confirm-message-received", bytes(request.SerializeToString()))
-        wanted = PullObjectRequest(node=node, run_id=asked.metadata.run_id, object_id=name)
-        attacker.post("pull-object", bytes(wanted.SerializeToString()))
+        run = asked.metadata.run_id
+        attacker.insist("pull-object", PullObjectRequest(node=node, run_id=run, object_id=name))
+        confirmed = ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=name)
+        attacker.insist("confirm-message-received", confirmed)
     asked.metadata.__dict__["_message_id"] = head.metadata.message_id
     reply = Message(RecordDict({"report": MetricRecord({"outcome": 0})}), reply_to=asked)
     reply.metadata.__dict__["_message_id"] = reply.object_id
@@ -239,7 +241,7 @@ def answer_harm(attacker: Attacker, answer: bytes, node: Any, names: list[str]) 
             message_object_trees=[tree],
             clientapp_runtime_list=[float("nan")],
         )
-        attacker.post("push-messages", bytes(pushed.SerializeToString()))
+        attacker.insist("push-messages", pushed)
 
 
 def names_in(tree: Any) -> Iterator[str]:
