@@ -51,12 +51,13 @@ from maskdm.errors import MaskDMError
 from maskdm.parcel import Parcel
 from maskdm.runfolder import append_line
 from maskdm.tensorfile import Stored, unpack
-from maskdm_server.door import CHUNK, Traffic
+from maskdm_server.door import CHUNK
 from maskdm_server.federation import FederationConfig, largest_update
 from maskdm_server.link import Question, Reply
 from maskdm_server.roster import Named
 from maskdm_server.rounds import run_federation
 from maskdm_server.signs import alive
+from maskdm_server.traffic import Traffic
 
 PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document
 AT_ONCE = 2  # objects whose bytes are in memory while they are sent

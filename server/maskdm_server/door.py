@@ -13,20 +13,18 @@ loopback, where who submits runs must show a secret.
 
 import asyncio
 import json
-import math
 import secrets
 import sys
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from maskdm.runfolder import LineReader, append_line
 from maskdm_server.bodies import Message, Receive, read_body
 from maskdm_server.keys import KEYS, Keys, Refused
 from maskdm_server.questions import Questions
+from maskdm_server.traffic import Tally
 from maskdm_server.trees import TREES, Malformed, TooMany, objects, parts
 
 CHUNK = 5 * 2**20  # Flower's own for arrays
@@ -39,7 +37,6 @@ BESIDE_CONTENT = 2**12  # bytes of a request that carries an object, besides tha
 MOST_HEADERS = 64
 LARGE, LARGE_AT_ONCE = 2**18, 8  # bytes; so many larger requests are in memory
 LEAST_CARRIED = 2**14  # smaller ones are questions, plans and news, which are no progress
-WRITE_SECONDS = 1.0
 FLEET, CONTROL, HEALTH = "/v1/fleet/", "/v1/control/", "/health"
 ASK = "/v1/runtime/push-messages"
 # What a SuperNode asks for; only one without a key registers itself.
@@ -51,9 +48,6 @@ CALLS_WITHOUT_KEYS = ("register-node", "unregister-node")
 NODE, CONTENT = 1, 4  # fields of Flower's requests
 LARGEST_NODE = 32  # bytes
 SECRET = "secret"  # file that only this user can read
-# What a stranger can make us remember or write: nodes that carried something, and refusals a second.
-MOST_NODES = 10_000
-REFUSAL_SECONDS = 1.0
 # Of Flower's database, which lives as long as the server and holds whole models: with Flower's settings, which wait 5 s
 # for a lock, and Debian's, which overwrite what is deleted, 100 million weights end in "database is locked".
 FIRST = (("page_size", "65536"),)  # counts only before any other
@@ -82,10 +76,9 @@ class Door:
             limits: of connections, which are told who signed on them.
             refusals: counts them.
         """
-        self._app, self._folder, self._traffic = app, folder, folder / "traffic.json"
+        self._app, self._folder, self._tally = app, folder, Tally(folder)
         self._private_port, self._keys, self._limits, self._refusals = private_port, keys, limits, refusals
         self._secret = b"Bearer " + (folder / SECRET).read_bytes()
-        self._refused = folder / "refused.jsonl"
         self._most_objects = -(-largest_update // CHUNK) + OTHER_OBJECTS
         self._largest = dict.fromkeys(CALLS if keys else (*CALLS, *CALLS_WITHOUT_KEYS), LARGEST_SMALL) | {
             "push-messages": LARGEST_NAMES + OBJECT_BYTES * self._most_objects,
@@ -93,8 +86,6 @@ class Door:
         }
         self._questions = Questions(folder)
         self._room = asyncio.Semaphore(LARGE_AT_ONCE)
-        self._carried: dict[int, int] = {}  # by node, the one that carried last at the end
-        self._written = self._told = -math.inf
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass a request on, once all of it is there and nothing is wrong with it."""
@@ -155,13 +146,15 @@ class Door:
         if path.startswith(FLEET) or (path.startswith(CONTROL) and not secrets.compare_digest(given, self._secret)):
             raise Refused(404)
         body = await read_body(receive, LARGEST_REQUEST, self._folder)
-        if path == ASK:
-            with suppress(Malformed, TooMany):  # the SuperLink says so itself
-                self._questions.remember(objects(body, LARGEST_REQUEST))
-        await self._pass(scope, receive, send, body, None)
+        if await self._pass(scope, receive, send, body, None) and path == ASK:  # and not from anybody on this machine
+            self._questions.remember(objects(body, LARGEST_REQUEST))
 
-    async def _pass(self, scope: Message, receive: Receive, send: Send, body: bytes, node: int | None) -> None:
-        """Have the SuperLink answer a request that is whole, and count what a node carried with it."""
+    async def _pass(self, scope: Message, receive: Receive, send: Send, body: bytes, node: int | None) -> bool:
+        """Have the SuperLink answer a request that is whole, and count what a node carried with it.
+
+        Returns:
+            Whether the SuperLink did what it was asked.
+        """
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def again() -> Message:
@@ -179,14 +172,15 @@ class Door:
                 return
             carried += len(message.get("body", b""))
             if node is not None and let_in and not message.get("more_body") and carried >= LEAST_CARRIED:
-                self._count(node, carried)
+                self._tally.count(node, carried)
 
         await self._app(scope, again, sent)
+        return let_in
 
     def _check_size(self, name: str, node: int | None) -> None:
         """Refuse what says that it is too large."""
         if name == "push-messages" and node is not None:
-            self._refuse(node)
+            self._tally.refuse(node)
         raise Refused(413)
 
     def _look_at(self, name: str, body: bytes, node: int | None) -> int | None:
@@ -211,47 +205,9 @@ class Door:
             raise Refused(400) from None
         except TooMany:
             if node is not None:
-                self._refuse(node)
+                self._tally.refuse(node)
             raise Refused(413) from None
         return node
-
-    def _refuse(self, node: int) -> None:
-        """Tell the process that runs the rounds, now and then."""
-        now = time.monotonic()
-        if now - self._told >= REFUSAL_SECONDS:
-            self._told = now
-            with suppress(OSError):  # a full disk: it is refused all the same
-                append_line(self._refused, {"time": time.time(), "site": node})
-
-    def _count(self, node: int, size: int) -> None:
-        self._carried[node] = self._carried.pop(node, 0) + size
-        if len(self._carried) > MOST_NODES:
-            del self._carried[next(iter(self._carried))]
-        if time.monotonic() - self._written > WRITE_SECONDS:
-            self._written = time.monotonic()
-            temporary = self._traffic.with_suffix(".tmp")
-            with suppress(OSError):  # a full disk: whoever watches sees no progress for a while
-                temporary.write_text(json.dumps(self._carried))
-                temporary.replace(self._traffic)
-
-
-class Traffic:
-    """What the door wrote down, read by the process that runs the rounds."""
-
-    def __init__(self, federation: Path) -> None:
-        folder = federation / ".flwr"
-        self._path, self._refused = folder / "traffic.json", LineReader(folder / "refused.jsonl")
-
-    def carried(self) -> Mapping[int, int]:
-        """Bytes carried for each node."""
-        try:
-            return {int(node): int(size) for node, size in json.loads(self._path.read_text()).items()}
-        except (OSError, ValueError):
-            return {}
-
-    def refused(self) -> list[int]:
-        """Nodes whose replies were refused since the last call."""
-        return [int(line["site"]) for line in self._refused.new()]
 
 
 async def _answer(send: Send, refused: Refused) -> None:
