@@ -25,12 +25,12 @@ from maskdm.processes import free_port, script
 from maskdm.runfolder import read_lines, write_json
 from maskdm_server.provision import provision
 
-ROUNDS, SITES = 6, ("a", "b")
+SITES = ("a", "b")
 FUZZ = Path(__file__).with_name("door_fuzz.py")
 LONGEST = 3600.0
 
 
-def federate(folder: Path, prior: Path, data: list[Path], seed: int | None) -> dict[str, Any]:
+def federate(folder: Path, prior: Path, data: list[Path], rounds: int, seed: int | None) -> dict[str, Any]:
     """Run all rounds; with a seed, under attack."""
     folder.mkdir()
     port = free_port()
@@ -45,7 +45,7 @@ def federate(folder: Path, prior: Path, data: list[Path], seed: int | None) -> d
         "--host",
         "127.0.0.1",
         "--rounds",
-        str(ROUNDS),
+        str(rounds),
     ]
     started = [
         start(folder, "maskdm-server", "serve", *serve, "--min-replies", "2", "--local-images", str(LOCAL_IMAGES))
@@ -105,14 +105,15 @@ def resident(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="door-") as name:
         folder = Path(name)
         prior, data = prepare(folder)
-        quiet = federate(folder / "quiet", prior, data, None)
+        quiet = federate(folder / "quiet", prior, data, given.rounds, None)
         print(json.dumps(quiet), flush=True)
-        attacked = federate(folder / "attacked", prior, data, given.seed)
+        attacked = federate(folder / "attacked", prior, data, given.rounds, given.seed)
         print(json.dumps(attacked), flush=True)
     ratio = round(attacked["seconds_a_round"] / quiet["seconds_a_round"], 2)
     about = {"machine": platform.machine(), "cores": os.cpu_count(), "seed": given.seed}
