@@ -43,12 +43,21 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def message_with(parcel: Parcel, message: Message) -> Message:
-    """A reply that carries a parcel, bit for bit."""
-    content = RecordDict({"report": MetricRecord(dict(parcel.scalars))})
+    """A reply that carries a parcel, bit for bit, and the number of its question, so that nobody can tell its id."""
+    content = RecordDict({"report": MetricRecord({**parcel.scalars, **nonce_of(message.content)})})
     if parcel.arrays:
         packed = pack(parcel.arrays)
         content["update"] = ArrayRecord({"packed": Array("uint8", (len(packed),), PACKED, packed)})
     return Message(content, reply_to=message)
+
+
+def nonce_of(content: RecordDict) -> dict[str, list[int]]:
+    """The random number of a question, in two parts of 63 bits; nothing where it has none."""
+    plan = content.get("plan")
+    nonce = plan.get("nonce") if isinstance(plan, ConfigRecord) else None
+    if isinstance(nonce, list) and len(nonce) == 2 and all(type(part) is int and 0 <= part < 2**63 for part in nonce):
+        return {"nonce": [int(part) for part in nonce]}
+    return {}
 
 
 def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:

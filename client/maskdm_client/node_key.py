@@ -47,7 +47,8 @@ def _show_key(host: str, port: int, kit: OpenedKit) -> tuple[int, str]:
     from flwr.proto.fleet_pb2 import ActivateNodeRequest
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
     from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    from maskdm_client.signatures import SignedRequests
 
     key = load_ssh_private_key(kit.key.read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
@@ -60,7 +61,7 @@ def _show_key(host: str, port: int, kit: OpenedKit) -> tuple[int, str]:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     client: Any = FleetHttpClient(
         f"https://{address}",
-        interceptors=[NodeAuthHttpInterceptor(key, public)],
+        interceptors=[SignedRequests(key, public)],
         verify=ssl.create_default_context(cafile=str(kit.authority)),
         timeout=SECONDS,
     )

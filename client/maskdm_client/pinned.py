@@ -51,10 +51,13 @@ def problem_of_bundle(content: bytes, allowed: frozenset[str]) -> str | None:
 
 
 def run_supernode(site: Path) -> None:
-    """Flower's SuperNode, which reads nothing of a bundle that is not allowed."""
+    """Flower's SuperNode, which reads nothing of a bundle that is not allowed, and signs whole requests."""
+    import flwr.supernode.fleet_http_connection as connection
     import flwr.supernode.start_client_internal as internal
     from flwr.supercore.constant import TaskType
     from flwr.supernode.cli.flower_supernode import flower_supernode
+
+    from maskdm_client.signatures import SignedRequests
 
     fused = internal.get_fused_config_from_fab
 
@@ -66,6 +69,7 @@ def run_supernode(site: Path) -> None:
         return {} if problem else fused(content, run)
 
     internal.get_fused_config_from_fab = fused_if_allowed
+    connection.NodeAuthHttpInterceptor = SignedRequests
     flower_supernode()
 
 

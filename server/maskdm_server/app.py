@@ -7,6 +7,7 @@ for the slowest link. `StreamingLink` goes through the same calls of Flower's Ru
 import ctypes
 import gc
 import json
+import secrets
 import sys
 import time
 import traceback
@@ -38,26 +39,31 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
+    ObjectPushError,
     ObjectUnavailableError,
     inflatable_class_registry,
     push_objects,
 )
+from httpx import HTTPStatusError
 
 from maskdm.checkpoint import describe_checkpoint
 from maskdm.errors import MaskDMError
 from maskdm.parcel import Parcel
 from maskdm.runfolder import append_line
 from maskdm.tensorfile import Stored, unpack
-from maskdm_server.door import CHUNK, Traffic
+from maskdm_server.door import CHUNK
 from maskdm_server.federation import FederationConfig, largest_update
 from maskdm_server.link import Question, Reply
 from maskdm_server.roster import Named
 from maskdm_server.rounds import run_federation
 from maskdm_server.signs import alive
+from maskdm_server.traffic import Traffic
 
 PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document
 AT_ONCE = 2  # objects whose bytes are in memory while they are sent
 LOST = "the site was lost or its work failed"
+UNSENT = "its question could not be handed to the SuperLink"
+NONCE = "nonce"  # of a question and its reply: two random numbers of 63 bits
 
 app = ServerApp()
 
@@ -119,10 +125,8 @@ class GridLink:
 
     def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
         self._exchange = question.exchange
-        plan = {"exchange": question.exchange, "wait": question.wait, "document": question.document}
-        content = RecordDict({"plan": ConfigRecord(plan)})
         if question.weights is None:
-            self._send(content, sites, question, seconds)
+            self._send([_content(question) for _ in sites], sites, question, seconds)
             return
         with self._weights_of(question).open("rb") as file:
             document = mmap(file.fileno(), 0, access=ACCESS_READ)
@@ -130,8 +134,7 @@ class GridLink:
         weights.data = memoryview(document)  # read from the file as it goes
         record = ArrayRecord()
         record["packed"] = weights  # the constructor would copy it
-        content["weights"] = record
-        self._send(content, sites, question, seconds, document)
+        self._send([_content(question, record) for _ in sites], sites, question, seconds, document)
 
     def receive(self) -> Iterator[Reply]:
         self._forget_expired()
@@ -145,17 +148,17 @@ class GridLink:
 
     def _send(
         self,
-        content: RecordDict,
+        contents: Sequence[RecordDict],
         sites: Sequence[int],
         question: Question,
         seconds: float,
         document: mmap | None = None,
     ) -> None:
-        messages = [Message(content, site, MessageType.TRAIN, ttl=seconds) for site in sites]
-        self._expect(sites, list(self._grid.push_messages(messages)), question, seconds)
-
-    def _expect(self, sites: Sequence[int], messages: Sequence[str], question: Question, seconds: float) -> None:
-        for site, message in zip(sites, messages, strict=True):
+        messages = [
+            Message(content, site, MessageType.TRAIN, ttl=seconds)
+            for site, content in zip(sites, contents, strict=True)
+        ]
+        for site, message in zip(sites, self._grid.push_messages(messages), strict=True):
             self._asked[message] = Asked(site, question, time.time() + seconds)
 
     def _forget_expired(self) -> None:
@@ -175,6 +178,7 @@ class StreamingLink(GridLink):
         self._nodes: dict[int, int] = {}  # by site
         self._arrived = folder / ".flwr" / "arrived.safetensors"  # the update of the newest reply
         self._arriving = deque[tuple[Asked, Any, Any]]()
+        self._unsent = deque[Asked]()
 
     def sites(self) -> list[int]:
         there = self._roster.nodes(super().sites())
@@ -194,11 +198,11 @@ class StreamingLink(GridLink):
         self._forget_expired()
         for node in set(self._traffic.refused()) & set(self._nodes.values()):  # strangers may say any number
             yield Reply(self._roster.site(node), None, "it tried to send more than an update can be")
+        while self._unsent:
+            asked = self._unsent.popleft()
+            yield Reply(asked.site, None, UNSENT, lost=True, question=asked.question)
         if self._asked:
-            found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(self._asked)))
-            for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
-                if head.metadata.reply_to_message_id in self._asked:
-                    self._arriving.append((self._asked.pop(head.metadata.reply_to_message_id), head, tree))
+            yield from self._look_for(list(self._asked))
         for _ in range(len(self._arriving)):
             asked, head, tree = arriving = self._arriving[0]
             try:
@@ -212,9 +216,25 @@ class StreamingLink(GridLink):
             elif asked.question.exchange == self._exchange or asked.until > time.time():
                 self._arriving.append(arriving)
 
+    def _look_for(self, messages: Sequence[str]) -> Iterator[Reply]:
+        """Take note of replies that were announced; of one that the SuperLink cannot hand out, that it is lost."""
+        try:
+            found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=messages))
+        except HTTPStatusError:
+            if len(messages) == 1:
+                asked = self._asked.pop(messages[0])
+                yield Reply(asked.site, None, "its reply cannot be handed out", lost=True, question=asked.question)
+                return
+            for message in messages:  # which of them it is
+                yield from self._look_for([message])
+            return
+        for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            if head.metadata.reply_to_message_id in self._asked:
+                self._arriving.append((self._asked.pop(head.metadata.reply_to_message_id), head, tree))
+
     def _send(
         self,
-        content: RecordDict,
+        contents: Sequence[RecordDict],
         sites: Sequence[int],
         question: Question,
         seconds: float,
@@ -222,21 +242,40 @@ class StreamingLink(GridLink):
     ) -> None:
         self._arrived.unlink(missing_ok=True)  # also that of the last round
         _give_back_memory()
-        run, client = self._grid.run.run_id, self._grid._runtime_client
-        messages = [Message(content, self._nodes.get(site, site), MessageType.TRAIN, ttl=seconds) for site in sites]
+        messages = [
+            Message(content, self._nodes.get(site, site), MessageType.TRAIN, ttl=seconds)
+            for site, content in zip(sites, contents, strict=True)
+        ]
         with no_object_id_recompute():  # every id is a hash of all that it names
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id
             trees = [get_object_tree(message) for message in messages]
-            objects = {name: found for message in messages for name, found in get_all_nested_objects(message).items()}
-        heads = [message_to_proto(remove_content_from_message(message)) for message in messages]
-        answer = client.PushMessages(PushAppMessagesRequest(messages_list=heads, message_object_trees=trees))
-        self._expect(sites, list(answer.message_ids), question, seconds)
+            objects = [get_all_nested_objects(message) for message in messages]
+        for site, message, tree, parts in zip(sites, messages, trees, objects, strict=True):
+            asked = Asked(site, question, time.time() + seconds)
+            try:  # each by itself: what the SuperLink does not take for one site ends no other's question
+                self._push(message, tree, parts, document)
+            except (HTTPStatusError, ObjectPushError):
+                self._unsent.append(asked)
+            else:
+                self._asked[message.metadata.message_id] = asked
+
+    def _push(self, message: Message, tree: Any, parts: Mapping[str, Any], document: mmap | None) -> None:
+        """Hand one question to the SuperLink; what it has of another one is not sent again.
+
+        Raises:
+            HTTPStatusError, ObjectPushError: it does not take it.
+        """
+        run, client = self._grid.run.run_id, self._grid._runtime_client
+        head = message_to_proto(remove_content_from_message(message))
+        answer = client.PushMessages(PushAppMessagesRequest(messages_list=[head], message_object_trees=[tree]))
+        if list(answer.message_ids) != [message.metadata.message_id]:  # e.g. for a node that has left
+            raise ObjectPushError(message.metadata.message_id, run, answer.session_id)
         push = make_push_object_fn_protobuf(client.PushObject, self._grid.node, run, answer.session_id)
         for start in range(0, len(answer.objects_to_push), AT_ONCE):
             if document:  # what was read of the file is this process's memory until it says otherwise
                 document.madvise(MADV_DONTNEED)
-            push_objects({name: objects[name] for name in answer.objects_to_push[start : start + AT_ONCE]}, push)
+            push_objects({name: parts[name] for name in answer.objects_to_push[start : start + AT_ONCE]}, push)
 
     def _pulled(self, asked: Asked, message_id: str, tree: Any) -> Reply:
         """A reply that has arrived.
@@ -260,10 +299,23 @@ class StreamingLink(GridLink):
             return Reply(asked.site, None, "its reply did not arrive whole", lost=True, question=asked.question)
         except Exception:  # a stranger's bytes may break anything in Flower's parsers
             return Reply(asked.site, None, "its reply cannot be read", question=asked.question)
-        client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
-        )
+        with suppress(HTTPStatusError):  # it stays in the SuperLink's database
+            client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
+            )
         return reply
+
+
+def _content(question: Question, weights: ArrayRecord | None = None) -> RecordDict:
+    """What one site is asked; the nonce is for this site and this time, so that nobody else can tell any id of it."""
+    plan = {
+        **{"exchange": question.exchange, "wait": question.wait, "document": question.document},
+        NONCE: [secrets.randbits(63), secrets.randbits(63)],
+    }
+    content = RecordDict({"plan": ConfigRecord(plan)})
+    if weights is not None:
+        content["weights"] = weights
+    return content
 
 
 def _inflate(tree: Any, pull: Callable[[str], bytes], largest: int, path: Path) -> Any:
@@ -327,8 +379,9 @@ def _parcel(content: RecordDict, arrived: Path | None = None) -> Parcel | None:
     report, update = content.get("report"), content.get("update")
     if set(content) - {"report", "update"} or not isinstance(report, MetricRecord):
         return None
-    numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
-    if len(numbers) != len(report):
+    said = {name: value for name, value in report.items() if name != NONCE}
+    numbers = {name: value for name, value in said.items() if isinstance(value, int | float)}
+    if len(numbers) != len(said):
         return None
     if update is None:
         return Parcel({}, numbers)

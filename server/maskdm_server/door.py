@@ -1,64 +1,91 @@
-"""The SuperLink behind a door: what a node may send is bounded before it is stored, and what each carries is counted.
+"""The SuperLink behind a door: who comes in is known, and what they send is bounded, before Flower sees it.
 
-Flower's SuperLink takes requests and replies of any size from whoever reaches it. Here a reply of more parts than an
-update can have is refused before one of them is sent, and a request larger than Flower's own chunks by its length.
+Flower's SuperLink reads and parses requests of any size from whoever reaches it, and looks at signatures afterwards.
+Here a request at the public port is one of those that a SuperNode makes, to the letter; it is signed by a site that may
+come in (without keys nobody can be known, and the bounds alone are left); its head, its body and the objects that it
+names are no larger than a node's of ours; and what each node carries is counted.
 
-Flower also serves nodes, those who submit runs, and its own executors on one port. Here only nodes are served at the
-public one; the others have a port of their own on loopback, where who submits runs must show a secret.
+Flower also serves those who submit runs, and its own executors, on the same port. Here they have a port of their own on
+loopback, where who submits runs must show a secret.
 
     python -m maskdm_server.door FOLDER LARGEST_UPDATE PRIVATE_PORT [options of flower-superlink]
 """
 
 import asyncio
 import json
-import math
 import secrets
 import sys
-import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from maskdm.runfolder import LineReader, append_line
+from maskdm_server.bodies import Message, Receive, read_body
+from maskdm_server.keys import KEYS, Keys, Refused
+from maskdm_server.questions import Questions
+from maskdm_server.traffic import Tally
+from maskdm_server.trees import TREES, Malformed, TooMany, objects, parts
 
 CHUNK = 5 * 2**20  # Flower's own for arrays
 LARGEST_REQUEST = 2 * CHUNK
-MOST_PARTS = 1000  # in which a request is held
 OTHER_OBJECTS = 16  # of a message, besides the chunks of its one array
+LARGEST_SMALL = 2**14  # bytes of a request that carries no object and names none
+LARGEST_NAMES, OBJECT_BYTES = 2**20, 128  # of a request that names the objects of a reply, and for each of them
+BESIDE_NAMES = 2**16  # bytes of it besides them
+BESIDE_CONTENT = 2**12  # bytes of a request that carries an object, besides that
+MOST_HEADERS = 64
+LARGE, LARGE_AT_ONCE = 2**18, 8  # bytes; so many larger requests are in memory
 LEAST_CARRIED = 2**14  # smaller ones are questions, plans and news, which are no progress
-WRITE_SECONDS = 1.0
 FLEET, CONTROL, HEALTH = "/v1/fleet/", "/v1/control/", "/health"
+ASK = "/v1/runtime/push-messages"
+# What a SuperNode asks for; only one without a key registers itself.
+CALLS = (
+    *("activate-node", "deactivate-node", "send-node-heartbeat", "get-run", "get-fab", "confirm-message-received"),
+    *("pull-messages", "pull-object", "push-messages", "push-object"),
+)
+CALLS_WITHOUT_KEYS = ("register-node", "unregister-node")
+NODE, CONTENT = 1, 4  # fields of Flower's requests
+LARGEST_NODE = 32  # bytes
 SECRET = "secret"  # file that only this user can read
-# What a stranger can make us remember or write: nodes that carried something, and refusals a second.
-MOST_NODES = 10_000
-REFUSAL_SECONDS = 1.0
 # Of Flower's database, which lives as long as the server and holds whole models: with Flower's settings, which wait 5 s
 # for a lock, and Debian's, which overwrite what is deleted, 100 million weights end in "database is locked".
 FIRST = (("page_size", "65536"),)  # counts only before any other
 THEN = (("busy_timeout", "120000"), ("synchronous", "OFF"), ("secure_delete", "OFF"), ("cache_size", "-2000"))
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-class TooLarge(Exception):
-    """A request that no node of ours would send."""
-
-
 class Door:
-    """ASGI middleware in front of the SuperLink's fleet interface."""
+    """ASGI middleware in front of the SuperLink."""
 
-    def __init__(self, app: Any, folder: Path, largest_update: int, private_port: int) -> None:
-        self._app, self._traffic = app, folder / "traffic.json"
-        self._private_port = private_port
+    def __init__(
+        self,
+        app: Any,
+        folder: Path,
+        largest_update: int,
+        private_port: int,
+        keys: Keys | None = None,
+        limits: Any = None,
+        refusals: Any = None,
+    ) -> None:
+        """Stand before an app.
+
+        Args:
+            keys: of those who may come in; None lets everybody in.
+            limits: of connections, which are told who signed on them.
+            refusals: counts them.
+        """
+        self._app, self._folder, self._tally = app, folder, Tally(folder)
+        self._private_port, self._keys, self._limits, self._refusals = private_port, keys, limits, refusals
         self._secret = b"Bearer " + (folder / SECRET).read_bytes()
-        self._refused = folder / "refused.jsonl"
         self._most_objects = -(-largest_update // CHUNK) + OTHER_OBJECTS
-        self._carried: dict[int, int] = {}  # by node, the one that carried last at the end
-        self._written = self._told = -math.inf
+        self._largest = dict.fromkeys(CALLS if keys else (*CALLS, *CALLS_WITHOUT_KEYS), LARGEST_SMALL) | {
+            "push-messages": LARGEST_NAMES + OBJECT_BYTES * self._most_objects,
+            "push-object": LARGEST_REQUEST,
+        }
+        self._questions = Questions(folder)
+        self._room = asyncio.Semaphore(LARGE_AT_ONCE)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass a request on, once all of it is there and nothing is wrong with it."""
@@ -68,27 +95,66 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = str(scope.get("path", ""))
-        if not self._may_pass(scope, path):
-            await _answer(send, 404)
-            return
-        parts, size = list[bytes](), 0
         try:
-            while True:
-                message = await receive()
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if len(parts) > MOST_PARTS:  # a byte at a time would take many times its memory
-                    parts = [b"".join(parts)]
-                if message["type"] != "http.request" or size > LARGEST_REQUEST:
-                    raise TooLarge
-                if not message.get("more_body"):
-                    break
-            body = b"".join(parts)
-            node = self._look_at(path.removeprefix(FLEET), body) if path.startswith(FLEET) else None
-        except TooLarge:
-            await _answer(send, 413)
+            await (self._private if scope["server"][1] == self._private_port else self._public)(scope, receive, send)
+        except Refused as refused:
+            await _answer(send, refused)
+            if self._refusals:
+                self._refusals.count(str(refused.status))
+        if self._refusals:
+            self._refusals.tell()
+
+    async def _public(self, scope: Message, receive: Receive, send: Send) -> None:
+        """A SuperNode's request.
+
+        Raises:
+            Refused: it is none.
+        """
+        # As it was sent: encoded in another way it would be measured as one path here and taken for another there.
+        path, method = bytes(scope["raw_path"]).decode("ascii", "replace"), scope["method"]
+        if len(scope["headers"]) > MOST_HEADERS:
+            raise Refused(431)
+        if (method, path) == ("GET", HEALTH) and not scope["query_string"]:
+            await self._app(scope, receive, send)
             return
+        name = path.removeprefix(FLEET)
+        if method != "POST" or name not in self._largest or FLEET + name != path or scope["query_string"]:
+            raise Refused(404)
+        headers = dict(reversed(scope["headers"]))  # of several the first counts, as for Flower
+        node, digest = None, None
+        if self._keys:
+            node, digest = self._keys.signer(method, path, headers)
+            if self._limits and not self._limits.sign(tuple(scope["client"]), node):
+                raise Refused(503)
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit():
+            raise Refused(411)
+        if int(length[:20]) > self._largest[name]:
+            self._check_size(name, node)
+        body = await read_body(receive, self._largest[name], self._folder, digest)
+        async with self._room if len(body) > LARGE else nullcontext():
+            node = self._look_at(name, body, node)
+            await self._pass(scope, receive, send, body, node if name in ("push-object", "pull-object") else None)
+
+    async def _private(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Flower's own processes, and with the secret who submits runs.
+
+        Raises:
+            Refused: it is neither.
+        """
+        path, given = str(scope["path"]), dict(scope["headers"]).get(b"authorization", b"")
+        if path.startswith(FLEET) or (path.startswith(CONTROL) and not secrets.compare_digest(given, self._secret)):
+            raise Refused(404)
+        body = await read_body(receive, LARGEST_REQUEST, self._folder)
+        if await self._pass(scope, receive, send, body, None) and path == ASK:  # and not from anybody on this machine
+            self._questions.remember(objects(body, LARGEST_REQUEST))
+
+    async def _pass(self, scope: Message, receive: Receive, send: Send, body: bytes, node: int | None) -> bool:
+        """Have the SuperLink answer a request that is whole, and count what a node carried with it.
+
+        Returns:
+            Whether the SuperLink did what it was asked.
+        """
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def again() -> Message:
@@ -106,93 +172,66 @@ class Door:
                 return
             carried += len(message.get("body", b""))
             if node is not None and let_in and not message.get("more_body") and carried >= LEAST_CARRIED:
-                self._count(node, carried)
+                self._tally.count(node, carried)
 
         await self._app(scope, again, sent)
+        return let_in
 
-    def _may_pass(self, scope: Message, path: str) -> bool:
-        """Nodes at the public port; at the private one all that Flower takes, and who submits runs with the secret."""
-        if scope["server"][1] != self._private_port:
-            return path.startswith(FLEET) or path == HEALTH
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return not path.startswith(CONTROL) or secrets.compare_digest(given, self._secret)
+    def _check_size(self, name: str, node: int | None) -> None:
+        """Refuse what says that it is too large."""
+        if name == "push-messages" and node is not None:
+            self._tally.refuse(node)
+        raise Refused(413)
 
-    def _look_at(self, name: str, body: bytes) -> int | None:
-        """The node that carries a part of a message with a request, if it does.
+    def _look_at(self, name: str, body: bytes, node: int | None) -> int | None:
+        """The node that sends a request, as far as that can be told.
 
         Raises:
-            TooLarge: it announces more than a node of ours would send.
+            Refused: 400 no client of ours would send it; 403 it names objects of a question, with other parts; 413 it
+                names more than an update can have.
         """
-        from flwr.proto.fleet_pb2 import PushMessagesRequest
-        from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
-        from google.protobuf.message import DecodeError
-
         try:
+            found = parts(body)
+            if node is None:
+                node = _node_in(found)
+            if name == "push-object" and _size_without(CONTENT, found) > BESIDE_CONTENT:
+                raise Refused(413)
             if name == "push-messages":
-                request = PushMessagesRequest.FromString(body)
-                if sum(_count(tree, self._most_objects) for tree in request.message_object_trees) > self._most_objects:
-                    self._refuse(request.node.node_id)
-                    raise TooLarge
-            elif name == "push-object":
-                return int(PushObjectRequest.FromString(body).node.node_id)
-            elif name == "pull-object":
-                return int(PullObjectRequest.FromString(body).node.node_id)
-        except DecodeError:  # the SuperLink says so itself
-            pass
-        return None
-
-    def _refuse(self, node: int) -> None:
-        """Tell the process that runs the rounds, now and then."""
-        now = time.monotonic()
-        if now - self._told >= REFUSAL_SECONDS:
-            self._told = now
-            with suppress(OSError):  # a full disk: it is refused all the same
-                append_line(self._refused, {"time": time.time(), "site": node})
-
-    def _count(self, node: int, size: int) -> None:
-        self._carried[node] = self._carried.pop(node, 0) + size
-        if len(self._carried) > MOST_NODES:
-            del self._carried[next(iter(self._carried))]
-        if time.monotonic() - self._written > WRITE_SECONDS:
-            self._written = time.monotonic()
-            temporary = self._traffic.with_suffix(".tmp")
-            with suppress(OSError):  # a full disk: whoever watches sees no progress for a while
-                temporary.write_text(json.dumps(self._carried))
-                temporary.replace(self._traffic)
+                if _size_without(TREES, found) > BESIDE_NAMES:
+                    raise TooMany
+                if self._questions.are_changed_by(objects(body, self._most_objects)):
+                    raise Refused(403)
+        except Malformed:
+            raise Refused(400) from None
+        except TooMany:
+            if node is not None:
+                self._tally.refuse(node)
+            raise Refused(413) from None
+        return node
 
 
-class Traffic:
-    """What the door wrote down, read by the process that runs the rounds."""
-
-    def __init__(self, federation: Path) -> None:
-        folder = federation / ".flwr"
-        self._path, self._refused = folder / "traffic.json", LineReader(folder / "refused.jsonl")
-
-    def carried(self) -> Mapping[int, int]:
-        """Bytes carried for each node."""
-        try:
-            return {int(node): int(size) for node, size in json.loads(self._path.read_text()).items()}
-        except (OSError, ValueError):
-            return {}
-
-    def refused(self) -> list[int]:
-        """Nodes whose replies were refused since the last call."""
-        return [int(line["site"]) for line in self._refused.new()]
+async def _answer(send: Send, refused: Refused) -> None:
+    """Refuse, and end the connection: of what else comes on it nothing is read."""
+    body = json.dumps(refused.said).encode() if refused.said else b""
+    headers = [(b"connection", b"close"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
-async def _answer(send: Send, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": []})
-    await send({"type": "http.response.body", "body": b""})
+def _node_in(found: list[tuple[int, memoryview]]) -> int | None:
+    """The node that a request says it comes from."""
+    from flwr.proto.node_pb2 import Node
+    from google.protobuf.message import DecodeError
+
+    for number, part in found:
+        if number == NODE and len(part) <= LARGEST_NODE:
+            with suppress(DecodeError):
+                return int(Node.FromString(bytes(part)).node_id)
+    return None
 
 
-def _count(tree: Any, most: int) -> int:
-    """Objects of a tree, or more than `most` where there are."""
-    count, waiting = 0, [tree]
-    while waiting and count <= most:
-        node = waiting.pop()
-        count += 1
-        waiting.extend(node.children)
-    return count
+def _size_without(field: int, found: list[tuple[int, memoryview]]) -> int:
+    return sum(len(part) for number, part in found if number != field)
 
 
 def main(arguments: list[str]) -> None:
@@ -200,34 +239,51 @@ def main(arguments: list[str]) -> None:
     import flwr.supercore.sql_mixin as database
     import flwr.superlink.main as superlink
 
+    from maskdm_server.connections import Limits, allow_files
+    from maskdm_server.quiet import Refusals
+
     command: Any = import_module("flwr.superlink.cli.flower_superlink")  # hidden behind a function of its name
     folder, largest_update, private_port = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    keys = Keys(folder / KEYS) if "--enable-supernode-auth" in arguments else None
+    refusals = Refusals()
+    limits = Limits(keys is not None, refusals)
     create = superlink.create_app
     database.SQLITE_PRAGMAS = (*FIRST, *database.SQLITE_PRAGMAS, *THEN)
 
     def create_with_door(*given: Any) -> Any:
         app = create(*given)
-        app.add_middleware(Door, folder=folder, largest_update=largest_update, private_port=private_port)
+        about = {"folder": folder, "largest_update": largest_update, "private_port": private_port}
+        app.add_middleware(Door, **about, keys=keys, limits=limits, refusals=refusals)
         return app
 
     superlink.create_app = create_with_door
-    command.uvicorn = _Uvicorn(private_port)
+    command.uvicorn = _Uvicorn(private_port, limits)
     sys.argv = ["flower-superlink", *arguments[3:]]
+    allow_files()
     command.flower_superlink()
 
 
 class _Uvicorn:
     """What Flower's command uses of uvicorn, listening on two ports."""
 
-    def __init__(self, private_port: int) -> None:
-        self._private_port = private_port
+    def __init__(self, private_port: int, limits: Any) -> None:
+        self._private_port, self._limits = private_port, limits
 
     def run(self, app: Any, host: str, port: int, **options: Any) -> None:
         import uvicorn
 
-        config = uvicorn.Config(app, host=host, port=port, **options)
+        from maskdm_server.connections import HEAD_BYTES, Listener, Protocol
+        from maskdm_server.quiet import quieten
+
+        # asyncio's own loop, because it asks the listening socket for each connection. A line for each request is one
+        # that strangers write.
+        bounds: dict[str, Any] = {"loop": "asyncio", "http": Protocol, "h11_max_incomplete_event_size": HEAD_BYTES}
+        shared = {**options, **bounds, "ws": "none", "access_log": False, "proxy_headers": False}
+        config = uvicorn.Config(app, host=host, port=port, **shared)
         private = uvicorn.Config(app, host="127.0.0.1", port=self._private_port, log_config=None)
-        uvicorn.Server(config).run(sockets=[config.bind_socket(), private.bind_socket()])
+        public = Listener.around(config.bind_socket(), self._limits)
+        quieten()
+        uvicorn.Server(config).run(sockets=[public, private.bind_socket()])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One question to several sites, and what becomes of it: who answered, who failed, who was lost."""
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,11 @@ class Asked:
     carried: int = 0
     gone_since: float | None = None
     over: bool = False  # answered, failed, or given up
+
+
+def new_exchange() -> int:
+    """A number for an exchange, above all of earlier milliseconds, that nobody can tell beforehand; in [0, 2**63)."""
+    return time.time_ns() // 10**6 << 20 | secrets.randbits(20)
 
 
 class Exchange:

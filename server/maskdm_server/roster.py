@@ -12,6 +12,7 @@ from maskdm.errors import FederationError, UsageError
 from maskdm.runfolder import write_json
 from maskdm.seeding import derive_seed
 from maskdm_server.control import Control
+from maskdm_server.keys import KEYS
 from maskdm_server.sites import SITES, Site, read_sites
 
 NODES = "nodes.json"
@@ -19,19 +20,19 @@ LOOK_SECONDS = 2.0
 
 
 class Roster:
-    """Registered keys and the nodes that stand for them; `nodes.json` tells the rounds the names."""
+    """Registered keys and the nodes that stand for them; files tell the rounds their names, and the door their keys."""
 
     def __init__(self, folder: Path, home: Path, say: Callable[[str], None]) -> None:
         """Read the list once.
 
         Args:
             folder: what `provision` made for the server.
-            home: where to write which node is which site.
+            home: where to write which node is which site, and whose key is whose.
 
         Raises:
             UsageError: the list cannot be read.
         """
-        self._list, self._path, self._say = folder / SITES, home / NODES, say
+        self._list, self._path, self._keys, self._say = folder / SITES, home / NODES, home / KEYS, say
         self._sites = read_sites(self._list)
         self._let_in: list[Site] | None = None
         self._looked, self._problem = -math.inf, ""
@@ -63,11 +64,12 @@ class Roster:
         for key in there.keys() - wanted.keys():
             control.unregister(there[key])
             self._say(f"{known.get(key, 'a site')} is let in no more: its kit was revoked or has expired")
-        names = {}
+        names, keys = {}, {}
         for key, site in wanted.items():
             node = there.get(key) or control.register(site.name, key)
-            names[str(node)] = site.name
+            names[str(node)], keys[key.decode()] = site.name, node
         write_json(self._path, names)
+        write_json(self._keys, keys)
 
     def _tell(self, problem: str) -> None:
         if problem != self._problem:

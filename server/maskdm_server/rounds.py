@@ -27,7 +27,7 @@ from maskdm.tensorfile import chunks, fp32
 from maskdm.trainable import expected_shapes, squared_length
 from maskdm_server.aggregation import Aggregate, HeldUpdates, StreamingMean, check_reply, overall_loss
 from maskdm_server.directions import AGAINST
-from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange
+from maskdm_server.exchange import POLL_SECONDS, Clock, Exchange, new_exchange
 from maskdm_server.federation import FederationConfig, changes_size, update_size
 from maskdm_server.intake import Intake
 from maskdm_server.journal import Journal, Known
@@ -350,7 +350,7 @@ class Rounds:
         return RoundPlan.model_validate(
             {
                 **{name: getattr(config, name) for name in shared},
-                "exchange": time.time_ns(),
+                "exchange": new_exchange(),
                 "action": action,
                 "round": number,
                 "model": self.journal.metadata,

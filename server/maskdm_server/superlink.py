@@ -20,6 +20,8 @@ from maskdm.runfolder import LineReader
 from maskdm_server.authority import write_private
 from maskdm_server.control import Control
 from maskdm_server.door import SECRET
+from maskdm_server.keys import KEYS
+from maskdm_server.questions import ASKED
 from maskdm_server.roster import NODES, Roster
 from maskdm_server.signs import is_alive
 
@@ -55,7 +57,8 @@ class SuperLink:
         self._home = folder / ".flwr"
         self._home.mkdir(exist_ok=True)
         self._home.chmod(0o700)
-        for stale in (*self._home.glob("superlink.db*"), self._home / NODES):  # of a run that ended
+        # Of a run that ended.
+        for stale in (*self._home.glob("superlink.db*"), *(self._home / name for name in (NODES, KEYS, ASKED))):
             stale.unlink(missing_ok=True)
         write_private(self._home / SECRET, secrets.token_hex(32).encode())
         self._private = f"127.0.0.1:{free_port()}"

@@ -21,7 +21,7 @@ from maskdm.runfolder import read_lines
 from maskdm.tensorfile import pack, unpack
 from maskdm_client import app as client_app
 from maskdm_client import simulated
-from maskdm_client.app import LONGEST_PLAN, LONGEST_WAIT, PACKED, asked_of
+from maskdm_client.app import LONGEST_PLAN, LONGEST_WAIT, PACKED, asked_of, nonce_of
 from maskdm_client.mailbox import Mailbox
 
 MakeSite = Callable[..., Path]
@@ -149,6 +149,23 @@ def test_what_a_coordinator_sends_is_understood(exchange: int, wait: float, docu
     assert asked_of(content) == (exchange, wait, document, PACKED_WEIGHTS)
     later = RecordDict({"plan": ConfigRecord({**plan, "document": ""})})
     assert asked_of(later) == (exchange, wait, "", b"")
+
+
+@given(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1)))
+def test_the_number_of_a_question_is_sent_back(nonce: tuple[int, int]) -> None:
+    plan = ConfigRecord({"exchange": 5, "wait": 1.0, "document": "", "nonce": list(nonce)})
+    content = RecordDict({"plan": plan})
+    assert asked_of(content) == (5, 1.0, "", b"")
+    assert nonce_of(content) == {"nonce": list(nonce)}
+
+
+@pytest.mark.parametrize(
+    "nonce", [None, 5, "text", b"bytes", [1], [1, 2, 3], [-1, 0], [2**63, 0], [1.0, 2.0], ["a", "b"], [True, False]]
+)
+def test_what_is_no_such_number_is_not_sent_back(nonce: Any) -> None:
+    plan = ConfigRecord({} if nonce is None else {"nonce": nonce})
+    assert nonce_of(RecordDict({"plan": plan})) == {}
+    assert nonce_of(RecordDict({"plan": MetricRecord({"nonce": [1, 2]})})) == {}
 
 
 def test_a_plan_reaches_the_mailbox_as_it_came(make_site: MakeSite) -> None:

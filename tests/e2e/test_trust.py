@@ -82,7 +82,6 @@ def test_only_those_who_were_given_a_kit_of_this_server_are_let_in(workplace: Pa
         assert status(f"{address}{path}", authority, b"\x0a\x00") == 404, path
         assert status(f"{address}{path}", authority) == 404, path
     for path in (
-        "register-node",
         "activate-node",
         "pull-messages",
         "push-messages",
@@ -90,7 +89,9 @@ def test_only_those_who_were_given_a_kit_of_this_server_are_let_in(workplace: Pa
         "get-fab",
         "get-run",
     ):
-        assert status(f"{address}/v1/fleet/{path}", authority, b"") in (401, 403), path
+        assert status(f"{address}/v1/fleet/{path}", authority, b"") == 401, path
+        assert status(f"{address}/v1/fleet/{path}%0A", authority, b"") == 404, path
+    assert status(f"{address}/v1/fleet/register-node", authority, b"") == 404, "who has a key is registered by it"
     with pytest.raises(urllib.error.URLError):
         status(f"{address}/health", foreign / "server" / "ca.crt")
     with pytest.raises((urllib.error.URLError, OSError)):

@@ -21,11 +21,14 @@ from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PushAppMessagesRespo
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from httpx import HTTPStatusError, Request, Response
 from numpy.typing import NDArray
 
+from maskdm.parcel import Parcel
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import append_line
 from maskdm.tensorfile import Stored, pack, unpack
+from maskdm_client.app import message_with
 from maskdm_server import app as under_test
 from maskdm_server.app import PACKED, GridLink, StreamingLink, _inflate, _parcel
 from maskdm_server.exchange import Exchange
@@ -270,6 +273,11 @@ class Grid:
         self.replies[name] = Message(what, reply_to=self.sent[name])
 
 
+def refusal() -> HTTPStatusError:
+    """What Flower's client raises where the SuperLink fails."""
+    return HTTPStatusError("500", request=Request("POST", "http://x"), response=Response(500))
+
+
 class Runtime(Grid):
     """The same as the calls of the Runtime API; objects of replies arrive when the test says so."""
 
@@ -282,9 +290,18 @@ class Runtime(Grid):
         self.confirmed: list[str] = []
         self.polled: list[list[str]] = []
         self.pulls = 0
+        self.trees: dict[str, Any] = {}
+        self.refuses: dict[str, int] = {}  # the node whose question is not taken, by where
+        self.cannot_hand_out = ""
         self._runtime_client = self
 
     def PushMessages(self, request: Any) -> Any:
+        (head,) = request.messages_list
+        if head.metadata.dst_node_id == self.refuses.get("announced"):
+            raise refusal()
+        if head.metadata.dst_node_id == self.refuses.get("known"):
+            return PushAppMessagesResponse(message_ids=[""], session_id="s")
+        self.receiver = head.metadata.dst_node_id
         names = [message.metadata.message_id for message in request.messages_list]
         wanted = {name for tree in request.message_object_trees for name in names_in(tree)} - self.objects.keys()
         self.known |= wanted
@@ -292,14 +309,19 @@ class Runtime(Grid):
             assert not head.content.ByteSize(), "its parts are sent one by one"
             self.sent[head.metadata.message_id] = message_from_proto(head)
             assert tree.object_id == head.metadata.message_id
+            self.trees[tree.object_id] = tree
         return PushAppMessagesResponse(message_ids=names, objects_to_push=sorted(wanted), session_id="s")
 
     def PushObject(self, request: Any) -> Any:
+        if self.receiver == self.refuses.get("sent"):
+            return PushObjectResponse(stored=False)
         assert get_object_id(request.object_content) == request.object_id
         self.objects[request.object_id] = request.object_content
         return PushObjectResponse(stored=True)
 
     def PullMessages(self, request: Any) -> Any:
+        if self.cannot_hand_out in request.message_ids:
+            raise refusal()
         self.polled.append(list(request.message_ids))
         found = [self.arrivals.pop(name) for name in request.message_ids if name in self.arrivals]
         heads, trees = [head for head, _ in found], [tree for _, tree in found]
@@ -362,6 +384,12 @@ def question(tmp_path: Path) -> Question:
     return Question(77, 30.0, "a plan", path)
 
 
+def nonce_of(records: RecordDict) -> dict[str, Any]:
+    plan = records["plan"]
+    assert isinstance(plan, ConfigRecord)
+    return {"nonce": plan["nonce"]}
+
+
 def content_of(grid: Any, name: str) -> RecordDict:
     return grid.content_of(name) if isinstance(grid, Runtime) else grid.sent[name].content
 
@@ -377,7 +405,7 @@ def test_a_question_carries_the_plan_and_the_very_file_of_the_weights_and_is_voi
         assert message.metadata.ttl == 123.0
         assert message.metadata.message_type == "train"
         records = content_of(grid, name)
-        assert dict(records["plan"]) == {"exchange": 77, "wait": 30.0, "document": "a plan"}
+        assert dict(records["plan"]) == {"exchange": 77, "wait": 30.0, "document": "a plan", **nonce_of(records)}
         weights = records["weights"]["packed"]
         assert weights.stype == PACKED
         assert question.weights is not None
@@ -405,7 +433,82 @@ def test_a_question_for_news_carries_no_weights(pair: tuple[Any, GridLink]) -> N
     (name,) = grid.sent
     records = content_of(grid, name)
     assert set(records) == {"plan"}
-    assert dict(records["plan"]) == {"exchange": 77, "wait": 30.0, "document": ""}
+    assert dict(records["plan"]) == {"exchange": 77, "wait": 30.0, "document": "", **nonce_of(records)}
+
+
+def test_no_id_of_a_question_can_be_told_beforehand_not_even_by_who_was_asked_the_same(
+    tmp_path: Path, question: Question
+) -> None:
+    """Not of what says who is asked what; the weights are who knows them's to name, which the door sees to."""
+    runtime, link = streaming(tmp_path)
+    link.ask([5, 7], question, 123.0)
+    link.ask([5], question, 123.0)
+    link.ask([5], Question(question.exchange, question.wait), 123.0)
+    nonces = {tuple(runtime.content_of(name)["plan"]["nonce"]) for name in runtime.sent}
+    assert len(nonces) == 4
+    assert all(0 <= part < 2**63 for nonce in nonces for part in nonce)
+    weights = set(names_in(get_object_tree(runtime.content_of(next(iter(runtime.sent)))["weights"])))
+    named = [set(names_in(runtime.trees[name])) - weights for name in runtime.sent]
+    assert [len(names) for names in named] == [3, 3, 3, 3], "message, its records, and the plan"
+    assert len(set.union(*named)) == 12
+
+
+def test_a_reply_that_carries_the_number_of_its_question_has_an_id_that_nobody_else_can_tell(
+    tmp_path: Path, question: Question
+) -> None:
+    runtime, link = streaming(tmp_path)
+    link.ask([5, 7], question, 123.0)
+    ids = set()
+    for name in list(runtime.sent):
+        reply = message_with(Parcel({}, NUMBERS), Message(runtime.content_of(name), 5, "train"))
+        ids |= set(names_in(get_object_tree(reply)))
+        runtime.answer(name, reply.content)
+    assert len(ids) == 6, "message, records and report, of each site its own"
+    assert [dict(reply.parcel.scalars) for reply in link.receive() if reply.parcel] == [NUMBERS, NUMBERS]
+
+
+@pytest.mark.parametrize("what", ["announced", "sent"])
+def test_what_the_superlink_does_not_take_ends_that_question_and_no_other(
+    tmp_path: Path, question: Question, what: str
+) -> None:
+    runtime, link = streaming(tmp_path)
+    runtime.refuses[what] = 5
+    link.ask([5, 7, 9], question, 123.0)
+    (reply,) = link.receive()
+    assert (reply.site, reply.parcel, reply.lost, reply.question) == (5, None, True, question)
+    assert list(link.receive()) == []
+    runtime.refuses.clear()
+    for name, message in list(runtime.sent.items()):
+        if message.metadata.dst_node_id != 5:
+            assert bytes(runtime.content_of(name)["weights"]["packed"].data) == question.weights.read_bytes()  # type: ignore[union-attr]
+            runtime.answer(name, good())
+    assert sorted(reply.site for reply in link.receive()) == [7, 9]
+    link.ask([5], question, 123.0)
+    assert list(link.receive()) == []
+
+
+def test_a_node_that_has_left_between_is_a_lost_site(tmp_path: Path, question: Question) -> None:
+    runtime, link = streaming(tmp_path)
+    runtime.refuses["known"] = 5
+    link.ask([5, 7], question, 123.0)
+    (reply,) = link.receive()
+    assert (reply.site, reply.lost) == (5, True)
+
+
+def test_a_reply_that_the_superlink_cannot_hand_out_is_lost_and_the_others_are_not(
+    tmp_path: Path, question: Question
+) -> None:
+    runtime, link = streaming(tmp_path)
+    link.ask([5, 7, 9], question, 123.0)
+    names = {message.metadata.dst_node_id: name for name, message in runtime.sent.items()}
+    for name in names.values():
+        runtime.answer(name, good())
+    runtime.cannot_hand_out = names[7]
+    replies = {reply.site: reply for reply in link.receive()}
+    assert sorted(replies) == [5, 7, 9]
+    assert [replies[7].parcel, replies[7].lost] == [None, True]
+    assert_good(replies[5])
+    assert list(link.receive()) == []
 
 
 def test_replies_come_back_under_the_site_that_was_asked_and_only_once(

@@ -2,23 +2,43 @@
 
 import asyncio
 import json
+import math
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maskdm.runfolder import read_lines
+from maskdm_server import bodies
 from maskdm_server import door as under_test
-from maskdm_server.door import CHUNK, LARGEST_REQUEST, OTHER_OBJECTS, SECRET, Door, Message, Traffic
+from maskdm_server import traffic as traffic_module
+from maskdm_server.bodies import Message
+from maskdm_server.door import (
+    ASK,
+    CALLS,
+    CALLS_WITHOUT_KEYS,
+    CHUNK,
+    LARGEST_REQUEST,
+    LARGEST_SMALL,
+    MOST_HEADERS,
+    OTHER_OBJECTS,
+    SECRET,
+    Door,
+)
+from maskdm_server.keys import Keys
+from maskdm_server.questions import ASKED
+from maskdm_server.traffic import Traffic
 
 PUBLIC_PORT, PRIVATE_PORT = 8000, 40000
 PUSH, PULL, MESSAGES = "/v1/fleet/push-object", "/v1/fleet/pull-object", "/v1/fleet/push-messages"
@@ -54,11 +74,12 @@ class App:
 class Knocking:
     """A client of the door."""
 
-    def __init__(self, folder: Path, largest_update: int = 20 * CHUNK) -> None:
+    def __init__(self, folder: Path, largest_update: int = 20 * CHUNK, keys: Keys | None = None) -> None:
         self.app = App()
         (folder / SECRET).write_text("s3cret")
-        self.door = Door(self.app, folder, largest_update, PRIVATE_PORT)
+        self.door = Door(self.app, folder, largest_update, PRIVATE_PORT, keys)
         self.pulled = 0  # pieces of a body that were read
+        self.said = b""  # with the last answer
 
     def send(
         self,
@@ -68,6 +89,9 @@ class Knocking:
         kind: str = "http",
         port: int = PUBLIC_PORT,
         headers: Sequence[tuple[bytes, bytes]] = (),
+        method: str = "POST",
+        query: bytes = b"",
+        length: bytes | None = None,
     ) -> int:
         """The status of the answer; after `pieces` the client goes away, unless the body is whole with them."""
         messages: list[Message] = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
@@ -83,8 +107,14 @@ class Knocking:
         async def send(message: Message) -> None:
             answers.append(message)
 
-        scope = {"type": kind, "path": path, "server": ("127.0.0.1", port), "headers": list(headers)}
+        told = str(sum(map(len, pieces))).encode() if length is None else length
+        scope = {
+            **{"type": kind, "path": unquote(path), "raw_path": path.encode(), "method": method, "query_string": query},
+            **{"server": ("127.0.0.1", port), "client": ("127.0.0.1", 5), "root_path": ""},
+            "headers": [*headers, *([(b"content-length", told)] if told else [])],
+        }
         asyncio.run(self.door(scope, receive, send))
+        self.said = b"".join(answer.get("body", b"") for answer in answers)
         return int(answers[0].get("status", 0)) if answers else 0
 
 
@@ -95,18 +125,22 @@ def knocking(tmp_path: Path) -> Knocking:
 
 @pytest.fixture(autouse=True)
 def _write_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(under_test, "WRITE_SECONDS", -1.0)
-    monkeypatch.setattr(under_test, "REFUSAL_SECONDS", -1.0)
+    monkeypatch.setattr(traffic_module, "WRITE_SECONDS", -1.0)
+    monkeypatch.setattr(traffic_module, "REFUSAL_SECONDS", -1.0)
 
 
 def tree(objects: int, wide: bool = True) -> Any:
     """A tree of so many objects."""
     if wide:
-        return ObjectTree(object_id="0", children=[ObjectTree(object_id=str(i)) for i in range(1, objects)])
-    top = ObjectTree(object_id="0")
+        return ObjectTree(object_id=name(0), children=[ObjectTree(object_id=name(i)) for i in range(1, objects)])
+    top = ObjectTree(object_id=name(0))
     for i in range(1, objects):
-        top = ObjectTree(object_id=str(i), children=[top])
+        top = ObjectTree(object_id=name(i), children=[top])
     return top
+
+
+def name(number: int) -> str:
+    return f"{number:064x}"
 
 
 def offered(*trees: Any, node: int = 5) -> bytes:
@@ -118,21 +152,81 @@ def pushed(node: int, size: int) -> bytes:
     return bytes(request.SerializeToString())
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(st.binary(max_size=50), min_size=1, max_size=6))
 def test_a_body_arrives_whole_in_however_many_pieces_it_came(knocking: Knocking, pieces: list[bytes]) -> None:
-    assert knocking.send("/v1/fleet/activate-node", pieces) == 200
+    assert knocking.send("/v1/runtime/pull-task", pieces, port=PRIVATE_PORT) == 200
     assert knocking.app.bodies[-1] == b"".join(pieces)
     assert knocking.app.after[-1] == {"type": "http.disconnect"}, "what comes after it reaches the SuperLink too"
 
 
-@pytest.mark.parametrize("path", [PUSH, MESSAGES, "/v1/fleet/anything", "/v1/runtime/push-object"])
-def test_a_body_over_the_limit_is_refused_before_all_of_it_is_read(knocking: Knocking, path: str) -> None:
+@pytest.mark.parametrize("told", [None, b"5"])
+@pytest.mark.parametrize("path", [PUSH, MESSAGES, "/v1/fleet/get-run", "/v1/runtime/push-object"])
+def test_a_body_over_the_limit_is_refused_before_all_of_it_is_read(
+    knocking: Knocking, path: str, told: bytes | None
+) -> None:
     port = PUBLIC_PORT if path.startswith("/v1/fleet") else PRIVATE_PORT
-    assert knocking.send(path, [bytes(2**20)] * 1000, port=port) == 413
+    assert knocking.send(path, [bytes(2**20)] * 1000, port=port, length=told) == 413
     assert knocking.app.bodies == []
     assert knocking.pulled <= LARGEST_REQUEST // 2**20 + 1
+    assert knocking.pulled == 0 or told or port == PRIVATE_PORT, "what says its length is not read at all"
     assert knocking.send(path, [bytes(LARGEST_REQUEST + 1)], port=port) == 413
+
+
+@pytest.mark.parametrize("call", sorted({*CALLS, *CALLS_WITHOUT_KEYS} - {"push-object", "push-messages"}))
+def test_a_request_that_carries_nothing_is_small(knocking: Knocking, call: str) -> None:
+    assert knocking.send(f"/v1/fleet/{call}", [bytes(LARGEST_SMALL + 1)]) == 413
+    assert knocking.send(f"/v1/fleet/{call}", [b"\x0a\x00"]) == 200
+
+
+@pytest.mark.parametrize("length", [b"", b"-1", b"1e3", b"0x10", b" "])
+def test_a_body_of_no_known_length_is_refused_unread(knocking: Knocking, length: bytes) -> None:
+    headers = [] if length else [(b"transfer-encoding", b"chunked")]
+    assert knocking.send(PUSH, [pushed(5, 10)], length=length, headers=headers) == 411
+    assert knocking.pulled == 0
+
+
+def test_a_head_of_many_headers_is_refused_unread(knocking: Knocking) -> None:
+    assert knocking.send(PUSH, [pushed(5, 10)], headers=[(b"a", b"b")] * MOST_HEADERS) == 431
+    assert knocking.send("/health", [], headers=[(b"a", b"b")] * MOST_HEADERS, method="GET") == 431
+    assert knocking.send(PUSH, [pushed(5, 10)], headers=[(b"a", b"b")] * (MOST_HEADERS - 1)) == 200
+    assert len(knocking.app.scopes) == 1
+
+
+def test_who_sends_too_slowly_is_told_to_try_again(knocking: Knocking, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: object) -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(bodies, "LONGEST_PAUSE", 0.01)
+    assert asyncio.run(answered(knocking.door, PUSH, never)) == 503
+    assert knocking.app.bodies == []
+
+
+def test_a_steady_trickle_below_the_least_rate_is_ended(knocking: Knocking, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def trickle(*_: object) -> Message:
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    monkeypatch.setattr(bodies, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(bodies, "LEAST_RATE", math.inf)
+    assert asyncio.run(answered(knocking.door, PUSH, trickle)) == 503
+    monkeypatch.undo()
+    assert asyncio.run(answered(knocking.door, "/v1/fleet/get-run", trickle)) == 413, "fast enough, and then too much"
+
+
+async def answered(door: Door, path: str, receive: Any) -> int:
+    answers = list[Message]()
+
+    async def send(message: Message) -> None:
+        answers.append(message)
+
+    scope = {
+        **{"type": "http", "path": path, "raw_path": path.encode(), "method": "POST", "query_string": b""},
+        **{"server": ("127.0.0.1", PUBLIC_PORT), "headers": [(b"content-length", b"5")]},
+    }
+    await door(scope, receive, send)
+    return int(answers[0]["status"])
 
 
 def test_a_chunk_of_flowers_own_passes(knocking: Knocking) -> None:
@@ -159,19 +253,6 @@ def test_a_reply_of_more_objects_than_an_update_can_have_is_refused_and_its_site
     assert len(knocking.app.bodies) == 1
 
 
-def test_a_tree_of_a_million_objects_is_not_walked_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at: list[Any] = []
-
-    class Endless:
-        @property
-        def children(self) -> list["Endless"]:
-            looked_at.append(self)
-            return [Endless(), Endless()]
-
-    assert under_test._count(Endless(), 50) == 51
-    assert len(looked_at) <= 51
-
-
 def test_the_most_objects_follow_from_the_largest_update(tmp_path: Path) -> None:
     for largest, chunks in ((1, 1), (CHUNK, 1), (CHUNK + 1, 2)):
         knocking = Knocking(tmp_path, largest)
@@ -179,33 +260,18 @@ def test_the_most_objects_follow_from_the_largest_update(tmp_path: Path) -> None
         assert knocking.send(MESSAGES, [offered(tree(chunks + OTHER_OBJECTS + 1))]) == 413
 
 
-@pytest.mark.parametrize("path", [PUSH, PULL, MESSAGES])
-def test_what_is_no_protobuf_is_left_to_the_superlink(knocking: Knocking, tmp_path: Path, path: str) -> None:
-    for body in (b"\xff\xff\xff\xff", b"{}", b""):
-        assert knocking.send(path, [body]) == 200
-        assert knocking.app.bodies[-1] == body
+@pytest.mark.parametrize("path", [PUSH, PULL, MESSAGES, "/v1/fleet/get-run"])
+def test_what_is_no_protobuf_does_not_reach_the_superlink(knocking: Knocking, tmp_path: Path, path: str) -> None:
+    for body in (b"\xff\xff\xff\xff", b"{}", b"\x0a\x7f", b"\x0a", b"\x18\x01" * 20):
+        assert knocking.send(path, [body]) == 400
+    assert knocking.app.bodies == []
+    assert knocking.send(path, [b""]) == 200, "an empty one is"
     assert not (tmp_path / "refused.jsonl").exists()
 
 
-def test_a_tree_too_deep_for_protobuf_is_left_to_the_superlink(knocking: Knocking) -> None:
-    """Which refuses it: its own parser is the same."""
-    body = b""
-    for _ in range(300):
-        field = b"\x12" + length_of(body) + body  # field 2 of ObjectTree: a child
-        body = field
-    field = PushMessagesRequest.DESCRIPTOR.fields_by_name["message_object_trees"].number
-    body = bytes([field << 3 | 2]) + length_of(body) + body
-    assert knocking.send(MESSAGES, [body]) == 200
-    assert knocking.app.bodies == [body]
-
-
-def length_of(body: bytes) -> bytes:
-    """A protobuf varint."""
-    number, out = len(body), bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
+def test_an_object_may_be_large_and_nothing_beside_it(knocking: Knocking) -> None:
+    request = PushObjectRequest(node=Node(node_id=5), object_id="x" * 10_000, object_content=b"y")
+    assert knocking.send(PUSH, [request.SerializeToString()]) == 413
 
 
 def test_the_superlinks_own_start_and_end_are_none_of_its_business(knocking: Knocking, tmp_path: Path) -> None:
@@ -233,6 +299,9 @@ def test_of_other_paths_only_the_size_is_looked_at(knocking: Knocking, tmp_path:
     [
         *("/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/pull-task", "/docs", "/openapi.json", "/"),
         *("/v1/fleet", "//v1/fleet/push-object", "/V1/fleet/push-object", "/v1/control/../fleet/push-object"),
+        *("/v1/fleet/", "/v1/fleet/anything", "/v1/fleet/push-object/", "/v1/fleet/push-object;a"),
+        *("/v1/fleet/push-messages%0A", "/v1/fleet/push%2Dmessages", "/v1/fleet%2Fpush-messages", "%2Fhealth"),
+        *("/v1/fleet/push-messages%00", "/v1/fleet/push-messages%20", "http://x/v1/fleet/push-messages", "/health%0a"),
     ],
 )
 def test_at_the_public_port_only_nodes_are_served_whatever_secret_is_shown(
@@ -243,8 +312,50 @@ def test_at_the_public_port_only_nodes_are_served_whatever_secret_is_shown(
     assert knocking.pulled == 0, "it was not even read"
 
 
-def test_whether_the_server_is_well_may_be_asked_by_everybody(knocking: Knocking) -> None:
-    assert knocking.send("/health", [b""]) == 200
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS", "post", "POST "])
+def test_a_call_has_its_method_and_no_query(knocking: Knocking, method: str) -> None:
+    assert knocking.send(PUSH, [b"x"], method=method) == 404
+    assert knocking.send(PUSH, [b"x"], query=b"a=b") == 404
+    assert knocking.app.scopes == []
+
+
+@pytest.mark.parametrize("port", [PUBLIC_PORT, PRIVATE_PORT])
+def test_whether_the_server_is_well_may_be_asked_by_everybody(knocking: Knocking, port: int) -> None:
+    assert knocking.send("/health", [b""], method="GET", port=port) == 200
+
+
+def test_nodes_are_not_served_at_the_private_port(knocking: Knocking) -> None:
+    assert knocking.send(PUSH, [pushed(5, 10)], port=PRIVATE_PORT) == 404
+
+
+def asked(tree: Any) -> bytes:
+    return bytes(PushAppMessagesRequest(message_object_trees=[tree]).SerializeToString())
+
+
+def test_a_reply_may_not_name_an_object_of_a_question_with_other_parts(knocking: Knocking, tmp_path: Path) -> None:
+    question = ObjectTree(object_id=name(1), children=[ObjectTree(object_id=name(2)), ObjectTree(object_id=name(3))])
+    knocking.app.status = 401
+    knocking.send(
+        ASK, [asked(ObjectTree(object_id=name(9), children=[ObjectTree(object_id=name(8))]))], port=PRIVATE_PORT
+    )
+    knocking.app.status = 200  # that was somebody else on this machine
+    assert knocking.send(ASK, [asked(question)], port=PRIVATE_PORT) == 200
+    assert knocking.app.bodies[-1] == asked(question)
+    leaf, alone = ObjectTree(object_id=name(2)), ObjectTree(object_id=name(1))
+    for other in (
+        alone,
+        ObjectTree(object_id=name(1), children=[leaf]),
+        ObjectTree(object_id=name(3), children=[leaf]),
+    ):
+        for hidden in (other, ObjectTree(object_id=name(9), children=[other])):
+            assert knocking.send(MESSAGES, [offered(hidden)]) == 403
+    # Of two alike it is the same: a part of zeros, which a model and an update may have in common.
+    assert knocking.send(MESSAGES, [offered(ObjectTree(object_id=name(9), children=[leaf]))]) == 200
+    # A SuperLink that was started again knows them still.
+    again = Knocking(tmp_path)
+    assert again.send(MESSAGES, [offered(alone)]) == 403
+    assert again.send(ASK, [asked(question)], port=PRIVATE_PORT) == 200
+    assert (tmp_path / ASKED).stat().st_size == 3 * 32, "each is written down once"
 
 
 @pytest.mark.parametrize(
@@ -271,8 +382,8 @@ def test_who_is_not_let_in_carries_nothing(knocking: Knocking, tmp_path: Path) -
 def test_strangers_cannot_make_it_remember_or_write_without_end(
     knocking: Knocking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(under_test, "MOST_NODES", 3)
-    monkeypatch.setattr(under_test, "REFUSAL_SECONDS", 1e9)
+    monkeypatch.setattr(traffic_module, "MOST_NODES", 3)
+    monkeypatch.setattr(traffic_module, "REFUSAL_SECONDS", 1e9)
     for node in (1, 2, 3, 1, 4, 5):
         knocking.send(PUSH, [pushed(node, CHUNK)])
         assert knocking.send(MESSAGES, [offered(tree(1000), node=node)]) == 413
@@ -311,8 +422,8 @@ def test_questions_and_news_are_no_progress(knocking: Knocking, tmp_path: Path) 
 def test_traffic_is_not_written_down_for_every_request(
     knocking: Knocking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(under_test, "WRITE_SECONDS", 1e9)
-    knocking.door._written = 0.0
+    monkeypatch.setattr(traffic_module, "WRITE_SECONDS", 1e9)
+    knocking.door._tally._written = 0.0
     knocking.send(PUSH, [pushed(5, CHUNK)])
     assert not (tmp_path / "traffic.json").exists()
 

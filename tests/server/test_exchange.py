@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from maskdm.auditlog import Message, digest_of, message_of
 from maskdm.parcel import Outcome, Parcel
 from maskdm.protocol import RoundPlan
 from maskdm.tensorfile import pack, unpack
+from maskdm_server import exchange as under_test
 from maskdm_server.aggregation import UpdateRejected
-from maskdm_server.exchange import HEARTBEAT_SECONDS, LOST_SECONDS, MOST_QUESTIONS, QUIET, Exchange
+from maskdm_server.exchange import HEARTBEAT_SECONDS, LOST_SECONDS, MOST_QUESTIONS, QUIET, Exchange, new_exchange
 from maskdm_server.link import Question, Reply
 
 from .conftest import Time, numbers
@@ -25,6 +27,18 @@ from .conftest import Time, numbers
 Behaviour = Callable[[Question], Sequence[tuple[float, Parcel | Reply]]]
 
 LONG = 10_000
+
+
+def test_the_numbers_of_exchanges_rise_with_time_and_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1_900_000_000_000_000_000]
+    monkeypatch.setattr(under_test, "time", SimpleNamespace(time_ns=lambda: now[0]))
+    assert len({new_exchange() for _ in range(50)}) > 45, "at one moment"
+    later = []
+    for _ in range(50):
+        now[0] += 10**6
+        later.append(new_exchange())
+    assert sorted(set(later)) == later
+    assert later[-1] < 2**63
 
 
 class Scripted:
