@@ -7,10 +7,9 @@ from typing import Annotated
 from pydantic import Field
 
 from maskdm.bundle import bundle_sha256
-from maskdm.config import Frozen, Precision
+from maskdm.config import FINGERPRINT, Frozen, Precision
 from maskdm.kit import Digest
 from maskdm.policy import SitePolicy
-from maskdm.terms import FINGERPRINT
 
 
 class SiteSettings(Frozen):

@@ -144,7 +144,7 @@ def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, 
     if problem:
         raise TooLarge(problem)
     model, images = _prepare(job, weights)
-    moments = Kept(work, "moments", plan, wanted=plan.keep_moments and policy.keep_moments)
+    moments = Kept(work, "moments", plan, wanted=plan.keep_moments and policy.kept_moments)
     done = fine_tune(model, job, weights, images, saved, moments)
     report = _report(job, images, done.before, done.after, done.images_seen, done.seconds, done.skipped_steps)
     residual = Residual(work, plan)

@@ -17,6 +17,8 @@ Prediction = Literal["epsilon", "x0", "v", "velocity"]
 Ema = Literal["ramp", "power"]
 LossWeight = Literal["uniform", "min-snr", "p2"]
 
+FINGERPRINT = "^[0-9a-f]{4}(-[0-9a-f]{4}){7}$"  # of the terms of a federation
+
 # What the papers of each process predict.
 USUAL_PREDICTION: dict[ProcessKind, Prediction] = {"ddpm": "epsilon", "edm": "v", "flow": "velocity"}
 

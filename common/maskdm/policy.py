@@ -59,7 +59,7 @@ class SitePolicy(Frozen):
     min_held_out: Least = 8  # behind a loss that leaves
     max_weight_change: Annotated[float, Field(gt=0, strict=True)] = 1.0
     max_zero_share: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.5
-    keep_moments: Switch = False
+    kept_moments: Switch = False
     require_dp: Switch = False
     approve_first_round: Switch = False
     bundles: tuple[Digest, ...] = ()  # of Flower apps that may run here besides the kit's
@@ -104,7 +104,7 @@ SIMULATED = SitePolicy(
     min_held_out=1,
     max_weight_change=1e6,
     max_zero_share=1.0,
-    keep_moments=True,
+    kept_moments=True,
 )
 
 POLICY_KEYS = tuple(f"site.policy.{name}" for name in SitePolicy.model_fields)
@@ -174,7 +174,7 @@ max-zero-share = 0.5
 
 # true lets a coordinator have the optimiser's moments kept here from round to round. Moments of gradients that a
 # crafted model made large let later, smaller ones through as they are.
-keep-moments = false
+kept-moments = false
 
 # true takes part only in training with differential privacy. This version has none, so every plan is refused.
 require-dp = false

@@ -11,7 +11,6 @@ from maskdm.runfolder import flatten
 from maskdm.trainable import Trainable
 from maskdm.wire import Encoding
 
-FINGERPRINT = "^[0-9a-f]{4}(-[0-9a-f]{4}){7}$"
 AT_LEAST = ("local_images", "batch_size")  # more of them tell less of each image
 
 

@@ -20,7 +20,7 @@ from maskdm_client.settings import SiteSettings
 
 # Floors that the smallest work passes; what a test says of a policy comes on top.
 LENIENT = SitePolicy(
-    min_images=1, min_images_per_update=1, min_batch=1, min_steps=1, min_held_out=1, max_failures=100, keep_moments=True
+    min_images=1, min_images_per_update=1, min_batch=1, min_steps=1, min_held_out=1, max_failures=100, kept_moments=True
 )
 
 

@@ -190,7 +190,7 @@ def test_work_in_progress_is_dropped_for_a_newer_request_and_nothing_of_it_leave
     def asked_meanwhile(self: Mailbox) -> int | None:
         looks.append(None)
         if len(looks) == 6:  # some steps into the first training
-            self.ask(2, *ask(local_images=8, exchange=2, round=2))
+            self.ask(2, *ask(exchange=2, round=2))
         return asked(self)
 
     monkeypatch.setattr(Mailbox, "asked", asked_meanwhile)
@@ -421,8 +421,8 @@ def test_a_reply_that_the_site_would_not_let_out_any_more_is_not_sent_again(
     config = json.loads((folder / "config.json").read_text())
     config["site"]["policy"][key] = value
     (folder / "config.json").write_text(json.dumps(config))
-    plan = json.loads(ask(local_images=8, exchange=2)[0])
-    (folder / APPROVALS).write_text(json.dumps({plan["federation"]: {"approved": False}}))
+    decided = json.loads((folder / APPROVALS).read_text()) if outcome == Outcome.NOT_APPROVED else {}
+    (folder / APPROVALS).write_text(json.dumps({name: one | {"approved": False} for name, one in decided.items()}))
     box.ask(2, *ask(local_images=8, exchange=2))
     work(folder, monkeypatch)
     found = reply_to(2, folder)
@@ -454,5 +454,10 @@ def test_superseded_work_is_no_failure(make_site: MakeSite, ask: Ask) -> None:
     box.ask(2, *ask(exchange=2, round=2))
     with pytest.raises(Superseded):
         answer(*ask(exchange=1), folder, box, 1)
-    assert [line["event"] for line in read_lines(folder / "events.jsonl")] == ["data", "measured", "superseded"]
+    assert [line["event"] for line in read_lines(folder / "events.jsonl")] == [
+        "agreed",
+        "data",
+        "measured",
+        "superseded",
+    ]
     assert box.replied() is None

@@ -5,8 +5,9 @@ import re
 import pytest
 
 from maskdm.checkpoint import CheckpointMetadata
+from maskdm.config import FINGERPRINT
 from maskdm.protocol import RoundPlan
-from maskdm.terms import FINGERPRINT, Terms, terms_of
+from maskdm.terms import Terms, terms_of
 
 
 @pytest.fixture

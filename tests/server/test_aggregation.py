@@ -178,7 +178,7 @@ def test_the_last_batch_is_a_whole_one(plan: RoundPlan) -> None:
         check_reply(Parcel(drawn(plan, 0), numbers(uneven, images_seen=65)), uneven)
 
 
-@pytest.mark.parametrize("missing", [(), ("round",), ("exchange",), ("loss_after",)])
+@pytest.mark.parametrize("missing", [(), ("round",), ("exchange",)])
 def test_missing_numbers_are_rejected(plan: RoundPlan, missing: tuple[str, ...]) -> None:
     report = {name: value for name, value in numbers(plan).items() if name not in missing} if missing else {}
     with pytest.raises(UpdateRejected, match="its numbers do not fit: "):

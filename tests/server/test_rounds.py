@@ -467,10 +467,10 @@ def test_losses_are_averaged_alike_before_and_after_whatever_sites_have_and_see(
 
 def test_with_a_robust_rule_one_site_does_not_decide_when_to_stop_and_which_model_is_best(folder: Path) -> None:
     def lying(plan: RoundPlan, weights: dict[str, Tensor]) -> Parcel:
-        loss = 0.0 if plan.round == 1 and plan.action == "train" else 1e6
+        loss = 0.0 if plan.round == 1 and plan.action == "train" else 4.0
         return learner(0.5, loss_before=loss, examples=2**40)(plan, weights)
 
-    honest = measuring([5.0, 4.0, 3.0, 2.0, 1.0, 0.5])
+    honest = measuring([3.5, 3.2, 3.0, 2.0, 1.0, 0.5])
     link = InProcess({1: honest, 2: honest, 3: honest, 4: lying})
     federate(link, folder, rounds=5, patience=2, aggregation="median", min_replies=3)
     result = result_of(folder)
@@ -581,13 +581,13 @@ def test_the_average_of_the_rounds_models_is_published_and_handed_out_and_the_ra
 @pytest.mark.parametrize(
     ("losses", "patience", "rounds", "best"),
     [
-        ([5.0, 4.0, 3.0, 2.0, 1.0, 0.5], 2, 5, 5),  # always better: all rounds, and the last model is measured too
-        ([5.0, 1.0, 2.0, 2.0, 2.0, 2.0], 2, 4, 1),  # models 2 and 3 are no better than model 1: enough after round 4
-        ([5.0, 1.0, 2.0, 2.0, 2.0, 2.0], 1, 3, 1),
-        ([5.0, 3.0, 4.0, 2.0, 2.5, 2.5], 2, 5, 3),  # one worse model is forgiven
+        ([3.5, 3.2, 3.0, 2.0, 1.0, 0.5], 2, 5, 5),  # always better: all rounds, and the last model is measured too
+        ([3.5, 1.0, 2.0, 2.0, 2.0, 2.0], 2, 4, 1),  # models 2 and 3 are no better than model 1: enough after round 4
+        ([3.5, 1.0, 2.0, 2.0, 2.0, 2.0], 1, 3, 1),
+        ([3.5, 3.0, 3.2, 2.0, 2.5, 2.5], 2, 5, 3),  # one worse model is forgiven
         ([1.0, 2.0, 2.0, 2.0, 2.0, 2.0], 3, 4, 0),  # nothing is better than the prior
-        ([5.0, 4.0, 3.0, 2.0, 2.5, 1.0], 4, 5, 5),  # the last one, never trained on, is the best
-        ([5.0, 4.0, 3.0, 2.0, 2.5, 2.0], 4, 5, 3),  # of equal ones the earlier
+        ([3.5, 3.2, 3.0, 2.0, 2.5, 1.0], 4, 5, 5),  # the last one, never trained on, is the best
+        ([3.5, 3.2, 3.0, 2.0, 2.5, 2.0], 4, 5, 3),  # of equal ones the earlier
     ],
 )
 def test_patience_stops_after_so_many_models_that_are_no_better_and_the_best_is_published_and_handed_out(
@@ -611,7 +611,7 @@ def test_patience_stops_after_so_many_models_that_are_no_better_and_the_best_is_
 def test_a_federation_that_patience_ended_goes_on_from_its_last_round_when_it_is_given_more_patience(
     new_folder: NewFolder,
 ) -> None:
-    losses = [5.0, 1.0, 2.0, 2.0, 2.0, 0.5]
+    losses = [3.5, 1.0, 2.0, 2.0, 2.0, 0.5]
     sites = {1: measuring(losses), 2: measuring(losses)}
     whole, folder = new_folder("whole"), new_folder("fed")
     federate(InProcess(sites), whole, rounds=5, patience=4)
