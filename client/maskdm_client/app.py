@@ -11,12 +11,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.clientapp import ClientApp
 
 from maskdm.auditlog import AUDIT
-from maskdm.errors import GateRefused
+from maskdm.errors import GateRefused, plain
 from maskdm.parcel import Outcome, Parcel
 from maskdm.tensorfile import pack
 from maskdm_client.gate import release, release_outcome, release_progress
 from maskdm_client.incoming import record_foreign, record_plan, record_progress_question, round_in
-from maskdm_client.mailbox import Mailbox, note, plain
+from maskdm_client.mailbox import Mailbox, note
 from maskdm_client.settings import load_settings
 
 PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document

@@ -1,6 +1,7 @@
 """What somebody at the site decided about a federation's terms; whatever is new to them waits, or is refused."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -54,6 +55,10 @@ def agree(folder: Path, terms: Terms, policy: SitePolicy, fingerprint: str | Non
     if decision(folder, terms):
         return ""
     decided, how = _decided(folder, terms.federation), ""
+    if decided is None and _is_damaged(folder, terms.federation):
+        raise NotApproved(
+            f"{folder / APPROVALS} is damaged, so nobody knows what was decided: delete it to decide anew"
+        )
     if fingerprint == terms.fingerprint():
         how = BY_FINGERPRINT
     elif decided and not policy.approve_first_round:
@@ -92,6 +97,9 @@ def wait_for_decision(folder: Path, terms: Terms, superseded: Callable[[], bool]
 
 
 def approve(
+    fingerprint: Annotated[
+        str | None, typer.Argument(help="Of the terms that are meant; others are refused.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="The site's folder.")] = Path("maskdm-site"),
     deny: Annotated[bool, typer.Option("--deny", help="Let nothing of this federation leave.")] = False,
 ) -> None:
@@ -109,10 +117,14 @@ def approve(
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--out {out}: {HELD} cannot be read: {error}") from error
+    if fingerprint not in (None, terms.fingerprint()):
+        raise UsageError(f"{fingerprint}: the terms that wait have the fingerprint {terms.fingerprint()}: look at them")
     before = _decided(out, terms.federation)
     changes = [f"CHANGED     {change}" for change in before[1].changes(terms)] if before else []
     for line in (*terms.described(), *changes, *lines):
         print(line)
+    if sys.stdin.isatty():
+        typer.confirm("Let nothing of it leave?" if deny else "Let it leave?", abort=True)
     verdict = "denied" if deny else "approved"
     record(out / AUDIT, "out", number, f"{verdict} by a person here")
     _decide(out, terms, not deny, "by a person")
@@ -127,6 +139,16 @@ def _decided(folder: Path, federation: str) -> tuple[bool, Terms] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (approved, terms) if isinstance(approved, bool) else None
+
+
+def _is_damaged(folder: Path, federation: str) -> bool:
+    """Whether something was decided on a federation, and nobody can read what."""
+    try:
+        return federation in json.loads((folder / APPROVALS).read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError):
+        return True
 
 
 def _decide(folder: Path, terms: Terms, approved: bool, how: str) -> None:

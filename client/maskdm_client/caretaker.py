@@ -127,6 +127,11 @@ def tell(event: dict[str, Any]) -> None:
         say(f"round {event['round']}: this site has not seen the prior itself, only what became of it")
     elif kind == "agreed":
         say(f"the terms of this federation were agreed to {event['how']}; their fingerprint is {event['fingerprint']}")
+    elif kind == "asks":
+        say(
+            f"round {event['round']}: the terms of this federation wait for your approval, nothing leaves before: "
+            f"maskdm-client approve --out {event['folder']} (fingerprint {event['fingerprint']})"
+        )
     elif kind == "held":
         what = "the first update" if event["action"] == "train" else "a measurement"
         say(

@@ -1,5 +1,5 @@
-"""Whether a kit's policy is the one that it was made with: the kit's signature leaves it to the site, so nobody else
-would notice who changed it."""
+"""What a kit's policy has that the defaults have not, and whether the site changed it: the kit's signature leaves it to
+the site, so nobody else would notice who did."""
 
 from typing import Any
 
@@ -9,16 +9,17 @@ from maskdm.reporting import say
 
 
 def warn_of_change(opened: OpenedKit, terms: SitePolicy) -> None:
-    """Say which keys of a changed policy differ from the defaults; nothing of one that is as it was made."""
-    if opened.policy_is_as_made:
-        return
-    usual = SitePolicy()
+    """Say which keys of the policy differ from the defaults, also of one that the coordinator made so."""
+    usual = SitePolicy(approve_first_round=True)
     differing = [name for name in SitePolicy.model_fields if getattr(terms, name) != getattr(usual, name)]
     found = "; ".join(f"{name.replace('_', '-')} = {_shown(getattr(terms, name))}" for name in differing)
-    say(
-        f"WARNING: {POLICY} was changed since {opened.kit.name}'s kit was made. It differs from the defaults in: "
-        f"{found or 'nothing'}. If nobody at this site changed it, stop now and ask the coordinator for a new kit"
-    )
+    if not opened.policy_is_as_made:
+        say(
+            f"WARNING: {POLICY} was changed since {opened.kit.name}'s kit was made. It differs from the defaults in: "
+            f"{found or 'nothing'}. If nobody at this site changed it, stop now and ask the coordinator for a new kit"
+        )
+    elif found:
+        say(f"{POLICY}, as the coordinator made it, differs from the defaults in: {found}")
 
 
 def _shown(value: Any) -> str:

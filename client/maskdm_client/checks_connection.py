@@ -15,8 +15,8 @@ from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnect
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from maskdm.errors import plain
 from maskdm_client.checks import Check, left
-from maskdm_client.mailbox import plain
 
 SECONDS = 10.0  # for each step of a connection
 # How far this machine's clock may lie ahead of and behind the server's for Flower to take a signature, in seconds.

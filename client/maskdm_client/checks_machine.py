@@ -22,13 +22,12 @@ import maskdm
 from maskdm.checkpoint import model_from
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
 from maskdm.data.batches import Batch
-from maskdm.errors import OutOfMemory, UsageError
+from maskdm.errors import OutOfMemory, UsageError, plain
 from maskdm.model import build_model
 from maskdm.precision import pick_device, pick_precision
 from maskdm.trainable import expected_shapes
 from maskdm.training import Progress, TrainingState, train
 from maskdm_client.checks import Check, mistake
-from maskdm_client.mailbox import plain
 
 # What was tested, from the first version up to below the second; as in pyproject.toml.
 TESTED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {

@@ -29,12 +29,12 @@ from maskdm_client.concentration import HALVES, Concentration
 from maskdm_client.job import Job, Superseded
 from maskdm_client.kept import Kept
 from maskdm_client.local_data import LocalImages
-from maskdm_client.saved import Saved
+from maskdm_client.saved import Saved, Unfinished
 
 # So many images at most, and at least so many (image, timestep, noise) draws, for a held-out loss. Other rounds have
 # other draws: their losses differ by 1 or 2 % for that, which is less than what a round mostly changes.
-HELD_OUT_IMAGES, HELD_OUT_DRAWS = 512, 1024
-STANDS_OUT = 10.0  # standard deviations of the others
+HELD_OUT_IMAGES, HELD_OUT_DRAWS = 128, 1024
+STANDS_OUT, FEW = 10.0, 16  # standard deviations of the others, which are all but one in sixteen
 REPORT_SECONDS = 2.0
 # Of the optimiser, which sees tens of steps a round: its memory must suit those, not the published 200,000.
 LOCAL_BETAS = (0.9, 0.95)
@@ -99,7 +99,11 @@ def fine_tune(
     resumed = saved.restore(state)
     if not resumed:
         restore_optimizer(state, moments.before(optimizer_shapes(learner)))
-    before, spent = (HeldOut(resumed[0]), resumed[1]) if resumed else (held_out_loss(model, job, images), 0.0)
+    concentration = Concentration(learner.named_parameters())
+    if resumed:
+        concentration.restore(resumed.halves)
+    before = HeldOut(*resumed[:2]) if resumed else held_out_loss(model, job, images)
+    spent = resumed.seconds if resumed else 0.0
     where = {"round": plan.round, "rounds": plan.rounds, "images": state.images_seen}
     job.say({"event": "measured", "loss": before.loss, **where})
 
@@ -108,7 +112,7 @@ def fine_tune(
 
     def on_progress(progress: Progress) -> None:
         job.say({"event": "training", "round": plan.round, "images": progress.images, "of": training.images})
-        saved.keep(state, training, before.loss, seconds())
+        saved.keep(state, training, Unfinished(*before, seconds(), concentration.tensors()))
 
     order = batches(
         images.corpus.pixels,
@@ -125,7 +129,6 @@ def fine_tune(
         enough = state.images_seen and not policy.problem_of_work(state.images_seen, plan.batch_size)
         return job.superseded() or bool(seconds() >= limit and enough)
 
-    concentration = Concentration(learner.named_parameters())
     train(
         state,
         order,
@@ -183,14 +186,16 @@ def held_out_loss(model: Network | PartialNetwork, job: Job, images: LocalImages
 
 
 def one_stands_out(losses: Tensor) -> bool:
-    """Whether the loss of one image, of (N,), is so unlike those of the others that their mean tells of that image.
+    """Whether the losses of a few images, of (N,), are so unlike those of the others that their mean tells of these.
 
     Models that are made to ask about one image give all others much the same loss.
     """
-    furthest = int((losses - losses.median()).abs().argmax())
-    others = torch.cat([losses[:furthest], losses[furthest + 1 :]])
-    spread = others.std() if len(others) > 1 else torch.zeros(())
-    return bool((losses[furthest] - others.mean()).abs() > STANDS_OUT * spread) if len(others) else True
+    few = max(1, len(losses) // FEW)
+    order = (losses - losses.median()).abs().argsort(descending=True)
+    odd, others = losses[order[:few]], losses[order[few:]]
+    if len(others) < 2:
+        return True
+    return bool(((odd - others.mean()).abs() > STANDS_OUT * others.std()).any())
 
 
 def classes_of(images: LocalImages, job: Job) -> Tensor | None:

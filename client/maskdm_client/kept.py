@@ -11,7 +11,7 @@ from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
 from maskdm.tensorfile import chunks, fp32
 
-KINDS = ("rest", "residual", "moments", "first")  # files are named KIND-FEDERATION-…
+KINDS = ("rest", "residual", "moments")  # files are named KIND-FEDERATION-…
 
 
 class Kept:

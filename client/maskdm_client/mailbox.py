@@ -128,11 +128,6 @@ def note(site: Path, event: Mapping[str, Any]) -> None:
         append_line(site / "events.jsonl", {"time": time.time(), **event})
 
 
-def plain(text: str) -> str:
-    """What others chose, as it may be shown: short, and without what a terminal would obey."""
-    return "".join(character if character.isprintable() else "?" for character in text[:200])
-
-
 class _Found(NamedTuple):
     exchange: int
     key: str

@@ -11,18 +11,23 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from maskdm.policy import SitePolicy
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
-from maskdm.tensorfile import Arrays, Document, Stored, chunks, fp32
+from maskdm.tensorfile import Arrays, Document, Stored
 from maskdm.wire import as_tensor
+from maskdm_client.allowance import PolicyRefused
+from maskdm_client.job import Job
+from maskdm_client.received import PlanRefused
 
 # Root mean square of a weight of the first model, and of any value in it: trained ones lie near 1 at most.
 LARGEST, LARGEST_VALUE = 10.0, 1000.0
 # Vectors, which are biases and norms, may move by this much (root mean square) whatever they were: many begin at zero.
 SLACK = 0.1
+MOST_FIRST = 3  # federations whose first models are kept
 
 
 def problem_of_weights(weights: Mapping[str, Tensor], first: Arrays, policy: SitePolicy) -> str | None:
@@ -56,25 +61,56 @@ def length(tensor: Tensor) -> float:
     return float(tensor.norm()) / math.sqrt(tensor.numel())
 
 
-def is_prior(packed: Document, plan: RoundPlan) -> bool | None:
-    """Whether weights that came, whole, are the very file that the terms name; None where they need not be."""
-    if plan.round > 1 or plan.action != "train" or plan.model.prior_sha256 is None:
-        return None
+def check_weights(job: Job, weights: Mapping[str, Tensor], packed: Document) -> None:
+    """See that weights are plausible beside the first ones of the federation that were trained here.
+
+    Args:
+        packed: weights as they came.
+
+    Raises:
+        PlanRefused: they are not.
+        PolicyRefused: there is nothing to compare them with, and they need not be looked at.
+    """
+    plan, folder = job.plan, job.folder / "work"
+    first = _first_weights(folder, plan)
+    if {name: first[name].shape for name in first} != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
+        first = {}  # of terms that were approved anew
+    problem = problem_of_weights(weights, first, job.settings.policy)
+    if not problem and not first and plan.model.prior_sha256 is not None:
+        if plan.action == "finish":
+            raise PolicyRefused("this site trained in no round of the federation, so it measures no final model")
+        # A site that joins late trains on what became of the prior, and says so; there is nothing else that it must do.
+        if (plan.round == 1 or plan.action != "train") and not _is_prior(packed, plan):
+            problem = "they are not the prior that the terms name, and this site has seen none of the federation yet"
+    if problem:
+        raise PlanRefused(f"the coordinator's weights were refused: {problem}")
+    if plan.action == "train" and not first:
+        _remember_first(folder, plan, packed)
+        if plan.round > 1:
+            job.say({"event": "joined late", "round": plan.round})
+
+
+def _is_prior(packed: Document, plan: RoundPlan) -> bool:
     digest = hashlib.sha256(packed).hexdigest()  # type: ignore[arg-type]
     return digest == plan.model.prior_sha256
 
 
-def first_weights(work: Path, plan: RoundPlan) -> Arrays:
-    """Of the first model of a federation that this site trained; empty where there was none, or of another network."""
-    path = _path(work, plan)
-    return Stored(path) if path.exists() else {}
+def _first_weights(folder: Path, plan: RoundPlan) -> Arrays:
+    """Of the first model of a federation that this site trained; empty where there was none."""
+    path = _path(folder, plan)
+    try:
+        return Stored(path) if path.exists() else {}
+    except ValueError as error:
+        raise PolicyRefused(f"{path} is damaged, so later models cannot be held against it: delete it") from error
 
 
-def remember_first(work: Path, plan: RoundPlan, weights: Mapping[str, Tensor]) -> None:
-    """Keep what later models of a federation are compared with."""
-    layout = fp32({name: tuple(tensor.shape) for name, tensor in weights.items()})
-    atomic_write(_path(work, plan), chunks(layout, lambda name: weights[name].numpy()))
+def _remember_first(folder: Path, plan: RoundPlan, packed: Document) -> None:
+    """Keep what later models of a federation are compared with, as it came; of few federations, since it is large."""
+    others = sorted(folder.glob("first-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    for path in others[: 1 - MOST_FIRST]:
+        path.unlink()
+    atomic_write(_path(folder, plan), [np.frombuffer(packed, np.uint8).data])
 
 
-def _path(work: Path, plan: RoundPlan) -> Path:
-    return work / f"first-{plan.federation}-model.safetensors"
+def _path(folder: Path, plan: RoundPlan) -> Path:
+    return folder / f"first-{plan.federation}-model.safetensors"

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maskdm.errors import MaskDMError
+from maskdm.errors import MaskDMError, plain
 from maskdm.protocol import RoundPlan, work_key
 from maskdm.runfolder import atomic_write
 from maskdm.tensorfile import Arrays, Document, Stored, bytes_of, chunks, layout_of, unpack
 from maskdm.trainable import expected_shapes
 from maskdm.wire import as_tensor
-from maskdm_client.mailbox import plain
 
 
 class PlanRefused(MaskDMError):

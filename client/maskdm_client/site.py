@@ -17,13 +17,13 @@ from maskdm.auditlog import AUDIT, digest_of
 from maskdm.checkpoint import first_problem, model_from, save_checkpoint
 from maskdm.data.pixels import IsColour
 from maskdm.data.preflight import compare
-from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged
+from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged, plain
 from maskdm.model import Network
 from maskdm.parcel import Outcome, Parcel, QualityReport, Report, rounded
 from maskdm.precision import pick_device
-from maskdm.protocol import RoundPlan
+from maskdm.protocol import RoundPlan, work_key
 from maskdm.runfolder import write_json
-from maskdm.tensorfile import Document
+from maskdm.tensorfile import Document, bytes_of
 from maskdm.terms import terms_of
 from maskdm.wire import size
 from maskdm_client.allowance import FAILURES, MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
@@ -33,8 +33,8 @@ from maskdm_client.gate import check_numbers, check_update, code, norms, problem
 from maskdm_client.job import Job, Superseded
 from maskdm_client.kept import Kept, forget_others
 from maskdm_client.local_data import LocalImages, forget_pixels, local_images
-from maskdm_client.mailbox import Mailbox, note, plain
-from maskdm_client.plausible import first_weights, is_prior, problem_of_weights, remember_first
+from maskdm_client.mailbox import Mailbox, note
+from maskdm_client.plausible import check_weights
 from maskdm_client.quality import NotEvaluated, measure_quality
 from maskdm_client.received import PlanRefused, RestMissing, key_of, read_weights
 from maskdm_client.residual import Residual
@@ -75,7 +75,6 @@ def answer(
     """
     round_number, ends, kept = 1, False, False
     key = key or key_of(document, weights)
-    saved = Saved(folder / "work", key)
     job: Job | None = None
 
     def say(event: dict[str, Any]) -> None:
@@ -93,7 +92,11 @@ def answer(
             raise PlanRefused("the coordinator's plan was refused: it has another number than its message")
         exchange, round_number = plan.exchange, plan.round
         received, _ = read_weights(weights, plan, folder / "work" if box else None)
-        job = Job(plan, key, load_settings(folder), folder, say, superseded)
+        # Of all weights: of those alone that training changes, others could be sent under one key, to be counted once
+        # and to meet the same draws.
+        whole = work_key(plan, (bytes_of(received[name].numpy()) for name in sorted(received)))
+        job = Job(plan, whole, load_settings(folder), folder, say, superseded)
+        saved = Saved(folder / "work", whole)
         if job.settings.threads:
             torch.set_num_threads(job.settings.threads)
         if plan.action == "finish":
@@ -118,16 +121,16 @@ def answer(
     done = released.scalars["outcome"] == Outcome.DONE
     if box:
         box.reply(exchange, key if done else "", released)
-    if done:
-        saved.forget()
+    if done and job:
+        Saved(folder / "work", job.key).forget()
     say({**event, "event": "finished"} if kept else event)
     return released
 
 
 def _work(job: Job, weights: dict[str, Tensor], packed: Document, saved: Saved) -> tuple[Parcel, dict[str, Any]]:
     """Train or measure; what a failure tells of the images waits for approval like everything else."""
+    _begin(job, weights, packed)
     try:
-        _begin(job, weights, packed)
         return _train(job, weights, saved) if job.plan.action == "train" else _measure(job, weights)
     except OF_THE_PLAN:
         raise
@@ -202,7 +205,7 @@ def _report(
         loss_before=rounded(before.loss) if tells else None,
         loss_after=rounded(after.loss) if tells else None,
         seconds=rounded(seconds),
-        skipped_steps=skipped_steps,
+        skipped_steps=skipped_steps if tells else min(1, skipped_steps),  # some overflow only where an image is bright
     )
 
 
@@ -217,8 +220,8 @@ def _hold(job: Job, released: Parcel | None = None, lengths: tuple[float, float]
     Args:
         released: what would leave; None where nothing was computed yet.
     """
-    plan, folder, terms = job.plan, job.folder, terms_of(job.plan)
-    summary: dict[str, Any] = {"terms": terms.model_dump(mode="json"), "round": plan.round, "rounds": plan.rounds}
+    plan, folder = job.plan, job.folder
+    summary = _waiting(plan)
     if released:
         summary |= {
             **{"train": plan.train, "encoding": plan.encoding},
@@ -227,11 +230,20 @@ def _hold(job: Job, released: Parcel | None = None, lengths: tuple[float, float]
         }
     write_json(folder / HELD, summary)
     record(folder / AUDIT, "out", plan.round, "held until somebody here approves it", released)
-    waits = {"round": plan.round, "action": plan.action, "fingerprint": terms.fingerprint(), "folder": str(folder)}
-    job.say({"event": "held", **waits})
+    job.say({"event": "held", "action": plan.action, **_for_people(job)})
     (folder / "work" / STARTS).unlink(missing_ok=True)  # whoever waits has survived the work, however often it waits
-    if not wait_for_decision(folder, terms, job.superseded):
+    if not wait_for_decision(folder, terms_of(plan), job.superseded):
         raise Superseded
+
+
+def _waiting(plan: RoundPlan) -> dict[str, Any]:
+    """What a person is asked about, before anything was computed."""
+    return {"terms": terms_of(plan).model_dump(mode="json"), "round": plan.round, "rounds": plan.rounds}
+
+
+def _for_people(job: Job) -> dict[str, Any]:
+    fingerprint = terms_of(job.plan).fingerprint()
+    return {"round": job.plan.round, "fingerprint": fingerprint, "folder": str(job.folder)}
 
 
 def check_policy(settings: SiteSettings, plan: RoundPlan, folder: Path) -> str:
@@ -268,10 +280,15 @@ def _begin(job: Job, weights: dict[str, Tensor], packed: Document) -> None:
     how = check_policy(job.settings, plan, job.folder)
     if how:
         job.say({"event": "agreed", "how": how, "fingerprint": terms_of(plan).fingerprint()})
-    _check_weights(job, weights, packed)
-    if _is_undecided(job) and plan.action == "finish":
+    check_weights(job, weights, packed)
+    if not _is_undecided(job):
+        return
+    if plan.action == "finish":
         raise NotApproved("nobody here approved this federation before it ended (approve-first-round)")
-    if _is_undecided(job) and plan.action != "train":
+    if plan.action == "train":  # which may take longer than the coordinator waits: a person can decide meanwhile
+        write_json(job.folder / HELD, _waiting(plan))
+        job.say({"event": "asks", **_for_people(job)})
+    else:
         _hold(job)
 
 
@@ -292,23 +309,6 @@ def _prepare(job: Job, weights: dict[str, Tensor]) -> tuple[Network, LocalImages
         for warning in compare(images.corpus, plan.model):
             job.say({"event": "data warning", "reason": warning})
     return model_from(weights, shape, pick_device(settings.device)), images
-
-
-def _check_weights(job: Job, weights: dict[str, Tensor], packed: Document) -> None:
-    """See that weights are plausible beside the first ones of the federation that were trained here."""
-    plan, work = job.plan, job.folder / "work"
-    first = first_weights(work, plan)
-    if {name: array.shape for name, array in first.items()} != {name: tuple(w.shape) for name, w in weights.items()}:
-        first = {}  # of terms that were approved anew
-        if is_prior(packed, plan) is False:
-            raise PlanRefused("the coordinator's weights were refused: they are not the prior that the terms name")
-    problem = problem_of_weights(weights, first, job.settings.policy)
-    if problem:
-        raise PlanRefused(f"the coordinator's weights were refused: {problem}")
-    if plan.action == "train" and not first:
-        remember_first(work, plan, weights)
-        if plan.round > 1:
-            job.say({"event": "joined late", "round": plan.round})
 
 
 def _outcome(error: Exception) -> Outcome:

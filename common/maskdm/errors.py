@@ -53,3 +53,8 @@ class Interrupted(Exception):
     """The user asked to stop; what could be saved was saved."""
 
     exit_code = 130
+
+
+def plain(text: str, longest: int = 200) -> str:
+    """What others chose, as it may be shown: short, in one line, and without what a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text[:longest])

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import AwareDatetime, Field, ValidationError
 
 from maskdm.config import Frozen, ModelConfig
-from maskdm.errors import UsageError
+from maskdm.errors import UsageError, plain
 from maskdm.runfolder import atomic_write
 
 KIT, SIGNATURE, POLICY = "kit.json", "kit.sig", "policy.toml"
@@ -133,18 +133,13 @@ def valid_kit(path: Path, folder: Path) -> OpenedKit:
     opened = open_kit(path, folder)
     problem = opened.kit.problem(datetime.now(UTC))
     if problem:
-        raise UsageError(f"--kit {_shown(path)} cannot be used: {problem}")
+        raise UsageError(f"--kit {plain(str(path))} cannot be used: {problem}")
     return opened
-
-
-def _shown(path: Path) -> str:
-    """A path in one line, whatever it holds."""
-    return "".join(character if character.isprintable() else "?" for character in str(path))
 
 
 def _read(path: Path) -> dict[str, bytes]:
     """The files of a kit, and no others."""
-    names, given = (KIT, SIGNATURE, POLICY, *SIGNED), _shown(path)
+    names, given = (KIT, SIGNATURE, POLICY, *SIGNED), plain(str(path))
     try:
         if path.is_dir():
             return {name: _file(given, path / name) for name in names}
@@ -184,7 +179,7 @@ def _member(kit: str, archive: ZipFile, name: str) -> bytes:
 
 
 def _verified(path: Path, files: Mapping[str, bytes]) -> Kit:
-    damaged = f"--kit {_shown(path)} was damaged or changed"
+    damaged = f"--kit {plain(str(path))} was damaged or changed"
     try:
         kit = Kit.model_validate_json(files[KIT])
         authority = x509.load_pem_x509_certificate(files[AUTHORITY]).public_key()

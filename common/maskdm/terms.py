@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from maskdm.config import DiffusionConfig, Frozen, ModelConfig
+from maskdm.errors import plain
 from maskdm.kit import Digest
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import flatten
 from maskdm.trainable import Trainable
 from maskdm.wire import Encoding
 
+LONGEST_LINE = 2000  # characters
 AT_LEAST = ("local_images", "batch_size")  # more of them tell less of each image
 
 
@@ -26,6 +28,7 @@ class Terms(Frozen):
     adapter_rank: int
     encoding: Encoding
     local_images: int
+    local_minutes: float | None
     batch_size: int
 
     def fingerprint(self) -> str:
@@ -38,11 +41,12 @@ class Terms(Frozen):
         agreed, found = flatten(self.model_dump()), flatten(now.model_dump())
         for name, value in agreed.items():
             if found[name] < value if name in AT_LEAST else found[name] != value:
-                yield f"{name} was {value}, is {found[name]}"
+                yield plain(f"{name} was {value}, is {found[name]}", LONGEST_LINE)
 
     def described(self) -> list[str]:
         """For a person who decides."""
         model, diffusion = self.model, self.diffusion
+        minutes = f", or for {self.local_minutes:g} minutes" if self.local_minutes else ""
         weight = {"min-snr": f" (γ {diffusion.min_snr_gamma:g})", "p2": f" (γ {diffusion.p2_gamma:g})"}
         return [
             f"federation  {self.federation}, fingerprint of these terms {self.fingerprint()}",
@@ -51,8 +55,8 @@ class Terms(Frozen):
             f"patches of {model.patch_size}, dim {model.dim}, depth {model.depth}",
             f"process     {diffusion.process}, {diffusion.timesteps} steps, predicts {diffusion.prediction}, loss "
             f"weight {diffusion.loss_weight}{weight.get(diffusion.loss_weight, '')}",
-            f"classes     {', '.join(self.class_names) or 'none'}",
-            f"trains      {self.train} weights on at least {self.local_images:,} images a round, at least "
+            plain(f"classes     {', '.join(self.class_names) or 'none'}", LONGEST_LINE),
+            f"trains      {self.train} weights on at least {self.local_images:,} images a round{minutes}, at least "
             f"{self.batch_size:,} in a step; updates go up as {self.encoding}",
         ]
 
@@ -68,5 +72,6 @@ def terms_of(plan: RoundPlan) -> Terms:
         diffusion=about.diffusion,
         class_names=about.class_names,
         local_images=plan.local_images,
+        local_minutes=plan.local_minutes,
         batch_size=plan.batch_size,
     )

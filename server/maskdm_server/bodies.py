@@ -3,9 +3,10 @@
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from maskdm_server.keys import Refused
 
@@ -19,8 +20,15 @@ LONGEST_PAUSE = 60.0  # seconds
 IN_MEMORY = 2**16  # bytes of a body that is not whole yet
 
 
-async def read_body(receive: Receive, largest: int, folder: Path, digest: str | None = None) -> bytes:
-    """The whole body of a request.
+class Body(NamedTuple):
+    """One that came whole."""
+
+    size: int  # bytes
+    file: IO[bytes]
+
+
+async def read_body(receive: Receive, largest: int, folder: Path, digest: str | None = None) -> Body:
+    """The whole body of a request, in a file; the caller reads it when there is room, and closes it.
 
     Args:
         folder: on whose disk it waits until it is whole.
@@ -32,8 +40,9 @@ async def read_body(receive: Receive, largest: int, folder: Path, digest: str | 
     """
     loop, size, hashed = asyncio.get_running_loop(), 0, hashlib.sha256()
     started = loop.time()
-    try:
-        with SpooledTemporaryFile(IN_MEMORY, dir=str(folder)) as file:
+    with ExitStack() as unfinished:
+        file = unfinished.enter_context(SpooledTemporaryFile(IN_MEMORY, dir=str(folder)))
+        try:
             async with asyncio.timeout_at(started + LONGEST_PAUSE) as clock:
                 while True:
                     message = await receive()
@@ -50,9 +59,10 @@ async def read_body(receive: Receive, largest: int, folder: Path, digest: str | 
                         break
                     slowest = started + LONGEST_PAUSE + size / LEAST_RATE
                     clock.reschedule(min(loop.time() + LONGEST_PAUSE, slowest))
-            if digest is not None and hashed.hexdigest() != digest:
-                raise Refused(401)
             file.seek(0)
-            return file.read()
-    except (TimeoutError, OSError):
-        raise Refused(503) from None
+        except (TimeoutError, OSError):
+            raise Refused(503) from None
+        if digest is not None and hashed.hexdigest() != digest:
+            raise Refused(401)
+        unfinished.pop_all()
+    return Body(size, file)

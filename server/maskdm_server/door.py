@@ -124,15 +124,17 @@ class Door:
         node, digest = None, None
         if self._keys:
             node, digest = self._keys.signer(method, path, headers)
-            if self._limits and not self._limits.sign(tuple(scope["client"]), node):
+            if self._limits and scope["client"] and not self._limits.sign(tuple(scope["client"]), node):
                 raise Refused(503)
         length = headers.get(b"content-length", b"")
         if not length.isdigit():
             raise Refused(411)
         if int(length[:20]) > self._largest[name]:
             self._check_size(name, node)
-        body = await read_body(receive, self._largest[name], self._folder, digest)
-        async with self._room if len(body) > LARGE else nullcontext():
+        size, file = await read_body(receive, self._largest[name], self._folder, digest)
+        async with self._room if size > LARGE else nullcontext():
+            with file:
+                body = file.read()
             node = self._look_at(name, body, node)
             await self._pass(scope, receive, send, body, node if name in ("push-object", "pull-object") else None)
 
@@ -145,7 +147,8 @@ class Door:
         path, given = str(scope["path"]), dict(scope["headers"]).get(b"authorization", b"")
         if path.startswith(FLEET) or (path.startswith(CONTROL) and not secrets.compare_digest(given, self._secret)):
             raise Refused(404)
-        body = await read_body(receive, LARGEST_REQUEST, self._folder)
+        with (await read_body(receive, LARGEST_REQUEST, self._folder)).file as file:
+            body = file.read()
         if await self._pass(scope, receive, send, body, None) and path == ASK:  # and not from anybody on this machine
             self._questions.remember(objects(body, LARGEST_REQUEST))
 

@@ -33,14 +33,21 @@ BANNER = """\
 * Use it on one machine or a closed network only; `maskdm-server provision` makes kits. *
 *****************************************************************************************"""
 
+# Of its options those that are terms.
+PINNED = ("train", "adapter_rank", "encoding", "local_images", "local_minutes", "batch_size")
+
 StartSites = Callable[[], Sequence[Child]]
 
 
 def federation_config(prior: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Options plus what identifies the federation, ready for FederationConfig."""
+    """Options plus what identifies the federation, ready for FederationConfig.
+
+    One with other terms is another one: sites that agreed to the terms of an earlier try are asked anew.
+    """
     digest = sha256_of(prior) if prior.is_file() else ""
-    seed = values.get("seed", 0)
-    return {**values, "prior_sha256": digest, "federation": f"{derive_seed('federation', digest, seed):016x}"}
+    usual = FederationConfig.model_fields
+    keys = [values.get(name, usual[name].default) for name in ("seed", *PINNED)]
+    return {**values, "prior_sha256": digest, "federation": f"{derive_seed('federation', digest, *keys):016x}"}
 
 
 def serve(
@@ -98,7 +105,7 @@ def serve(
 
 def terms(config: FederationConfig, metadata: CheckpointMetadata) -> Terms:
     """What sites agree to, as they find it in each plan."""
-    names = ("federation", "prior_sha256", "train", "adapter_rank", "encoding", "local_images", "batch_size")
+    names = ("federation", "prior_sha256", *PINNED)
     asked: dict[str, Any] = {name: getattr(config, name) for name in names}
     about: dict[str, Any] = {name: getattr(metadata, name) for name in ("model", "diffusion", "class_names")}
     return Terms(**asked, **about)

@@ -20,6 +20,7 @@ from maskdm.terms import Terms, terms_of
 from maskdm_client import approval, caretaker, site
 from maskdm_client.approval import NotApproved, check_not_denied, decision, wait_for_decision
 from maskdm_client.cli import app
+from maskdm_client.fine_tuning import fine_tune
 from maskdm_client.job import Superseded
 from maskdm_client.mailbox import Mailbox
 from maskdm_client.site import answer
@@ -296,3 +297,36 @@ def test_who_never_approved_is_not_waited_for_when_the_federation_ends(held: Pat
     assert outcome(held, ask(local_images=8, exchange=1, action="finish"), 1) == Outcome.NOT_APPROVED
     assert (held / "model.safetensors").exists()
     assert "nobody here approved this federation" in events(held, "finished")[0]["reason"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"%s": {"approved": false, "terms": {"more": 1}}}'])
+def test_a_denial_that_cannot_be_read_is_no_agreement(make_site: Callable[..., Path], ask: Ask, content: str) -> None:
+    folder = make_site()
+    (folder / "approvals.json").write_text(content.replace("%s", FEDERATION))
+    assert outcome(folder, ask(local_images=8, exchange=1), 1) == Outcome.NOT_APPROVED
+    assert "is damaged" in events(folder, "failed")[0]["reason"]
+    assert (folder / "approvals.json").read_text() == content.replace("%s", FEDERATION)
+
+
+def test_a_person_can_decide_while_the_first_training_goes_on(
+    held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    def meanwhile(*given: Any) -> Any:
+        assert decide(held) == 0
+        return fine_tune(*given)
+
+    monkeypatch.setattr(site, "fine_tune", meanwhile)
+    assert outcome(held, ask(local_images=8, exchange=1), 1) == Outcome.DONE
+    assert not events(held, "held")
+    caretaker.tell(events(held, "asks")[0])
+    assert "wait for your approval, nothing leaves before" in capsys.readouterr().err
+
+
+def test_only_the_terms_that_are_meant_are_approved(
+    held: Path, ask: Ask, terms: Terms, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "-".join(["0000"] * 8)
+    while_waiting(monkeypatch, lambda: decide(held, other), lambda: decide(held, terms.fingerprint()))
+    assert outcome(held, ask(local_images=8, exchange=1), 1) == Outcome.DONE
+    assert f"{other}: the terms that wait have the fingerprint {terms.fingerprint()}" in capsys.readouterr().err

@@ -67,6 +67,22 @@ def test_rows_that_nothing_moved_and_steps_that_are_not_finite_say_nothing() -> 
     assert problem(steps) == ""
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_half_that_is_not_finite_hides_no_gate(half: int) -> None:
+    steps = honest()
+    for halves in steps:
+        halves[1].zero_()
+    steps[0][half][:] = torch.inf
+    steps[0][1 - half][:] = 1e9
+    assert "3 of 3 rows" in problem(steps)
+
+
+def test_long_rounds_of_honest_models_are_honest() -> None:
+    """Whose least row settles at a quarter."""
+    steps = [[torch.full((3, 16), 1e-3), torch.full((3, 16), 0.25e-3)] for _ in range(STEPS)]
+    assert problem(steps, images=10**8) == ""
+
+
 def test_gradients_that_are_next_to_nothing_show_themselves_through_the_optimiser() -> None:
     assert "next to nothing" in problem(honest(scale=1e-9))
 

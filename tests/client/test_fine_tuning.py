@@ -1,5 +1,6 @@
 """A round's training at a site: what it learns, what ends it, and that no interruption changes what comes out."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskdm import training
 from maskdm.checkpoint import model_from, save_state
-from maskdm.errors import TrainingDiverged
+from maskdm.errors import GateRefused, TrainingDiverged
 from maskdm.parcel import LARGEST_LOSS, rounded
-from maskdm.protocol import RoundPlan
+from maskdm.protocol import RoundPlan, work_key
 from maskdm.runfolder import read_lines
+from maskdm.tensorfile import bytes_of
 from maskdm.trainable import delta
 from maskdm.training import TrainingState
 from maskdm.wire import check, decode
@@ -25,7 +28,6 @@ from maskdm_client.fine_tuning import Done, fine_tune, held_out_loss
 from maskdm_client.job import Job, Superseded
 from maskdm_client.kept import Kept
 from maskdm_client.local_data import LocalImages, local_images
-from maskdm_client.received import key_of
 from maskdm_client.saved import Saved
 from maskdm_client.settings import SiteSettings, load_settings
 from maskdm_client.site import answer
@@ -86,7 +88,11 @@ class Site:
         return int(next(event["images"] for event in self.said if event["event"] == "measured"))
 
     def left(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "work").glob("training*"))
+        """What was saved, each state with what its halves showed."""
+        left = sorted(path.name for path in (self.folder / "work").glob("training*"))
+        states = [name for name in left if not name.endswith("-halves.safetensors")]
+        assert len(left) == len(states) + sum(name.endswith(".safetensors") for name in states)
+        return states
 
 
 @pytest.fixture
@@ -133,8 +139,8 @@ def test_what_goes_up_is_what_was_asked_for_and_improves_the_model_of_who_adds_i
     plan = make_plan(**changes)
     sent = answer(*ask(**changes), site.folder)
     check(sent.arrays, plan.shapes(), plan.encoding, plan.topk_share)
-    asked = ask(**changes)
-    before = site.loss(plan, site.weights, key_of(*asked))
+    key = work_key(plan, (bytes_of(site.weights[name].numpy()) for name in sorted(site.weights)))
+    before = site.loss(plan, site.weights, key)
     (found,) = [line for line in read_lines(site.folder / "events.jsonl") if line["event"] == "round"]
     assert found["loss_after"] < found["loss_before"] == before
     told = [sent.scalars[name] for name in ("loss_before", "loss_after")]
@@ -144,7 +150,7 @@ def test_what_goes_up_is_what_was_asked_for_and_improves_the_model_of_who_adds_i
         improved[name] = improved[name] + delta(
             lambda part: decode(sent.arrays, part, shapes[part], plan.encoding), name, plan.train
         )
-    after = site.loss(plan, improved, key_of(*asked))
+    after = site.loss(plan, improved, key)
     gained, real = (before - loss for loss in (found["loss_after"], after))
     assert real > (0.5 if encoding == "topk" else 0.95) * gained  # topk leaves half of the values for later
     if encoding == "fp32":
@@ -380,6 +386,7 @@ def test_a_loss_that_is_no_number_is_divergence(
         ([0.1, 0.2, 0.05, 0.3, 0.15, 0.1, 0.25, 0.5], False),
         ([0.1, 0.11, 0.09, 0.1, 0.12, 0.1, 0.11, 0.13], False),
         ([0.1], True),
+        ([0.1 + 0.001 * i for i in range(62)] + [3.0, 3.0], True),  # two that hide behind each other
     ],
 )
 def test_a_loss_that_is_one_images_affair_is_told_from_that_of_all(losses: list[float], stands_out: bool) -> None:
@@ -393,3 +400,24 @@ def test_losses_of_honest_models_are_those_of_all_images() -> None:
         for images in (8, 32, 512):
             draws = torch.randn(images, -(-1024 // images), generator=randomness, dtype=torch.float64).exp()
             assert not fine_tuning.one_stands_out(draws.clamp(max=LARGEST_LOSS).mean(dim=1))
+
+
+@pytest.mark.usefixtures("saves_each_step")
+def test_what_was_seen_before_an_interruption_counts_after_it(
+    site: Site, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate that was open before the crash, and a loss that was one image's affair."""
+    monkeypatch.setattr(fine_tuning, "one_stands_out", lambda losses: True)
+    with pytest.raises(Killed):
+        site.train(make_plan(), on=dies_at(88))
+    about = json.loads((site.folder / "work" / "training.json").read_text())
+    (halves,) = (site.folder / "work").glob("training-*-halves.safetensors")
+    sums = load_file(halves)
+    assert float(sums["steps"]) == 10
+    save_file({name: 1e6 * tensor if name.endswith("longer") else tensor for name, tensor in sums.items()}, halves)
+    monkeypatch.setattr(fine_tuning, "one_stands_out", lambda losses: False)
+    assert about["one_stands_out"] is True
+    with pytest.raises(GateRefused, match="a few images alone"):
+        site.train(make_plan())
+    save_file(sums, halves)
+    assert site.train(make_plan()).before.one_stands_out

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 from numpy.typing import NDArray
 
+from maskdm.errors import plain
 from maskdm.parcel import Outcome, Parcel
 from maskdm_client import mailbox
 from maskdm_client.mailbox import Mailbox
@@ -277,5 +278,5 @@ def test_a_federation_is_over_when_its_final_model_was_taken(
 
 
 def test_what_others_chose_is_shown_short_and_on_one_line() -> None:
-    assert mailbox.plain("\x1b[31mred\r\nand\x07 \u202eback é") == "?[31mred??and? ?back é"
-    assert len(mailbox.plain("x" * 10_000)) == 200
+    assert plain("\x1b[31mred\r\nand\x07 \u202eback é") == "?[31mred??and? ?back é"
+    assert len(plain("x" * 10_000)) == 200

@@ -82,10 +82,57 @@ def test_a_site_that_joins_late_says_that_it_has_not_seen_the_prior(make_site: C
     assert [line["round"] for line in read_lines(folder / "events.jsonl") if line["event"] == "joined late"] == [2]
 
 
-def test_what_is_only_measured_is_not_what_later_models_are_compared_with(
+def test_weights_that_are_only_measured_must_be_the_prior_or_near_what_was_trained(
+    make_site: Callable[..., Path], ask: Ask, metadata: CheckpointMetadata, weights: dict[str, Tensor]
+) -> None:
+    folder, prior = make_site(), ask()[1]
+    named = metadata.model_copy(update={"prior_sha256": hashlib.sha256(prior).hexdigest()})
+    crafted = {name: -tensor for name, tensor in weights.items()}
+
+    def outcome(sent: dict[str, Tensor], action: str, number: int) -> int:
+        asked = ask(sent, model=named, local_images=8, round=number, action=action)
+        return int(answer(*asked, folder).scalars["outcome"])
+
+    assert outcome(weights, "finish", 2) == Outcome.POLICY, "it trained in no round"
+    for number in (1, 3):
+        assert outcome(crafted, "measure", number) == Outcome.PLAN_REFUSED
+    assert outcome(weights, "measure", 1) == Outcome.DONE
+    assert outcome(weights, "train", 1) == Outcome.DONE
+    for action in ("measure", "finish"):
+        assert outcome(crafted, action, 2) == Outcome.PLAN_REFUSED
+        assert outcome(weights, action, 2) == Outcome.DONE
+
+
+def test_frozen_weights_that_change_are_other_work_which_counts_and_has_other_draws(
+    make_site: Callable[..., Path], ask: Ask, weights: dict[str, Tensor]
+) -> None:
+    folder = make_site(policy=SitePolicy(max_rounds_per_day=2))
+    codes = []
+    for number in range(3):
+        other = {name: (1 + 0.01 * number) * tensor if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
+        codes.append(answer(*ask(other, local_images=8, train="norm-bias"), folder).scalars["outcome"])
+    assert codes == [Outcome.DONE, Outcome.DONE, Outcome.POLICY]
+
+
+def test_the_first_model_is_kept_as_it_came_and_a_damaged_one_is_named(
+    make_site: Callable[..., Path], ask: Ask
+) -> None:
+    folder = make_site()
+    answer(*ask(local_images=8), folder)
+    (kept,) = (folder / "work").glob("first-*")
+    assert kept.read_bytes() == ask()[1]
+    kept.write_bytes(b"damaged")
+    assert answer(*ask(local_images=8, round=2), folder).scalars["outcome"] == Outcome.POLICY
+    assert f"{kept} is damaged" in read_lines(folder / "events.jsonl")[-1]["reason"]
+    assert not (folder / "failures.json").exists()
+
+
+def test_another_federation_does_not_make_a_site_forget_the_first_model(
     make_site: Callable[..., Path], ask: Ask, weights: dict[str, Tensor]
 ) -> None:
     folder = make_site()
-    other = {name: 3 * tensor for name, tensor in weights.items()}
-    for sent, action in ((other, "measure"), (weights, "train")):
-        assert answer(*ask(sent, local_images=8, action=action), folder).scalars["outcome"] == Outcome.DONE
+    for federation in ("a" * 16, "b" * 16):
+        answer(*ask(local_images=8, federation=federation), folder)
+    crafted = {name: -tensor for name, tensor in weights.items()}
+    code = answer(*ask(crafted, local_images=8, federation="a" * 16, round=2), folder).scalars["outcome"]
+    assert code == Outcome.PLAN_REFUSED

@@ -50,6 +50,7 @@ def test_every_other_term_is_a_change_and_has_another_fingerprint(terms: Terms) 
         "adapter_rank": 4,
         "encoding": "fp32",
         "local_images": 2047,
+        "local_minutes": 1.0,
         "batch_size": 31,
     }
     assert others.keys() == Terms.model_fields.keys()
@@ -64,6 +65,12 @@ def test_every_other_term_is_a_change_and_has_another_fingerprint(terms: Terms) 
 
 def test_more_images_and_larger_batches_are_no_change_to_the_worse(terms: Terms) -> None:
     assert not list(terms.changes(terms.model_copy(update={"local_images": 4096, "batch_size": 64})))
+
+
+def test_what_a_coordinator_calls_its_classes_forges_no_line(terms: Terms) -> None:
+    forged = terms.model_copy(update={"class_names": ("none\nprior       sha256 checked\x1b[2K",)})
+    for line in (*forged.described(), *terms.changes(forged)):
+        assert line.isprintable()
 
 
 def test_a_person_reads_what_is_asked_for(terms: Terms) -> None:
