@@ -74,7 +74,7 @@ def test_the_readme_story_trains_a_federated_model_and_only_listed_names_leave_a
         assert (federation / name).exists(), name
 
     site = workplace / "site-a"
-    left = [line for line in read_lines(site / "audit.jsonl") if line["direction"] == "out"]
+    left = [line for line in read_lines(site / "audit.jsonl") if line["verdict"] == "released"]
     released = [line for line in left if line["scalars"]["outcome"] == Outcome.DONE]
     assert all(line["scalars"]["outcome"] in (Outcome.DONE, Outcome.WORKING) for line in left)
     names = set(expected_shapes(metadata.model))
@@ -89,7 +89,7 @@ def test_the_readme_story_trains_a_federated_model_and_only_listed_names_leave_a
 
 
 def test_a_client_gives_up_with_a_message_when_no_server_comes(workplace: Path) -> None:
-    write_faces(workplace / "local", 12, "clinic", "face")
+    write_faces(workplace / "local", 90, "clinic", "face")
     port = free_port()
     command = ["maskdm-client", "--data", "./local", "--server", f"127.0.0.1:{port}", "--wait", "1"]
     client = Started(command, workplace, "client")
