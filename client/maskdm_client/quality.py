@@ -77,7 +77,7 @@ def measure_quality(model: Network, job: Job, images: LocalImages) -> dict[str, 
         training = _features(images.corpus, images.train, extractor)  # all: any of them may have been learned by heart
         found["memorisation"] = memorisation(generated, training, reference).ratio
     told = {name: _rounded(found[name]) for name in names if name in found and math.isfinite(found[name])}
-    return {"quality_images": len(held_out), **told}
+    return {"quality_images": int(rounded(len(held_out))), **told}
 
 
 def _extractor(settings: SiteSettings, wanted: QualityPlan, device: torch.device) -> Extractor:

@@ -155,7 +155,7 @@ def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, 
     released = check_update(update, report, plan, weights, policy, job.folder / AUDIT)
     if _is_undecided(job):
         _hold(job, released, norms(update, plan, weights))
-        use_allowance(job, UPDATES)
+    use_allowance(job, UPDATES)  # of what was approved only now; counted before, it counts once
     forget_others(plan, work)
     residual.keep(update, released.arrays)
     moments.keep({name: tuple(t.shape) for name, t in done.moments.items()}, lambda name: done.moments[name].cpu())

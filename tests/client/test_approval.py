@@ -319,6 +319,7 @@ def test_a_person_can_decide_while_the_first_training_goes_on(
     monkeypatch.setattr(site, "fine_tune", meanwhile)
     assert outcome(held, ask(local_images=8, exchange=1), 1) == Outcome.DONE
     assert not events(held, "held")
+    assert len(json.loads((held / "updates.json").read_text())) == 1
     caretaker.tell(events(held, "asks")[0])
     assert "wait for your approval, nothing leaves before" in capsys.readouterr().err
 
