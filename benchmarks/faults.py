@@ -9,6 +9,7 @@ tmpfs). `--only NAME` runs one row.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -31,6 +32,7 @@ import torch
 
 from maskdm.processes import free_port, script
 from maskdm.runfolder import read_lines, write_json
+from maskdm_client.job import SECRET
 from maskdm_server.faces import draw_faces
 
 ROUNDS, CLIENTS = 6, 3
@@ -71,10 +73,13 @@ class Lab:
         )
 
     def join(self, number: int, port: int | None = None) -> subprocess.Popen[bytes]:
+        site = self.folder / f"site-{number}"
+        site.mkdir(exist_ok=True)  # with a secret that is none, so that runs can be compared weight by weight
+        (site / SECRET).write_bytes(hashlib.sha256(f"{self.seed} {number}".encode()).digest())
         return self.run(
             f"client-{number}",
             *("maskdm-client", "--data", str(self._data[number]), "--server", f"127.0.0.1:{port or self.port}"),
-            *("--out", str(self.folder / f"site-{number}"), "--fraction", "0.5", "--threads", "1"),
+            *("--out", str(site), "--fraction", "0.5", "--threads", "1"),
             *("--seed", str(self.seed)),
         )
 

@@ -8,7 +8,7 @@ from PIL import Image
 from maskdm.checkpoint import load_checkpoint
 from maskdm_server.demo import Budget, demo
 
-SMALL = Budget(public=80, private=60, pretrain_images=512, rounds=1, local_images=64, samples=4)
+SMALL = Budget(public=80, private=400, pretrain_images=512, rounds=1, local_images=256, samples=4)
 
 
 @pytest.mark.slow
