@@ -21,12 +21,12 @@ from maskdm.layers import patchify, timestep_embedding
 from maskdm.protocol import RoundPlan
 from maskdm.trainable import Trainable
 
-from .gradients import cleaned, decay, responses, seeds, steps_of, summed_gradient
+from .gradients import cleaned, decay, plans, responses, steps_of, summed_gradient
 from .site import Coordinator, Images, as_images, fresh_weights
 
 UNIT = "in_blocks.0.mlp.fc1.weight"
 LEVEL = 2.0  # of constant channels, in units of the images' range
-SHARP = 24.0  # how far a shut door is shut
+SHARP, STEEP = 9.0, 2.7  # how far a shut door is shut: of a norm, which may be 10 at most, and of the units
 GAIN = 0.05  # of the head
 SLOW = 1e-7  # learning rate that leaves the gates as they are for many steps; weights of 0 resolve it
 
@@ -90,7 +90,7 @@ def imprinting(config: ModelConfig, gates: Gates, timesteps: int, size: float) -
     """
     at, dim, tokens, hidden = Channels(config.patch_dim), config.dim, config.grid**2, int(config.dim * config.mlp_ratio)
     codes, code = at.code(tokens), _codes(tokens)
-    strict = 2.0 if (gates.latest or 0) < 4 else 16.0  # an early time may not open the door of another token
+    strict = 2.0 if (gates.latest or 0) < 4 else 5.0  # an early time may not open the door of another token
     assert codes[-1] < dim, f"a network of dim {dim} has no room for patches of {config.patch_dim}"
     weights = {name: torch.zeros_like(tensor) for name, tensor in fresh_weights(config).items()}
     for name, tensor in weights.items():
@@ -122,6 +122,7 @@ def imprinting(config: ModelConfig, gates: Gates, timesteps: int, size: float) -
             row[at.early] = 1.0
         else:
             row[at.one] += 0.5
+        row *= STEEP / (1.5 if gates.edges else 1)  # whose many units share a norm
         row[at.zero] = -row.sum()  # what is common to all channels is taken off by the norm
         weights[f"{block}.mlp.fc2.weight"][at.out if pixel is None else pixel, place] = size
     if gates.pixels:
@@ -222,8 +223,7 @@ def one_of_many(
     plan = coordinator.plan(lr=SLOW, train=train, adapter_rank=8 * config.dim, **coordinator.limits.plan(batch))
     weights = imprinting(config, gates, process.timesteps, size=small(plan))
     units = len(gates.units(config))
-    for seed in seeds(coordinator, plan, latest, questions):
-        plan = plan.model_copy(update={"seed": seed})
+    for plan in plans(coordinator, plan, weights, latest, questions):
         update = coordinator.update(plan, weights)
         if update is None:
             continue
@@ -232,52 +232,7 @@ def one_of_many(
             yield from (as_images(guess[None], config)[0] for guess in targets(gradient, weights, plan, latest))
             continue
         gradient = unit_gradient(update, weights, plan, "weight")[:units]
-        yield from cleaned(coordinator, seen_patches(gradient, config), plan, latest)
-
-
-def after_priming(coordinator: Coordinator, batch: int, latest: int, questions: int = 1) -> Iterator[Tensor]:
-    """As `one_of_many`, by gradients far above the optimiser's epsilon: `keep_moments` lets them through.
-
-    A first question, in which every unit's gradient is large and as large for each of its weights, leaves moments of
-    that size at the site. In the second, steps are gradients divided by that size. What is left of the first moment is
-    ± the same for all weights of a unit, and is taken off by two channels that differ in nothing else.
-    """
-    prior = coordinator.prior
-    config, at = prior.model, Channels(prior.model.patch_dim)
-    units = len(Gates(latest).units(config))
-    usual = coordinator.plan(lr=SLOW, keep_moments=True, rounds=2 * questions, **coordinator.limits.plan(batch))
-    for pair in range(questions):
-        second = usual.model_copy(update={"round": 2 * pair + 2})
-        second = second.model_copy(update={"seed": next(seeds(coordinator, second, latest, 1))})
-        if coordinator.update(second.model_copy(update={"round": 2 * pair + 1}), priming(config)) is None:
-            continue
-        # The gradient of one image, beside that of all of a batch in the first question.
-        weights = imprinting(config, Gates(latest), prior.diffusion.timesteps, size=0.1)
-        update = coordinator.update(second, weights)
-        if update is None:
-            continue
-        moved = update[UNIT][:units] - decay(second) * weights[UNIT][:units]
-        left = (moved[:, at.blank] - moved[:, at.empty]) / 2 * signs(config)[at.blank]
-        gradient = moved - left[:, None] * signs(config)
-        yield from cleaned(coordinator, seen_patches(gradient, config), second, latest)
-
-
-def priming(config: ModelConfig) -> dict[str, Tensor]:
-    """Weights of which all units are open, and see ±1 in each channel, whatever the image."""
-    weights = imprinting(config, Gates(), 2, size=0.1)
-    weights["patch_embedding.weight"].zero_()
-    weights["position.table"][-(config.grid**2) :] = LEVEL * signs(config)
-    weights[UNIT].zero_()
-    weights[UNIT.replace("weight", "bias")].fill_(SHARP)
-    return weights
-
-
-def signs(config: ModelConfig) -> Tensor:
-    """±1 for each channel, (D,), as many of each; other for `blank` than for `empty`."""
-    found, at = torch.ones(config.dim), Channels(config.patch_dim)
-    found[1::2] = -1
-    assert found[at.blank] != found[at.empty]
-    return found
+        yield from cleaned(coordinator, seen_patches(gradient, config), plan, weights, latest)
 
 
 def targets(gradient: Tensor, weights: dict[str, Tensor], plan: RoundPlan, latest: int) -> Iterator[Tensor]:
