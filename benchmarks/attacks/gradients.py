@@ -123,8 +123,8 @@ def cleaned(
 
 def single_image(coordinator: Coordinator, weights: dict[str, Tensor], questions: int = 1) -> Iterator[Tensor]:
     """Reconstructions (S, S, C) of the image that a step was made of, by weights that were made `quiet`."""
-    plan, latest = coordinator.plan(), coordinator.prior.diffusion.timesteps // 50
-    for plan in plans(coordinator, plan, weights, latest, questions):
+    usual, latest = coordinator.plan(), coordinator.prior.diffusion.timesteps // 50
+    for plan in plans(coordinator, usual, weights, latest, questions):
         update = coordinator.update(plan, weights)
         if update:
             yield from cleaned(coordinator, noisy_patches(update, weights, plan), plan, weights, latest)

@@ -71,7 +71,9 @@ def _solved(answers: list[Tensor], losses: list[float], patterns: Sequence[Tenso
     system = torch.cat([2 * differences @ basis.T, (loss[1:] - loss[0])[:, None]], dim=1)
     known = flat[1:].square().sum(1) - flat[0].square().sum()
     scale = system.abs().amax(dim=0).clamp(min=1e-300)
-    solution: Tensor = torch.linalg.lstsq((system / scale).nan_to_num(), known[:, None], driver="gelsd").solution[:, 0] / scale
+    solution: Tensor = (
+        torch.linalg.lstsq((system / scale).nan_to_num(), known[:, None], driver="gelsd").solution[:, 0] / scale
+    )
     return (solution[:-1] @ basis).float().view(patterns[0].shape)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.attacks import gates, gradients, labels, oracles
+from benchmarks.attacks import gradients, labels, oracles, picks
 from benchmarks.attacks.site import Coordinator, Images, Limits, best_psnr, fresh_weights, make_site, prior_of
 from torch import Tensor
 
@@ -30,17 +30,17 @@ def test_an_update_of_one_image_is_the_image_with_honest_weights_and_a_quiet_hea
 
 @pytest.mark.parametrize(("train", "least"), [("all", 55), ("adapters", 55), ("norm-bias", 25)])
 def test_a_gate_by_time_takes_one_image_out_of_512(attacker: Make, images: Images, train: Any, least: float) -> None:
-    assert best_psnr(gates.one_of_many(attacker(), 512, 1, train), images) > least
+    assert best_psnr(picks.one_of_many(attacker(), 512, 1, train), images) > least
 
 
 def test_some_steps_of_batches_are_no_defence(attacker: Make, images: Images) -> None:
-    assert best_psnr(gates.one_of_many(attacker(limits=Limits(16, 48, 3)), 16, 1), images) > 55
+    assert best_psnr(picks.one_of_many(attacker(limits=Limits(16, 48, 3)), 16, 1), images) > 55
 
 
 def test_gates_by_brightness_take_several_images_out_of_one_update(
     attacker: Make, images: Images, public: Images, free: float
 ) -> None:
-    found = [best_psnr([image], images) for image in gates.by_brightness(attacker(), 512, 60, public)]
+    found = [best_psnr([image], images) for image in picks.by_brightness(attacker(), 512, 60, public)]
     assert sum(decibels > free + 1 for decibels in found) >= 2
 
 
@@ -51,7 +51,7 @@ class Exact(Coordinator):
         images = torch.from_numpy(np.load(self.folder / "images.npz")["images"]).permute(0, 3, 1, 2)
         config, patches = self.prior.model, patchify(images, self.prior.model.patch_size)
         self.questions += 1
-        return denoising_loss(model_from(weights, config), self.prior.diffusion, patches, draws=1, batch_size=200)
+        return denoising_loss(model_from(dict(weights), config), self.prior.diffusion, patches, draws=1, batch_size=200)
 
 
 def test_losses_with_all_digits_by_the_same_draws_are_the_image(tmp_path: Path) -> None:
