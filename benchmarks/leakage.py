@@ -84,6 +84,7 @@ def attacks(public: Images) -> dict[str, tuple[ModelConfig, Attack]]:
         "gate by time, adapters": (SMALL, one_of(1, "adapters")),
         "gate by time, batch 512": (SMALL, one_of(512, "all")),
         "gates by brightness, batch 512": (SMALL, lambda asker: picks.by_brightness(asker, 512, 60, public)),
+        "gate by time behind vectors, norm-bias": (SMALL, lambda asker: picks.behind_vectors(asker, 3, BLIND)),
         "gate beside a background": (SMALL, lambda asker: background.beside_a_background(asker, 3, BLIND, 16)),
     }
 
@@ -108,6 +109,8 @@ def pictures(folder: Path, only: str) -> Iterator[dict[str, Any]]:
         for policy, settings in POLICIES.items():
             if only not in name or (policy == "default" and model is DEMO):
                 continue  # the latter takes minutes, and is the row above it
+            if policy == "open" and ("beside" in name or "behind" in name):
+                continue  # they are made for plans of many steps
             for encoding in ENCODINGS if "batch" not in name and model is SMALL else ("bf16",):
                 site = make_site(folder / f"{number}-{policy}-{encoding}", images, **settings)
                 coordinator = asker(policy, site, model, encoding)

@@ -54,20 +54,26 @@ class Gates:
         latest: time of noise up to which doors are open; None leaves them open for all.
         edges: of brightness, above which units open.
         pixels: a unit for each number of a patch, which only that number's error reaches.
+        spare: units at the end of each block that are open for all images, and make up for the others' vectors.
     """
 
     latest: int | None = None
     edges: Sequence[float] = ()
     pixels: bool = False
+    spare: int = 0
 
     def units(self, config: ModelConfig) -> list[tuple[int, float | None, int | None]]:
         """(token, edge, pixel) of each hidden unit."""
         edges, pixels = self.edges or (None,), range(config.patch_dim) if self.pixels else (None,)
         return [(token, edge, pixel) for edge in edges for token in range(config.grid**2) for pixel in pixels]
 
+    def used(self, config: ModelConfig) -> int:
+        """Hidden units of each block that may be gates."""
+        return int(config.dim * config.mlp_ratio) - self.spare
+
     def room(self, config: ModelConfig) -> int:
         """Most units; with edges, the first block only finds out what is to be shut."""
-        return int(config.dim * config.mlp_ratio) * (len(blocks_of(config)) - bool(self.edges))
+        return self.used(config) * (len(blocks_of(config)) - bool(self.edges))
 
 
 def blocks_of(config: ModelConfig) -> list[str]:
@@ -82,7 +88,7 @@ def imprinting(config: ModelConfig, gates: Gates, timesteps: int, size: float) -
     Args:
         size: of what the units add to the output, and so of their gradients.
     """
-    at, dim, tokens, hidden = Channels(config.patch_dim), config.dim, config.grid**2, int(config.dim * config.mlp_ratio)
+    at, dim, tokens, hidden = Channels(config.patch_dim), config.dim, config.grid**2, gates.used(config)
     codes, code = at.code(tokens), codes_of(tokens)
     strict = 2.0 if (gates.latest or 0) < 4 else 5.0  # an early time may not open the door of another token
     assert codes[-1] < dim, f"a network of dim {dim} has no room for patches of {config.patch_dim}"
@@ -119,6 +125,12 @@ def imprinting(config: ModelConfig, gates: Gates, timesteps: int, size: float) -
         row *= STEEP / (1.5 if gates.edges else 1)  # whose many units share a norm
         row[at.zero] = -row.sum()  # what is common to all channels is taken off by the norm
         weights[f"{block}.mlp.fc2.weight"][at.out if pixel is None else pixel, place] = size
+    for block in blocks_of(config):
+        for place in range(hidden, hidden + gates.spare):
+            row = weights[f"{block}.mlp.fc1.weight"][place]
+            row[at.one], row[at.early] = 0.2, 0.01
+            row[at.zero] = -row.sum()
+            weights[f"{block}.mlp.fc2.weight"][: config.patch_dim, place] = 0.01
     if gates.pixels:
         weights["head.weight"][:, : config.patch_dim] += GAIN * torch.eye(config.patch_dim)
     else:

@@ -62,6 +62,25 @@ def one_of_many(
         yield from cleaned(coordinator, seen_patches(gradient, config), plan, weights, latest)
 
 
+def behind_vectors(coordinator: Coordinator, latest: int, questions: int) -> Iterator[Tensor]:
+    """As `one_of_many` of biases and norms, with units beside the gates that are open for all images: a site that looks
+    at a whole vector of gradients sees theirs, and what the gates let through is next to nothing beside them.
+    """
+    config = coordinator.prior.model.model_copy(update={"mlp_ratio": coordinator.prior.model.mlp_ratio + 0.25})
+    gates = Gates(latest, pixels=True, spare=4)
+    metadata = coordinator.prior.model_copy(update={"model": config})
+    usual = coordinator.plan(model=metadata, lr=SLOW, train="norm-bias", **coordinator.limits.plan())
+    weights = imprinting(config, gates, metadata.diffusion.timesteps, size=small(usual))
+    names = [f"{block}.mlp.fc1.bias" for block in blocks_of(config)]
+    for plan in plans(coordinator, usual, weights, latest, questions):
+        update = coordinator.update(plan, weights)
+        if update is None:
+            continue
+        parts = [summed_gradient(update[name], weights[name], plan)[: gates.used(config)] for name in names]
+        gradient = torch.cat(parts)[: len(gates.units(config))].view(-1, config.patch_dim)
+        yield from (as_images(guess[None], config)[0] for guess in targets(gradient, weights, plan, latest))
+
+
 def targets(gradient: Tensor, weights: dict[str, Tensor], plan: RoundPlan, latest: int) -> Iterator[Tensor]:
     """x_0 (N, P) from the gradients of the biases (N, P), which are linear in it: the attacker takes them on black and
     on single bright pixels, with weights of its own. One guess for each time and step at which the image may have come.

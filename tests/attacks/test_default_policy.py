@@ -64,6 +64,11 @@ def test_no_gate_beside_a_background_gives_an_image(outsider: Make, images: Imag
     assert not leaks(background.beside_a_background(outsider(encoding=encoding), 3, 16), images, free)
 
 
+@open_today
+def test_no_gate_behind_vectors_gives_an_image(outsider: Make, images: Images, free: float) -> None:
+    assert not leaks(picks.behind_vectors(outsider(), 3, 16), images, free)
+
+
 def test_no_losses_are_a_held_out_image(outsider: Make, images: Images, free: float) -> None:
     asker = outsider()
     found = list(oracles.held_out_image(asker, oracles.coarse(SMALL, 8), 1, 3.0))
