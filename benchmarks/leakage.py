@@ -3,10 +3,10 @@
     python benchmarks/leakage.py --json benchmarks/results/leakage.json
 
 Each row is one attack of `benchmarks/attacks` at a site of drawn faces: PSNR of the best reconstruction beside the
-site's nearest image, for a plan as short as the policy allows, with draws (rows, times, noise) that follow from the
-plan, or that the site keeps to itself. First come rows of what is no leak: the mean image of a site, the nearest image
-of a public corpus; with `--data FOLDER` also of real images (portraits64.zip, chestxray64.zip, bloodcells64.zip).
-`--only TEXT` runs the rows whose name holds it.
+site's nearest image, by the shortest plans that the policy allows: an open one, whose secret the attacker was told too,
+so that rows, times and noise follow from the plan as they once did; or the default one, at first contact. First come
+rows of what is no leak: the mean image of a site, the nearest image of a public corpus; with `--data FOLDER` also of
+real images (portraits64.zip, chestxray64.zip, bloodcells64.zip). `--only TEXT` runs the rows whose name holds it.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,60 +27,65 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.attacks import gates, gradients, labels, oracles
+from benchmarks.attacks import background, gradients, labels, oracles, picks
 from benchmarks.attacks.site import (
+    FLOORS,
+    NO_FLOORS,
+    OPEN,
     Coordinator,
     Images,
-    Limits,
     best_psnr,
     fresh_weights,
     held_out_rows,
     make_site,
+    no_leak,
     prior_of,
     psnr,
 )
 
 from maskdm.config import ModelConfig
+from maskdm.policy import SIMULATED
 from maskdm.runfolder import write_json
 from maskdm.wire import Encoding
 from maskdm_server.demo import MODEL as DEMO
 from maskdm_server.faces import draw_faces
 
 SMALL = ModelConfig(image_size=16, channels=3, patch_size=4, dim=64, depth=2, heads=2)
-ONE_TOKEN = ModelConfig(image_size=8, channels=1, patch_size=8, dim=128, depth=2, heads=2)
-SITE, BLIND = 600, 8  # images of the site; questions where chance decides whether one image is alone
-FLOORS = {"none": Limits(), "batch 16, 64 images, 8 steps": Limits(16, 64, 8)}
+SITE, BLIND = 600, 12  # images of the site; questions where chance decides whether one image is alone
 ENCODINGS: tuple[Encoding, ...] = ("fp32", "bf16", "int8", "topk")
-USUAL: tuple[Encoding, ...] = ("bf16",)
+POLICIES: dict[str, dict[str, Any]] = {"open": OPEN, "default": {}}
 
 Attack = Callable[[Coordinator], Iterable[Tensor]]
+
+
+def asker(
+    policy: str, site: Path, model: ModelConfig = SMALL, encoding: Encoding = "bf16", **diffusion: Any
+) -> Coordinator:
+    """Of a site with a policy, which asks for as little as that lets in."""
+    opened = policy == "open"
+    limits, secret = (NO_FLOORS, 0) if opened else (FLOORS, None)
+    return Coordinator(site, prior_of(model, **diffusion), limits, encoding, secret)
 
 
 def attacks(public: Images) -> dict[str, tuple[ModelConfig, Attack]]:
     """Those that give pictures: name → network, and what it does."""
 
     def one_of(batch: int, train: Any) -> Attack:
-        return lambda asker: gates.one_of_many(asker, batch, latest(asker, batch), train, tries(asker))
+        return lambda asker: picks.one_of_many(asker, batch, latest(asker, batch), train, tries(asker))
 
-    def own(model: ModelConfig, loss_weight: dict[str, Any]) -> Attack:
-        return lambda asker: gradients.single_image(asker, fresh_weights(model), loss_weight, tries(asker))
+    def own(model: ModelConfig) -> Attack:
+        return lambda asker: gradients.single_image(asker, gradients.quiet(fresh_weights(model)), tries(asker))
 
     return {
-        "one image, honest weights, min_snr_gamma 1e-7": (SMALL, own(SMALL, gradients.TINY)),
-        "one image, honest weights, p2_gamma 2": (SMALL, own(SMALL, gradients.EARLY_TINY)),
-        "one image, honest weights of the demonstration's network": (DEMO, own(DEMO, gradients.TINY)),
-        "one image of 512, gate by time": (SMALL, one_of(512, "all")),
-        "one image of 512, gate by time, norm-bias": (SMALL, one_of(512, "norm-bias")),
-        "one image of 512, gate by time, adapters": (SMALL, one_of(512, "adapters")),
-        "the shortest plan, gate by time": (SMALL, one_of(1, "all")),
-        "the shortest plan, gate by time, norm-bias": (SMALL, one_of(1, "norm-bias")),
-        "the shortest plan, gate by time, adapters": (SMALL, one_of(1, "adapters")),
-        "the shortest plan, gate by time after priming the moments": (
-            SMALL,
-            lambda asker: gates.after_priming(asker, 1, latest(asker, 1), tries(asker)),
-        ),
-        "512 images, gates by brightness": (SMALL, lambda asker: gates.by_brightness(asker, 512, 60, public)),
-        "the shortest plan, gates by brightness": (SMALL, lambda asker: gates.by_brightness(asker, 1, 60, public)),
+        "one image, honest weights under a quiet head": (SMALL, own(SMALL)),
+        "the same, of the demonstration's network": (DEMO, own(DEMO)),
+        "gate by time": (SMALL, one_of(1, "all")),
+        "gate by time, norm-bias": (SMALL, one_of(1, "norm-bias")),
+        "gate by time, adapters": (SMALL, one_of(1, "adapters")),
+        "gate by time, batch 512": (SMALL, one_of(512, "all")),
+        "gates by brightness, batch 512": (SMALL, lambda asker: picks.by_brightness(asker, 512, 60, public)),
+        "gate by time behind vectors, norm-bias": (SMALL, lambda asker: picks.behind_vectors(asker, 3, BLIND)),
+        "gate beside a background": (SMALL, lambda asker: background.beside_a_background(asker, 3, BLIND, 16)),
     }
 
 
@@ -88,7 +94,7 @@ def latest(asker: Coordinator, batch: int) -> int:
     if asker.knows_draws:
         return 1
     images = asker.limits.plan(batch)["local_images"]
-    return min(100, max(1, asker.prior.diffusion.timesteps // images))
+    return max(1, asker.prior.diffusion.timesteps // images)
 
 
 def tries(asker: Coordinator) -> int:
@@ -96,63 +102,53 @@ def tries(asker: Coordinator) -> int:
 
 
 def pictures(folder: Path, only: str) -> Iterator[dict[str, Any]]:
-    """A row for each attack on training images, floor, knowledge and encoding."""
+    """A row for each attack on training images, policy and encoding."""
     public = draw_faces(600, "public", size=16, seed=7)
     for number, (name, (model, attack)) in enumerate(attacks(public).items()):
-        if only not in name:
-            continue
         images = draw_faces(SITE, "clinic", size=model.image_size, seed=5)
-        site = make_site(folder / f"site-{number}", images)
-        for floors, limits in FLOORS.items():
-            for known in (True, False):
-                if limits.batch > 1 and (model is DEMO or ("512" in name and not known)):
-                    continue  # minutes, and it says nothing new: the shortest plan tells more
-                for encoding in ENCODINGS if model is SMALL and known else USUAL:
-                    asker = Coordinator(site, prior_of(model), limits, encoding, known)
-                    yield row(name, asker, floors, dB=best_psnr(attack(asker), images))
+        for policy, settings in POLICIES.items():
+            if only not in name or (policy == "default" and model is DEMO):
+                continue  # the latter takes minutes, and is the row above it
+            if policy == "open" and ("beside" in name or "behind" in name):
+                continue  # they are made for plans of many steps
+            for encoding in ENCODINGS if "batch" not in name and model is SMALL else ("bf16",):
+                site = make_site(folder / f"{number}-{policy}-{encoding}", images, **settings)
+                coordinator = asker(policy, site, model, encoding)
+                best = best_psnr(attack(coordinator), images)
+                yield row(name, policy, coordinator, dB=best, free=no_leak(images, public) if model is SMALL else None)
 
 
 def numbers(folder: Path, only: str) -> Iterator[dict[str, Any]]:
-    """A row for each attack that reads numbers, codes or labels."""
-    grey = draw_faces(40, "clinic", size=8, seed=5).mean(axis=3, keepdims=True).astype(np.uint8)
-    site = make_site(folder / "grey", grey)
-    asker = Coordinator(site, prior_of(ONE_TOKEN, timesteps=500))
-    name = "held-out pixels by loss, one-token network"
-    if only in name:
-        found = list(oracles.held_out_image(asker, oracles.single_pixels(ONE_TOKEN), 0))
-        best = min(found, key=lambda image: -float(psnr(image, grey).max()))
-        nearest = grey[int(psnr(best, grey).argmax())]
-        exact = float((best.round() == torch.from_numpy(nearest)).float().mean())
-        yield row(name, asker, "none", dB=best_psnr(found, grey), exact_pixels=exact)
+    """A row for each attack that reads losses, codes or labels."""
     images = draw_faces(120, "clinic", size=16, seed=5)
-    site = make_site(folder / "labelled", images, ["masked" if i % 3 else "bare" for i in range(len(images))])
-    for count in (4, 16):
-        name = f"held-out image by {count} coarse patterns, the prior's network"
-        if only in name:
-            asker = Coordinator(site, prior_of(SMALL))
-            found = list(oracles.held_out_image(asker, oracles.coarse(SMALL, count), 1, 3.0))
-            yield row(name, asker, "none", dB=best_psnr(found, images))
-    name = "brightness of the brightest held-out image, from outcome codes"
-    if only in name:
-        asker = Coordinator(site, prior_of(SMALL))
-        told = oracles.brightest_held_out(asker, draw_faces(600, "public", size=16, seed=7), 100, 10)
-        true = float(images[held_out_rows(site)].reshape(-1, images[0].size).mean(axis=1).max())
-        yield row(name, asker, "none", told=told, true=true)
+    names = ["masked" if i % 3 else "bare" for i in range(len(images))]
     guesses = ["masked", "bare", "tumour", "healthy", "covid"]
-    for name, guess in (("labels by loss", labels.by_loss), ("labels by update", labels.by_update)):
+    shared: dict[str, Any] = {
+        "policy": SIMULATED.model_copy(update={"share_labels": ("bare", "masked")}),
+        "secret_seed": 0,
+    }
+    settings_of: dict[str, dict[str, Any]] = {"open": shared, "default": {}}
+    for policy, settings in settings_of.items():
+        name = "held-out image by losses for 8 coarse patterns"
         if only in name:
-            asker = Coordinator(site, prior_of(SMALL))
-            yield row(name, asker, "none", right=guess(asker, guesses) == {"masked", "bare"})
+            site = make_site(folder / f"losses-{policy}", images, **settings)
+            coordinator = asker(policy, site)
+            found = list(oracles.held_out_image(coordinator, oracles.coarse(SMALL, 8), 1, 3.0))
+            yield row(name, policy, coordinator, dB=best_psnr(found, images[held_out_rows(site)]))
+        for guess in (labels.by_loss, labels.by_code, labels.by_update):
+            name = f"labels {guess.__name__.replace('_', ' ')}"
+            if only in name:
+                coordinator = asker(policy, make_site(folder / f"{name}-{policy}", images, names, **settings))
+                yield row(name, policy, coordinator, told=sorted(guess(coordinator, guesses)))
 
 
-def row(name: str, asker: Coordinator, floors: str, **found: Any) -> dict[str, Any]:
+def row(name: str, policy: str, asker: Coordinator, **found: Any) -> dict[str, Any]:
     return {
         "attack": name,
-        "floors": floors,
-        "draws": "follow from the plan" if asker.knows_draws else "the site's secret",
+        "policy": policy,
         "encoding": asker.encoding,
         "questions": asker.questions,
-        "refusals": [outcome.name for outcome in asker.refusals],
+        "refusals": dict(Counter(outcome.name for outcome in asker.refusals)),
         **found,
     }
 

@@ -1,12 +1,11 @@
 """From an update back to gradients, and from gradients to the image that they were taken on.
 
 AdamW divides each gradient by its own size, so that one step tells little but signs, unless the gradient is below
-its epsilon: there a step is the gradient times lr / ε. Whoever chooses the loss weight or the weights gets there.
+its epsilon: there a step is the gradient times lr / ε. Whoever chooses the weights gets there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count, islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +13,19 @@ from torch import Tensor
 from maskdm.config import TrainingConfig
 from maskdm.forward_process import forward_process
 from maskdm.protocol import RoundPlan
-from maskdm.seeding import derive_seed, generator
+from maskdm.seeding import generator
 from maskdm.training import ema_decay
 
 from .site import Coordinator, as_images
 
 EPSILON = 1e-8  # of AdamW
 BETA = 0.9  # of its first moment, at a site
-TINY: dict[str, Any] = {
-    "loss_weight": "min-snr",
-    "min_snr_gamma": 1e-7,
-}  # brings an honest network's gradients below that
+QUIET = 1e-7  # of a head, beside an honest one
 
-# The same within narrow bounds, for images that come early: 1/(1 + SNR)² times SNR or so is 1e-9 there.
-EARLY_TINY: dict[str, Any] = {"loss_weight": "p2", "p2_gamma": 2.0}
+
+def quiet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Honest weights whose head is next to nothing, and so are the gradients of all that comes before it."""
+    return {name: tensor * (QUIET if name == "head.weight" else 1) for name, tensor in weights.items()}
 
 
 def summed_gradient(update: Tensor, weight: Tensor, plan: RoundPlan) -> Tensor:
@@ -63,9 +61,8 @@ def steps_of(plan: RoundPlan) -> int:
     return -(-plan.local_images // plan.batch_size)
 
 
-def draws(plan: RoundPlan, shape: tuple[int, ...], seen: int = 0) -> tuple[Tensor, Tensor]:
-    """Times (B,) and noise (B, …) of a step, where they follow from the plan alone."""
-    seed = derive_seed("local work", plan.seed, plan.federation, plan.round)
+def draws(plan: RoundPlan, seed: int, shape: tuple[int, ...], seen: int = 0) -> tuple[Tensor, Tensor]:
+    """Times (B,) and noise (B, …) of a step, by the seed of the site's work."""
     randomness = generator("step", seed, seen, 0)
     if plan.model.class_names:
         torch.rand(plan.batch_size, generator=randomness)  # which images see no class
@@ -80,20 +77,13 @@ def clean(noisy: Tensor, plan: RoundPlan, time: Tensor, noise: Tensor) -> Tensor
     return (noisy - sigma * noise) / alpha
 
 
-def early_ones(plan: RoundPlan, latest: int) -> list[tuple[int, int, Tensor]]:
+def early_ones(plan: RoundPlan, seed: int, latest: int) -> list[tuple[int, int, Tensor]]:
     """(images seen before its step, number in its batch, time) of each image that comes at `latest` or before."""
     found = []
     for seen in range(0, plan.local_images, plan.batch_size):
-        times, _ = draws(plan, (), seen)
+        times, _ = draws(plan, seed, (), seen)
         found += [(seen, int(number), times[number]) for number in (times <= latest).nonzero()[:, 0]]
     return found
-
-
-def early_seeds(plan: RoundPlan, latest: int) -> Iterator[int]:
-    """Seeds by whose times, if the plan alone decides on them, exactly one image of all steps is an early one."""
-    for seed in count(plan.seed):
-        if len(early_ones(plan.model_copy(update={"seed": seed}), latest)) == 1:
-            yield seed
 
 
 def noisy_patches(update: dict[str, Tensor], weights: dict[str, Tensor], plan: RoundPlan) -> Tensor:
@@ -109,29 +99,32 @@ def noisy_patches(update: dict[str, Tensor], weights: dict[str, Tensor], plan: R
     return solution.float()
 
 
-def seeds(coordinator: Coordinator, plan: RoundPlan, latest: int, questions: int) -> Iterator[int]:
-    """For `questions` plans: those that bring one early image, or any, where the plan does not decide on the times."""
-    return islice(early_seeds(plan, latest) if coordinator.knows_draws else count(), questions)
-
-
-def cleaned(coordinator: Coordinator, noisy: Tensor, plan: RoundPlan, latest: int) -> Iterator[Tensor]:
-    """Images (S, S, C): without the noise that follows from the plan, and as it is, which is all where it does not."""
+def plans(
+    coordinator: Coordinator, plan: RoundPlan, weights: Mapping[str, Tensor], latest: int, questions: int
+) -> Iterator[RoundPlan]:
+    """Like `plan`: those that bring exactly one early image, or any where nobody knows which do."""
+    found = (plan.model_copy(update={"seed": seed}) for seed in count(plan.seed))
     if coordinator.knows_draws:
-        for seen, number, time in early_ones(plan, latest):
-            _, noise = draws(plan, tuple(noisy.shape), seen)
+        found = (one for one in found if len(early_ones(one, coordinator.local_seed(one, weights), latest)) == 1)
+    return islice(found, questions)
+
+
+def cleaned(
+    coordinator: Coordinator, noisy: Tensor, plan: RoundPlan, weights: Mapping[str, Tensor], latest: int
+) -> Iterator[Tensor]:
+    """Images (S, S, C): without the noise, where the site's draws are known, and as it is, which is all where not."""
+    if coordinator.knows_draws:
+        seed = coordinator.local_seed(plan, weights)
+        for seen, number, time in early_ones(plan, seed, latest):
+            _, noise = draws(plan, seed, tuple(noisy.shape), seen)
             yield as_images(clean(noisy, plan, time, noise[number])[None], plan.model.model)[0]
     yield as_images(noisy[None], plan.model.model)[0]
 
 
-def single_image(
-    coordinator: Coordinator, weights: dict[str, Tensor], loss_weight: dict[str, Any], questions: int = 1
-) -> Iterator[Tensor]:
-    """Reconstructions (S, S, C) by an honest prior, of whose metadata only the loss weight is another."""
-    prior = coordinator.prior
-    metadata = prior.model_copy(update={"diffusion": prior.diffusion.model_copy(update=loss_weight)})
-    plan, latest = coordinator.plan(model=metadata), prior.diffusion.timesteps // 50
-    for seed in seeds(coordinator, plan, latest, questions):
-        plan = plan.model_copy(update={"seed": seed})
+def single_image(coordinator: Coordinator, weights: dict[str, Tensor], questions: int = 1) -> Iterator[Tensor]:
+    """Reconstructions (S, S, C) of the image that a step was made of, by weights that were made `quiet`."""
+    usual, latest = coordinator.plan(), coordinator.prior.diffusion.timesteps // 50
+    for plan in plans(coordinator, usual, weights, latest, questions):
         update = coordinator.update(plan, weights)
         if update:
-            yield from cleaned(coordinator, noisy_patches(update, weights, plan), plan, latest)
+            yield from cleaned(coordinator, noisy_patches(update, weights, plan), plan, weights, latest)

@@ -1,4 +1,4 @@
-"""What numbers and codes alone say: a loss is a linear question to images, an outcome code is a bit.
+"""What losses alone say: each is a linear question to images.
 
 A network that answers with an image of the attacker's choice, and only where the door is open, has the loss
 |C − x|² + the same for all other images; the difference of two such losses is linear in x.
@@ -13,12 +13,10 @@ from torch import Tensor
 from maskdm.checkpoint import model_from
 from maskdm.config import ModelConfig
 from maskdm.layers import patchify
-from maskdm.parcel import Outcome
 
-from .gates import GAIN, Channels, Gates, blocks_of, carried_light, imprinting
-from .site import Coordinator, Images, as_images
+from .gates import GAIN, Gates, blocks_of, imprinting
+from .site import Coordinator, as_images
 
-LOUD = 1e6  # beyond the largest loss, even of one draw of many
 BRIGHT = 8.0  # of what a network answers where it is asked for single pixels
 
 
@@ -73,7 +71,9 @@ def _solved(answers: list[Tensor], losses: list[float], patterns: Sequence[Tenso
     system = torch.cat([2 * differences @ basis.T, (loss[1:] - loss[0])[:, None]], dim=1)
     known = flat[1:].square().sum(1) - flat[0].square().sum()
     scale = system.abs().amax(dim=0).clamp(min=1e-300)
-    solution: Tensor = torch.linalg.lstsq(system / scale, known[:, None], driver="gelsd").solution[:, 0] / scale
+    solution: Tensor = (
+        torch.linalg.lstsq((system / scale).nan_to_num(), known[:, None], driver="gelsd").solution[:, 0] / scale
+    )
     return (solution[:-1] @ basis).float().view(patterns[0].shape)
 
 
@@ -90,22 +90,3 @@ def coarse(config: ModelConfig, number: int) -> list[Tensor]:
     order = sorted(((i, j) for i in range(size) for j in range(size)), key=lambda ij: (ij[0] ** 2 + ij[1] ** 2, ij))
     waves = [(i * places).cos()[:, None] * (j * places).cos() for i, j in order[:number]]
     return [patchify(wave.expand(1, channels, size, size), patch)[0] for wave in waves]
-
-
-def brightest_held_out(coordinator: Coordinator, public: Images, latest: int, questions: int) -> float:
-    """Mean brightness (0 … 255) of the brightest image that is held out, from outcome codes alone: each halves a range.
-
-    The answer grows beyond all bounds where an image is brighter than an edge, and the code tells that it diverged.
-    """
-    config, timesteps = coordinator.prior.model, coordinator.prior.diffusion.timesteps
-    at, low, high = Channels(config.patch_dim), 0.0, 255.0
-    for _ in range(questions):
-        middle = (low + high) / 2
-        edges = carried_light(config, public, [middle / 127.5 - 1], latest, timesteps)
-        weights = imprinting(config, Gates(latest, edges=edges), timesteps, 1.0)
-        weights["head.weight"][:, at.out], weights["head.weight"][:, at.blank] = LOUD, -LOUD  # 0 while shut
-        before = len(coordinator.refusals)
-        coordinator.loss(weights)
-        brighter = coordinator.refusals[before:] == [Outcome.DIVERGED]
-        low, high = (middle, high) if brighter else (low, middle)
-    return (low + high) / 2

@@ -22,8 +22,10 @@ from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.layers import unpatchify
 from maskdm.model import build_model
 from maskdm.parcel import Outcome, Parcel
-from maskdm.protocol import RoundPlan
-from maskdm.tensorfile import pack
+from maskdm.policy import SIMULATED
+from maskdm.protocol import RoundPlan, work_key
+from maskdm.seeding import derive_seed
+from maskdm.tensorfile import bytes_of, pack
 from maskdm.wire import Encoding, decode
 from maskdm_client.settings import SiteSettings
 from maskdm_client.virtual import answer
@@ -45,7 +47,8 @@ class Limits(NamedTuple):
         return {"batch_size": size, "local_images": size * max(self.steps, -(-self.images // size))}
 
 
-NO_FLOORS = Limits()
+NO_FLOORS, FLOORS = Limits(), Limits(16, 256, 8)  # of a policy that lets every plan in, and of the default one
+OPEN: dict[str, Any] = {"policy": SIMULATED, "secret_seed": 0}  # settings of a site that has no secrets
 
 
 def make_site(folder: Path, images: Images, labels: Iterable[str] = (), **changes: Any) -> Path:
@@ -91,9 +94,18 @@ class Coordinator:
     prior: CheckpointMetadata
     limits: Limits = NO_FLOORS
     encoding: Encoding = "fp32"
-    knows_draws: bool = True  # rows, times and noise follow from the plan alone; else it does as if they did not
+    secret_seed: int | None = None  # of the site, where the attacker was told: it knows rows, times and noise then
     questions: int = 0
     refusals: list[Outcome] = field(default_factory=list)
+
+    @property
+    def knows_draws(self) -> bool:
+        return self.secret_seed is not None
+
+    def local_seed(self, plan: RoundPlan, weights: Mapping[str, Tensor]) -> int:
+        """Of the work that a plan gives the site, whose secret is known."""
+        key = work_key(plan, (bytes_of(weights[name].numpy()) for name in plan.changed()))
+        return derive_seed(str(self.secret_seed), "local work", key)
 
     def plan(self, **changes: Any) -> RoundPlan:
         """The shortest plan that the limits allow; keywords change it."""

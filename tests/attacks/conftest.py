@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.attacks.site import Coordinator, Images, Limits, make_site, no_leak, prior_of
+from benchmarks.attacks.site import FLOORS, Coordinator, Images, make_site, no_leak, prior_of
 
 from maskdm.config import ModelConfig
-from maskdm.policy import SitePolicy
+from maskdm.policy import SIMULATED
 from maskdm_server.faces import draw_faces
 
 SMALL = ModelConfig(image_size=16, channels=3, patch_size=4, dim=64, depth=2, heads=2)
-# Keys of a policy that floors every plan, and values under which it floors none.
-OPEN = {"min_batch": 1, "min_images_per_update": 1, "min_steps": 1, "min_held_out": 1}
+ONE_TOKEN = ModelConfig(image_size=8, channels=1, patch_size=8, dim=128, depth=2, heads=2)
 Make = Callable[..., Coordinator]
 
 
@@ -39,9 +38,9 @@ def attacker(tmp_path: Path, images: Images) -> Make:
     """Of a site with a policy that lets every plan in; keywords change the attacker."""
 
     def make(labels: list[str] | None = None, **changes: Any) -> Coordinator:
-        policy = SitePolicy.model_validate({k: v for k, v in OPEN.items() if k in SitePolicy.model_fields})
-        folder = make_site(tmp_path / "site", images, labels or (), policy=policy)
-        return Coordinator(folder, prior_of(SMALL), **changes)
+        policy = SIMULATED.model_copy(update={"share_labels": tuple(sorted(set(labels or ())))})
+        folder = make_site(tmp_path / "site", images, labels or (), policy=policy, secret_seed=0)
+        return Coordinator(folder, prior_of(SMALL), **{"secret_seed": 0, **changes})
 
     return make
 
@@ -51,7 +50,7 @@ def outsider(tmp_path: Path, images: Images) -> Make:
     """Of a site with the default policy, whose draws it does not know, with plans as short as that lets in."""
 
     def make(labels: list[str] | None = None, **changes: Any) -> Coordinator:
-        folder = make_site(tmp_path / "site", images, labels or ())
-        return Coordinator(folder, prior_of(SMALL), Limits(16, 64, 8), knows_draws=False, **changes)
+        folder = make_site(tmp_path / "site", images, labels or (), secret_seed=11)  # which is told nobody
+        return Coordinator(folder, prior_of(SMALL), FLOORS, **changes)
 
     return make

@@ -1,52 +1,99 @@
-"""What a coordinator gets out of a site with the default policy: nothing that it would not get without asking."""
+"""What a coordinator gets out of a site with the default policy: nothing better than what it has without asking."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from benchmarks.attacks import gates, gradients, labels, oracles
-from benchmarks.attacks.site import Images, best_psnr, fresh_weights
+import torch
+from benchmarks.attacks import background, gates, gradients, labels, oracles, picks
+from benchmarks.attacks.site import Images, best_psnr, fresh_weights, held_out_rows
+from torch import Tensor
+
+from maskdm.parcel import Outcome
 
 from .conftest import SMALL, Make
 
-# Strict: whoever closes one of them takes its mark away.
-open_today = pytest.mark.xfail(reason="issue G: open until its defences are in", strict=True, raises=AssertionError)
+# Strict: whoever closes it takes the mark away.
+open_today = pytest.mark.xfail(
+    reason="a prior that the attacker made, at first contact: stopped by differential privacy or secure aggregation, "
+    "or where the site approves only a prior whose origin it knows; no look at weights or gradients stops it",
+    strict=True,
+    raises=AssertionError,
+)
 
 
-@open_today
+def leaks(found: Iterable[Tensor], images: Images, free: float) -> bool:
+    """Whether one of several reconstructions is clearly better than what comes free; asks no more than it takes."""
+    return any(best_psnr([image], images) > free + 1 for image in found)
+
+
 @pytest.mark.parametrize("train", ["all", "norm-bias", "adapters"])
-def test_no_gate_by_time_gives_an_image(outsider: Make, images: Images, free: float, train: Any) -> None:
-    assert best_psnr(gates.one_of_many(outsider(), 1, 7, train, questions=8), images) < free
+@pytest.mark.parametrize("batch", [1, pytest.param(512, marks=pytest.mark.slow)])
+def test_no_gate_by_time_gives_an_image(outsider: Make, images: Images, free: float, train: Any, batch: int) -> None:
+    asker = outsider()
+    assert not leaks(picks.one_of_many(asker, batch, 3, train, questions=2), images, free)
+    assert batch > 1 or Outcome.GATE_REFUSED in asker.refusals
 
 
-@open_today
 def test_no_gate_by_brightness_gives_an_image(outsider: Make, images: Images, public: Images, free: float) -> None:
-    assert best_psnr(gates.by_brightness(outsider(), 1, 60, public), images) < free
-
-
-@open_today
-def test_no_update_of_a_single_image_is_made(outsider: Make, images: Images) -> None:
     asker = outsider()
-    plan = asker.plan(batch_size=1, local_images=1)
+    assert not leaks(picks.by_brightness(asker, 1, 60, public), images, free)
+    assert asker.refusals == [Outcome.GATE_REFUSED]
+
+
+def test_no_quiet_head_gives_an_image(outsider: Make, images: Images, free: float) -> None:
+    asker = outsider()
+    assert not leaks(gradients.single_image(asker, gradients.quiet(fresh_weights(SMALL)), questions=2), images, free)
+    assert not asker.refusals
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 256), (16, 64), (256, 256), (16, 240)])
+def test_no_update_of_few_images_or_steps_is_made(outsider: Make, size: tuple[int, int]) -> None:
+    asker = outsider()
+    plan = asker.plan(batch_size=size[0], local_images=size[1])
     assert asker.update(plan, fresh_weights(SMALL)) is None
+    assert asker.refusals == [Outcome.POLICY]
 
 
 @open_today
-def test_no_loss_weight_brings_gradients_below_what_the_optimiser_sees(outsider: Make) -> None:
+@pytest.mark.parametrize(
+    "encoding",
+    ["bf16", *(pytest.param(other, marks=pytest.mark.slow) for other in ("fp32", "int8", "topk"))],
+)
+def test_no_gate_beside_a_background_gives_an_image(outsider: Make, images: Images, free: float, encoding: Any) -> None:
+    assert not leaks(background.beside_a_background(outsider(encoding=encoding), 3, 16), images, free)
+
+
+@open_today
+def test_no_gate_behind_vectors_gives_an_image(outsider: Make, images: Images, free: float) -> None:
+    assert not leaks(picks.behind_vectors(outsider(), 3, 16), images, free)
+
+
+def test_no_losses_are_a_held_out_image(outsider: Make, images: Images, free: float) -> None:
     asker = outsider()
-    diffusion = asker.prior.diffusion.model_copy(update=gradients.TINY)
-    plan = asker.plan(model=asker.prior.model_copy(update={"diffusion": diffusion}))
-    assert asker.update(plan, fresh_weights(SMALL)) is None
+    found = list(oracles.held_out_image(asker, oracles.coarse(SMALL, 8), 1, 3.0))
+    assert not leaks(found, images[held_out_rows(asker.folder)], free)
 
 
-@open_today
-def test_no_losses_are_a_held_out_image(outsider: Make) -> None:
+@pytest.mark.parametrize("last", ["measure", "finish"])
+def test_questions_of_any_kind_end_after_ten_a_day(outsider: Make, last: str) -> None:
+    asker, weights = outsider(), fresh_weights(SMALL)
+    told = [asker.loss(weights, federation=f"{number:016x}") for number in range(10)]
+    assert all(loss == loss for loss in told)
+    assert asker.ask(asker.plan(action=last), weights) is None
+    assert asker.refusals == [Outcome.POLICY]
+
+
+def test_codes_of_work_on_the_images_end_after_three(outsider: Make) -> None:
     asker = outsider()
-    found = list(oracles.held_out_image(asker, oracles.coarse(SMALL, 64), 1, 3.0))
-    assert len(asker.refusals) > 40 or not found
+    metadata, weights = labels.telling(asker.prior, "any", 900.0, labels.DEEP)  # overflows whatever it sees
+    weights = {name: tensor + gates.FAINT * torch.randn_like(tensor) for name, tensor in weights.items()}
+    for seed in range(5):
+        asker.loss(weights, metadata, seed=seed)
+    assert asker.refusals == [Outcome.DIVERGED] * 3 + [Outcome.POLICY] * 2
 
 
-@open_today
-@pytest.mark.parametrize("guess", [labels.by_loss, labels.by_update])
+@pytest.mark.parametrize("guess", [labels.by_loss, labels.by_code, labels.by_update])
 def test_no_name_of_a_folder_is_told(outsider: Make, images: Images, guess: Any) -> None:
     asker = outsider(labels=["masked" if i % 3 else "bare" for i in range(len(images))])
     assert guess(asker, ["masked", "bare", "tumour"]) == set()
