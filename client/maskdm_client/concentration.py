@@ -23,6 +23,7 @@ ROW = 8  # numbers; vectors and layers with shorter rows are looked at as a whol
 # Root mean square of the gradient of a step. Nearer to the ε of AdamW (1e-8) a step shows the gradient itself, where
 # it mostly shows signs; trained networks have 1e-4, of 200 million weights 1e-6.
 SMALLEST = 1e-7
+FAINTEST = 1e-11  # of a single value
 
 
 class Concentration:
@@ -84,6 +85,14 @@ class Concentration:
             if bool(few.any()):
                 return f"{int(few.sum())} of {len(few)} rows of {name} were moved by a few images alone"
         return None
+
+
+def without_faint(parameters: Iterable[nn.Parameter]) -> None:
+    """Set gradients to zero that are so small, once clipped, that the optimiser's ε would show them as they are."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    faintest = FAINTEST * nn.utils.get_total_norm(gradients, foreach=True).clamp(min=1)
+    for gradient in gradients:
+        gradient.masked_fill_(gradient.abs() < faintest, 0.0)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from maskdm.training import (
     restore_optimizer,
     train,
 )
-from maskdm_client.concentration import HALVES, Concentration
+from maskdm_client.concentration import HALVES, Concentration, without_faint
 from maskdm_client.job import Job, Superseded
 from maskdm_client.kept import Kept
 from maskdm_client.local_data import LocalImages
@@ -38,6 +38,9 @@ STANDS_OUT, FEW = 10.0, 16  # standard deviations of the others, which are all b
 REPORT_SECONDS = 2.0
 # Of the optimiser, which sees tens of steps a round: its memory must suit those, not the published 200,000.
 LOCAL_BETAS = (0.9, 0.95)
+# So small that a step shows of each gradient little more than its sign: where ε outweighs a gradient, the step is
+# proportional to it, and an image that was made to arrive there could be read off (see `without_faint`).
+LOCAL_EPSILON = 1e-12
 
 
 class HeldOut(NamedTuple):
@@ -88,6 +91,7 @@ def fine_tune(
         batch_size=plan.batch_size,
         lr=plan.lr,
         betas=LOCAL_BETAS,
+        epsilon=LOCAL_EPSILON,
         precision=job.settings.precision,
         proximal=plan.proximal,
         accumulate=HALVES,
@@ -129,6 +133,11 @@ def fine_tune(
         enough = state.images_seen and not policy.problem_of_work(state.images_seen, plan.batch_size)
         return job.superseded() or bool(seconds() >= limit and enough)
 
+    def looked_at(done: bool) -> None:
+        concentration.look(done)
+        if done:
+            without_faint(learner.parameters())
+
     train(
         state,
         order,
@@ -138,7 +147,7 @@ def fine_tune(
         on_progress=on_progress,
         report_seconds=REPORT_SECONDS,
         stop=is_over,
-        after_part=concentration.look,
+        after_part=looked_at,
     )
     if job.superseded():
         raise Superseded

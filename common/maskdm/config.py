@@ -113,6 +113,7 @@ class TrainingConfig(Frozen):
     ema: Ema = "ramp"
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999  # of ramp
     ema_length: Annotated[float, Field(gt=0, lt=0.28)] = 0.05  # of power: standard deviation over the run's length
+    epsilon: Annotated[float, Field(gt=0, le=1e-3)] = 1e-8  # of the optimiser
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     proximal: Annotated[float, Field(ge=0)] = 0.0  # μ of FedProx: pull towards the weights at the start
     horizontal_flip: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -167,8 +167,9 @@ min-steps = 8
 min-held-out = 8
 
 # What a model may look like: how far a layer's weights may have moved since the first model of the federation that this
-# site trained, as a share of their length then, and which share of a layer may be exactly zero. Weights that were made
-# to read images break such bounds unless they are made with care.
+# site trained, as a share of their length then, and which share of a layer may be zero or next to it (a tenth of the
+# root mean square of the layer). Weights that were made to read images break such bounds unless they are made with
+# care.
 max-weight-change = 1.0
 max-zero-share = 0.5
 

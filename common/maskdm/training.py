@@ -51,7 +51,12 @@ class TrainingState:
     def fresh(cls, model: Network | PartialNetwork, config: TrainingConfig) -> "TrainingState":
         """Start from the model's weights; its EMA and the anchor of the proximal term are there too."""
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            model.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         average = {name: p.detach().clone() for name, p in model.named_parameters()}
         skips = torch.zeros(2, dtype=torch.long, device=device_of(model))
