@@ -47,7 +47,8 @@ def problem_of_weights(weights: Mapping[str, Tensor], first: Arrays, policy: Sit
         if tensor.dim() > 1:
             zeros = float((tensor.abs() <= NEXT_TO_ZERO * length(tensor)).float().mean())
             if zeros > policy.max_zero_share:
-                return f"{zeros:.0%} of {name} is zero or next to it, more than {policy.max_zero_share:.0%} (max-zero-share)"
+                most = f"more than {policy.max_zero_share:.0%} (max-zero-share)"
+                return f"{zeros:.0%} of {name} is zero or next to it, {most}"
         if first:
             before = as_tensor(first[name])
             moved, slack = length(tensor - before), SLACK if tensor.dim() == 1 else 0.0
