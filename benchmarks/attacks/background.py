@@ -35,7 +35,7 @@ UNIT = "out_blocks.0.mlp.fc1.weight"
 
 
 def crafted_prior(prior: CheckpointMetadata, heads: int = 2) -> CheckpointMetadata:
-    """What the attacker's prior says about itself: a network with room for a copy of each patch, twice, and one class."""
+    """What the attacker's prior says about itself: a network with room for two copies of each patch, and one class."""
     size = 2 * heads * 64 * -(-(prior.model.patch_dim + len(SCALE)) // 64)
     model = prior.model.model_copy(update={"dim": size, "heads": 2 * heads, "depth": 2, "classes": 1})
     return prior.model_copy(update={"model": model, "class_names": ("any",)})

@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-import torch
-from benchmarks.attacks import background, gates, gradients, labels, oracles, picks
+from benchmarks.attacks import background, gradients, labels, oracles, picks
 from benchmarks.attacks.site import Coordinator, Images, best_psnr, fresh_weights, held_out_rows
 from torch import Tensor
 
