@@ -5,7 +5,8 @@ the patch, at an early time, or a constant that all images share (the class toke
 always open then see the constant in all channels alike, and, in one step, the patch beside it. The constant takes each
 weight's gradient far beyond the optimiser's epsilon, and how much the step differs from that of channels whose content
 is known says what was in the patch: a scale to read it from, whatever optimiser, clipping or average came between.
-Nothing is exactly zero, and no weight is large.
+A site that counts weights next to zero finds less than half: the network is twice as wide as it need be, and what is
+written to its other channels (`filled`) is read by nobody.
 """
 
 from collections.abc import Iterator
@@ -23,19 +24,20 @@ from .gradients import decay
 from .site import Coordinator, as_images, fresh_weights
 
 SCALE = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)  # known contents beside the patch, in the images' range
-CONSTANT = 0.001  # what units see of all other images
+CONSTANT = 0.005  # what units see of all other images
 SHIFT = 2.5  # takes contents to one side of the constant, where a larger one makes a step shorter throughout
-NOISE, FAINT = 1e-4, 1e-6  # on all weights; rows that serve the gates alone have gradients of all images by it
+NOISE, FAINT = 1e-2, 1e-7  # on all weights; rows that serve the gates alone have gradients of all images by it
 SLOW = 1e-6  # learning rate that leaves the gates as they are
 SAME, EARLY, TIME = 8.0, 25.0, 20.0  # of scores
 UNIT_SIZE, WEIGH, OPEN = 0.1, 0.02, 3.0
+FILLER = 0.105  # beside the root mean square of a weight; below a tenth counts as zero
 UNIT = "out_blocks.0.mlp.fc1.weight"
 
 
 def crafted_prior(prior: CheckpointMetadata, heads: int = 2) -> CheckpointMetadata:
-    """What the attacker's prior says about itself: a network with room for a copy of each patch, and one class."""
-    size = heads * 64 * -(-(prior.model.patch_dim + len(SCALE)) // 64)
-    model = prior.model.model_copy(update={"dim": size, "heads": heads, "depth": 2, "classes": 1})
+    """What the attacker's prior says about itself: a network with room for two copies of each patch, and one class."""
+    size = 2 * heads * 64 * -(-(prior.model.patch_dim + len(SCALE)) // 64)
+    model = prior.model.model_copy(update={"dim": size, "heads": 2 * heads, "depth": 2, "classes": 1})
     return prior.model_copy(update={"model": model, "class_names": ("any",)})
 
 
@@ -47,7 +49,7 @@ def hiding(config: ModelConfig, latest: int, timesteps: int, seed: int = 0) -> d
     zero, one, time, early, out, none, even = range(2 * read, 2 * read + 7)
     codes = codes_of(tokens)
     code = range(2 * read + 7, 2 * read + 7 + codes.shape[1])
-    assert code[-1] < dim, f"a network of dim {dim} has no room for patches of {patch}"
+    assert code[-1] < dim // 2, f"a network of dim {dim} has no room for patches of {patch}"
     randomness = torch.Generator().manual_seed(seed)
     weights = {
         name: FAINT * torch.randn(tensor.shape, generator=randomness) for name, tensor in fresh_weights(config).items()
@@ -99,6 +101,31 @@ def hiding(config: ModelConfig, latest: int, timesteps: int, seed: int = 0) -> d
         weights["out_blocks.0.mlp.fc2.weight"][out, token] += UNIT_SIZE
     weights["head.weight"][:, out] += 0.05
     weights["head.bias"] += 2.0
+    return filled(weights, config, randomness)
+
+
+def filled(weights: dict[str, Tensor], config: ModelConfig, randomness: torch.Generator) -> dict[str, Tensor]:
+    """The same, and values ±a little in all that only reaches the upper half of the channels, or comes from there."""
+    dim, head, used = config.dim, config.dim // config.heads, config.dim // 2 - 2  # more than half is to be filled
+    table = weights["position.table"]
+    for row in (0, *range(2, len(table))):  # as loud as the others, so that norms see nothing; not the time's
+        order = torch.randperm(dim - used, generator=randomness)
+        table[row, used:] += torch.where(order % 2 == 0, 1.0, -1.0) * table[row, :used].square().mean().sqrt()
+    for name, tensor in weights.items():
+        size = tensor.square().mean().sqrt()
+        if tensor.dim() == 1 or name == "position.table" or (tensor.abs() < 0.1 * size).float().mean() < 0.45:
+            continue
+        idle = torch.zeros_like(tensor, dtype=torch.bool)
+        if name == "head.weight":
+            idle[:, used:] = True
+        elif "qkv" in name:
+            idle.view(3, dim, dim)[:, head:] = True  # all heads but the first
+        elif "fc1" in name:
+            idle[config.grid**2 :] = True
+        else:
+            idle[used:] = True
+        signs = torch.where(torch.rand(tensor.shape, generator=randomness) < 0.5, 1.0, -1.0)
+        tensor += FILLER * size * signs * idle
     return weights
 
 

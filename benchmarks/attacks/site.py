@@ -7,10 +7,12 @@ the site's policy lets through: `Limits` are the floors under every plan.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from maskdm.protocol import RoundPlan, work_key
 from maskdm.seeding import derive_seed
 from maskdm.tensorfile import bytes_of, pack
 from maskdm.wire import Encoding, decode
+from maskdm_client import concentration, fine_tuning
 from maskdm_client.settings import SiteSettings
 from maskdm_client.virtual import answer
 
@@ -61,6 +64,13 @@ def make_site(folder: Path, images: Images, labels: Iterable[str] = (), **change
     settings = SiteSettings.model_validate(values | changes)
     (folder / "config.json").write_text(json.dumps({"site": settings.model_dump(mode="json")}))
     return folder
+
+
+@contextmanager
+def undefended() -> Iterator[None]:
+    """Sites that train as they did before faint gradients were hidden, so that attacks can be seen to work at all."""
+    with patch.object(fine_tuning, "LOCAL_EPSILON", 1e-8), patch.object(concentration, "FAINTEST", 0.0):
+        yield
 
 
 def held_out_rows(folder: Path) -> list[int]:
@@ -104,7 +114,7 @@ class Coordinator:
 
     def local_seed(self, plan: RoundPlan, weights: Mapping[str, Tensor]) -> int:
         """Of the work that a plan gives the site, whose secret is known."""
-        key = work_key(plan, (bytes_of(weights[name].numpy()) for name in plan.changed()))
+        key = work_key(plan, (bytes_of(weights[name].numpy()) for name in sorted(weights)))
         return derive_seed(str(self.secret_seed), "local work", key)
 
     def plan(self, **changes: Any) -> RoundPlan:

@@ -1,11 +1,11 @@
 """Sites to attack, one open to all plans and one with the default policy, and what comes without asking."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.attacks.site import FLOORS, Coordinator, Images, make_site, no_leak, prior_of
+from benchmarks.attacks.site import FLOORS, Coordinator, Images, make_site, no_leak, prior_of, undefended
 
 from maskdm.config import ModelConfig
 from maskdm.policy import SIMULATED
@@ -34,15 +34,16 @@ def free(images: Images, public: Images) -> float:
 
 
 @pytest.fixture
-def attacker(tmp_path: Path, images: Images) -> Make:
-    """Of a site with a policy that lets every plan in; keywords change the attacker."""
+def attacker(tmp_path: Path, images: Images) -> Iterator[Make]:
+    """Of a site with a policy that lets every plan in, and without defences; keywords change the attacker."""
 
     def make(labels: list[str] | None = None, **changes: Any) -> Coordinator:
         policy = SIMULATED.model_copy(update={"share_labels": tuple(sorted(set(labels or ())))})
         folder = make_site(tmp_path / "site", images, labels or (), policy=policy, secret_seed=0)
         return Coordinator(folder, prior_of(SMALL), **{"secret_seed": 0, **changes})
 
-    return make
+    with undefended():  # a defence of all sites would leave nothing to see the attacks work at
+        yield make
 
 
 @pytest.fixture

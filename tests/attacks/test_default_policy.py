@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-import torch
-from benchmarks.attacks import background, gates, gradients, labels, oracles, picks
-from benchmarks.attacks.site import Images, best_psnr, fresh_weights, held_out_rows
+from benchmarks.attacks import background, gradients, labels, oracles, picks
+from benchmarks.attacks.site import Coordinator, Images, best_psnr, fresh_weights, held_out_rows
 from torch import Tensor
 
 from maskdm.parcel import Outcome
@@ -27,18 +26,25 @@ def leaks(found: Iterable[Tensor], images: Images, free: float) -> bool:
     return any(best_psnr([image], images) > free + 1 for image in found)
 
 
+def was_refused(asker: Coordinator) -> bool:
+    """Whether every question was: for what the weights look like, for gradients of a few images, or as one too many."""
+    looked_at = {Outcome.PLAN_REFUSED, Outcome.GATE_REFUSED}
+    codes = set(asker.refusals)
+    return asker.questions == len(asker.refusals) and bool(codes & looked_at) and codes <= looked_at | {Outcome.POLICY}
+
+
 @pytest.mark.parametrize("train", ["all", "norm-bias", "adapters"])
 @pytest.mark.parametrize("batch", [1, pytest.param(512, marks=pytest.mark.slow)])
 def test_no_gate_by_time_gives_an_image(outsider: Make, images: Images, free: float, train: Any, batch: int) -> None:
     asker = outsider()
     assert not leaks(picks.one_of_many(asker, batch, 3, train, questions=2), images, free)
-    assert batch > 1 or Outcome.GATE_REFUSED in asker.refusals
+    assert batch > 1 or was_refused(asker)
 
 
 def test_no_gate_by_brightness_gives_an_image(outsider: Make, images: Images, public: Images, free: float) -> None:
     asker = outsider()
     assert not leaks(picks.by_brightness(asker, 1, 60, public), images, free)
-    assert asker.refusals == [Outcome.GATE_REFUSED]
+    assert was_refused(asker)
 
 
 def test_no_quiet_head_gives_an_image(outsider: Make, images: Images, free: float) -> None:
@@ -64,9 +70,12 @@ def test_no_gate_beside_a_background_gives_an_image(outsider: Make, images: Imag
     assert not leaks(background.beside_a_background(outsider(encoding=encoding), 3, 16), images, free)
 
 
-@open_today
 def test_no_gate_behind_vectors_gives_an_image(outsider: Make, images: Images, free: float) -> None:
-    assert not leaks(picks.behind_vectors(outsider(), 3, 16), images, free)
+    """As it was before weights next to zero were counted. Nobody filled its weights yet, as those of the attack above
+    were, nor read what comes another way: that it is refused proves nothing of the next one."""
+    asker = outsider()
+    assert not leaks(picks.behind_vectors(asker, 3, 16), images, free)
+    assert was_refused(asker)
 
 
 def test_no_losses_are_a_held_out_image(outsider: Make, images: Images, free: float) -> None:
@@ -86,10 +95,13 @@ def test_questions_of_any_kind_end_after_ten_a_day(outsider: Make, last: str) ->
 
 def test_codes_of_work_on_the_images_end_after_three(outsider: Make) -> None:
     asker = outsider()
-    metadata, weights = labels.telling(asker.prior, "any", 900.0, labels.DEEP)  # overflows whatever it sees
-    weights = {name: tensor + gates.FAINT * torch.randn_like(tensor) for name, tensor in weights.items()}
+    deep = asker.prior.model_copy(update={"model": SMALL.model_copy(update={"depth": 50})})
+    weights = fresh_weights(deep.model)
+    for name, tensor in weights.items():
+        if "skip" in name and tensor.dim() > 1:
+            tensor.mul_(9.0 / tensor.square().mean().sqrt())  # within bounds, and so many blocks of it overflow
     for seed in range(5):
-        asker.loss(weights, metadata, seed=seed)
+        asker.loss(weights, deep, seed=seed)
     assert asker.refusals == [Outcome.DIVERGED] * 3 + [Outcome.POLICY] * 2
 
 
