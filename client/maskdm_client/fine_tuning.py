@@ -40,7 +40,7 @@ REPORT_SECONDS = 2.0
 LOCAL_BETAS = (0.9, 0.95)
 # So small that a step shows of each gradient little more than its sign: where ε outweighs a gradient, the step is
 # proportional to it, and an image that was made to arrive there could be read off (see `without_faint`).
-LOCAL_EPSILON = 1e-12
+LOCAL_EPSILON = 1e-20
 
 
 class HeldOut(NamedTuple):
