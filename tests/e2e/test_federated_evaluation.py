@@ -7,7 +7,7 @@ import pytest
 
 from maskdm.evaluation.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
 from maskdm.parcel import NUMBER_NAMES, QUALITY_NAMES, REPORT_NAMES
-from maskdm.policy import TEMPLATE
+from maskdm.policy import UNATTENDED
 from maskdm.processes import free_port
 from maskdm.runfolder import read_lines
 
@@ -23,8 +23,8 @@ def test_sites_send_the_figures_that_their_policy_lists_and_no_image(workplace: 
     config = FeatureNetConfig(name="faces", image_size=16, channels=3, classes=2)
     save_feature_net(workplace / "faces.safetensors", FeatureNet(config), config)
     listed = ", ".join(f'"{name}"' for name in NUMBER_NAMES)
-    policy = TEMPLATE.replace(
-        TEMPLATE[TEMPLATE.index("metrics = [") : TEMPLATE.index("]") + 1], f"metrics = [{listed}]"
+    policy = UNATTENDED.replace(
+        UNATTENDED[UNATTENDED.index("metrics = [") : UNATTENDED.index("]") + 1], f"metrics = [{listed}]"
     )
     (workplace / "policy.toml").write_text(policy)
     port = free_port()
