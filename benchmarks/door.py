@@ -20,7 +20,7 @@ from typing import Any
 
 from faults import ENVIRONMENT, LOCAL_IMAGES, prepare  # type: ignore[import-not-found]  # beside this file
 
-from maskdm.policy import TEMPLATE
+from maskdm.policy import UNATTENDED
 from maskdm.processes import free_port, script
 from maskdm.runfolder import read_lines, write_json
 from maskdm_server.provision import provision
@@ -34,7 +34,7 @@ def federate(folder: Path, prior: Path, data: list[Path], rounds: int, seed: int
     """Run all rounds; with a seed, under attack."""
     folder.mkdir()
     port = free_port()
-    provision(folder / "kits", f"127.0.0.1:{port}", [*SITES, "hostile"], policy=TEMPLATE.encode())
+    provision(folder / "kits", f"127.0.0.1:{port}", [*SITES, "hostile"], policy=UNATTENDED.encode())
     serve = [
         "--prior",
         str(prior),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.policy import TEMPLATE
+from maskdm.policy import UNATTENDED
 from maskdm.runfolder import read_lines
 from maskdm_server.provision import provision
 
@@ -65,7 +65,7 @@ def network(workplace: Path) -> Iterator[dict[str, str]]:
 def test_sites_on_hosts_of_their_own_join_with_a_kit_and_finish(
     workplace: Path, prior: Path, network: dict[str, str]
 ) -> None:
-    provision(workplace / "kits", "10.77.0.1:8000", ["hospital-a", "hospital-b"], policy=TEMPLATE.encode())
+    provision(workplace / "kits", "10.77.0.1:8000", ["hospital-a", "hospital-b"], policy=UNATTENDED.encode())
     command = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--tls", "kits/server", "--rounds", "2"]
     server = Started(command, workplace, "serve", within=network["server"])
     clients = {}
