@@ -161,9 +161,9 @@ def test_a_mistake_at_the_client_is_one_line(run: Run, corpus: str, arguments: t
     assert expected in error.splitlines()[-1]
 
 
-def test_an_absent_server_ends_the_client_after_its_patience(run: Run, corpus: str) -> None:
+def test_an_absent_server_ends_the_client_after_its_patience(run: Run, public_corpus: Path) -> None:
     port = free_port()
-    code, error = run("maskdm-client", "--data", corpus, "--server", f"127.0.0.1:{port}", "--wait", "0.2")
+    code, error = run("maskdm-client", "--data", str(public_corpus), "--server", f"127.0.0.1:{port}", "--wait", "0.2")
     assert (code, "did not answer" in error) == (1, True)
 
 
