@@ -307,9 +307,11 @@ def test_updates_that_waited_are_held_for_rules_that_must_see_all_of_them(
 def test_the_order_of_arrival_does_not_matter_once_three_are_known(
     intake: NewIntake, plan: RoundPlan, data: st.DataObject
 ) -> None:
-    """Honest norms and images differ by less than the limits allow, hostile norms by more, however many of them."""
+    """Honest norms and images differ by less than the limits allow, hostile norms by more (ten times three, twice that
+    for more images), however many of them.
+    """
     honest = data.draw(st.lists(st.tuples(st.floats(1, 3), st.integers(16, 64)), min_size=1, max_size=5))
-    hostile = data.draw(st.lists(st.tuples(st.floats(31, 1e6), st.integers(1, 64)), max_size=5))
+    hostile = data.draw(st.lists(st.tuples(st.floats(61, 1e6), st.integers(1, 64)), max_size=5))
     sent = dict(enumerate([*honest, *hostile]))
     outcomes = []
     for order in (list(sent), data.draw(st.permutations(list(sent)))):
@@ -336,7 +338,7 @@ def test_the_order_of_arrival_does_not_matter_in_a_first_round_with_an_honest_ma
 ) -> None:
     """Of the three that the first judgement looks at two are honest, so one hostile update is found in any place."""
     honest = data.draw(st.lists(st.tuples(st.floats(1, 3), st.integers(16, 64)), min_size=2, max_size=5))
-    sent = dict(enumerate([*honest, (data.draw(st.floats(31, 1e6)), 64)]))
+    sent = dict(enumerate([*honest, (data.draw(st.floats(61, 1e6)), 64)]))
     outcomes: list[Any] = []
     for order in (list(sent), data.draw(st.permutations(list(sent)))):
         under_test = intake()
