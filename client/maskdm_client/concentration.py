@@ -20,10 +20,9 @@ SUMS = ("shorter", "longer")
 LEAST_BALANCE, MOST_BALANCE = 7e-4, 0.03
 FEWEST_STEPS = 4  # of fewer a row may be lopsided by chance
 ROW = 8  # numbers; vectors and layers with shorter rows are looked at as a whole
-# Root mean square of the gradient of a step. Nearer to the ε of AdamW (1e-8) a step shows the gradient itself, where
-# it mostly shows signs; trained networks have 1e-4, of 200 million weights 1e-6.
-SMALLEST = 1e-7
-FAINTEST = 1e-11  # of a single value
+# Root mean square of the gradient of a step; trained networks have 1e-4, of 200 million weights 1e-6. A single value
+# below the second bound, nearer to the optimiser's ε, would be shown as it is, where a step mostly shows signs.
+SMALLEST, FAINTEST = 1e-7, 1e-11
 
 
 class Concentration:

@@ -17,7 +17,7 @@ from torch import Tensor
 from maskdm.policy import SitePolicy
 from maskdm.protocol import RoundPlan
 from maskdm.runfolder import atomic_write
-from maskdm.tensorfile import Arrays, Document, Stored
+from maskdm.tensorfile import Arrays, Document, Stored, fp32, layout_of
 from maskdm.wire import as_tensor
 from maskdm_client.allowance import PolicyRefused
 from maskdm_client.job import Job
@@ -77,7 +77,7 @@ def check_weights(job: Job, weights: Mapping[str, Tensor], packed: Document) -> 
     """
     plan, folder = job.plan, job.folder / "work"
     first = _first_weights(folder, plan)
-    if {name: first[name].shape for name in first} != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
+    if layout_of(first) != fp32({name: tuple(tensor.shape) for name, tensor in weights.items()}):
         first = {}  # of terms that were approved anew
     problem = problem_of_weights(weights, first, job.settings.policy)
     simulated = job.settings.secret_seed is not None  # there is nobody to be protected from whom

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+from maskdm.checkpoint import CheckpointMetadata
 from maskdm.config import DiffusionConfig, Frozen, ModelConfig
 from maskdm.errors import plain
 from maskdm.kit import Digest
@@ -13,6 +14,8 @@ from maskdm.trainable import Trainable
 from maskdm.wire import Encoding
 
 LONGEST_LINE = 2000  # characters
+# What is asked of sites, by the names of a plan and of the coordinator's options.
+ASKED = ("train", "adapter_rank", "encoding", "local_images", "local_minutes", "batch_size")
 AT_LEAST = ("local_images", "batch_size")  # more of them tell less of each image
 
 
@@ -63,15 +66,16 @@ class Terms(Frozen):
 
 def terms_of(plan: RoundPlan) -> Terms:
     """The terms that a plan is under."""
-    about = plan.model
-    shared: dict[str, Any] = {name: getattr(plan, name) for name in ("federation", "train", "adapter_rank", "encoding")}
-    return Terms(
-        **shared,
-        prior_sha256=about.prior_sha256,
-        model=about.model,
-        diffusion=about.diffusion,
-        class_names=about.class_names,
-        local_images=plan.local_images,
-        local_minutes=plan.local_minutes,
-        batch_size=plan.batch_size,
-    )
+    return terms_for(plan, plan.model, plan.model.prior_sha256)
+
+
+def terms_for(asked: Any, about: CheckpointMetadata, prior_sha256: str | None) -> Terms:
+    """The terms of a federation.
+
+    Args:
+        asked: has its name and what is asked of sites: a plan, or the coordinator's settings.
+        about: what a model of the federation says about itself.
+    """
+    shared: dict[str, Any] = {name: getattr(asked, name) for name in ("federation", *ASKED)}
+    shared |= {name: getattr(about, name) for name in ("model", "diffusion", "class_names")}
+    return Terms(**shared, prior_sha256=prior_sha256)

@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from maskdm.checkpoint import CheckpointMetadata, describe_checkpoint, load_checkpoint, sha256_of
+from maskdm.checkpoint import describe_checkpoint, load_checkpoint, sha256_of
 from maskdm.errors import FederationError, UsageError
 from maskdm.interruption import Interruption
 from maskdm.processes import Child
 from maskdm.reporting import say
 from maskdm.runfolder import LineReader, atomic_write, claim, record_versions
 from maskdm.seeding import derive_seed
-from maskdm.terms import Terms
+from maskdm.terms import ASKED, terms_for
 from maskdm_server.events import tell
 from maskdm_server.federation import MAY_CHANGE, FederationConfig, largest_update, update_size
 from maskdm_server.pictures import RoundPictures, draw_samples
@@ -33,9 +33,6 @@ BANNER = """\
 * Use it on one machine or a closed network only; `maskdm-server provision` makes kits. *
 *****************************************************************************************"""
 
-# Of its options those that are terms.
-PINNED = ("train", "adapter_rank", "encoding", "local_images", "local_minutes", "batch_size")
-
 StartSites = Callable[[], Sequence[Child]]
 
 
@@ -46,7 +43,7 @@ def federation_config(prior: Path, values: dict[str, Any]) -> dict[str, Any]:
     """
     digest = sha256_of(prior) if prior.is_file() else ""
     usual = FederationConfig.model_fields
-    keys = [values.get(name, usual[name].default) for name in ("seed", *PINNED)]
+    keys = [values.get(name, usual[name].default) for name in ("seed", *ASKED)]
     return {**values, "prior_sha256": digest, "federation": f"{derive_seed('federation', digest, *keys):016x}"}
 
 
@@ -76,8 +73,9 @@ def serve(
         return conclude(out, config, sample_count)
     if tls is None and not simulation:
         say(BANNER)
-    largest = largest_update(config, describe_checkpoint(prior, "--prior").model)
-    say(f"fingerprint of the terms, for sites to approve: {terms(config, describe_checkpoint(prior)).fingerprint()}")
+    about = describe_checkpoint(prior, "--prior")
+    largest, terms = largest_update(config, about.model), terms_for(config, about, config.prior_sha256)
+    say(f"fingerprint of the terms, for sites to approve: {terms.fingerprint()}")
     pictures = RoundPictures(out, config, sample_count)
     with pictures, Interruption() as interruption, ExitStack() as children:
         events = LineReader(out / "events.jsonl")
@@ -101,14 +99,6 @@ def serve(
         link.close()  # which is what the sites wait for
         _let_leave(sites)
     return conclude(out, config, sample_count)
-
-
-def terms(config: FederationConfig, metadata: CheckpointMetadata) -> Terms:
-    """What sites agree to, as they find it in each plan."""
-    names = ("federation", "prior_sha256", *PINNED)
-    asked: dict[str, Any] = {name: getattr(config, name) for name in names}
-    about: dict[str, Any] = {name: getattr(metadata, name) for name in ("model", "diffusion", "class_names")}
-    return Terms(**asked, **about)
 
 
 def begin(
