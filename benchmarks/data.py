@@ -35,10 +35,10 @@ from torchvision.transforms import functional as transforms
 
 from maskdm.data.batches import batches
 from maskdm.data.corpus import open_corpus
-from maskdm.data.packing import decode_entries, pack
+from maskdm.data.preparation.pack import decode_entries, pack
 from maskdm.data.pixels import PixelPolicy
-from maskdm.data.sources import open_source
-from maskdm.runfolder import write_json
+from maskdm.data.sources.source import open_source
+from maskdm.run.runfolder import write_json
 
 MODEL_SIZE = 64
 COUNTS = {64: 4000, 256: 1500, 1024: 160}  # files that are read …

@@ -20,10 +20,10 @@ from typing import Any
 
 from faults import ENVIRONMENT, LOCAL_IMAGES, prepare  # type: ignore[import-not-found]  # beside this file
 
-from maskdm.policy import UNATTENDED
-from maskdm.processes import free_port, script
-from maskdm.runfolder import read_lines, write_json
-from maskdm_server.provision import provision
+from maskdm.federated.policy import UNATTENDED
+from maskdm.run.processes import free_port, script
+from maskdm.run.runfolder import read_lines, write_json
+from maskdm_server.kits.provision import provision
 
 SITES = ("a", "b")
 FUZZ = Path(__file__).with_name("door_fuzz.py")
@@ -97,7 +97,7 @@ def resident(folder: Path) -> int:
             command, status = (entry / "cmdline").read_bytes(), (entry / "status").read_text()
         except OSError:
             continue
-        if b"maskdm_server.door" in command and str(folder).encode() in command:
+        if b"maskdm_server.door.door" in command and str(folder).encode() in command:
             most = max(most, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")), 0)
     return most
 

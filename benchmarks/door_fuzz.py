@@ -39,9 +39,9 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from google.protobuf.message import DecodeError
 
-from maskdm.kit import open_kit
-from maskdm_client.signatures import SignedRequests
-from maskdm_server.door import CALLS, CALLS_WITHOUT_KEYS, LARGEST_REQUEST
+from maskdm.federated.kit import open_kit
+from maskdm_client.flower.signatures import SignedRequests
+from maskdm_server.door.door import CALLS, CALLS_WITHOUT_KEYS, LARGEST_REQUEST
 
 FLOOD = 300  # connections at once
 SLOW = 20  # bodies at once

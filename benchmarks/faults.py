@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskdm.processes import free_port, script
-from maskdm.runfolder import read_lines, write_json
-from maskdm_client.job import SECRET
-from maskdm_server.faces import draw_faces
+from maskdm.run.processes import free_port, script
+from maskdm.run.runfolder import read_lines, write_json
+from maskdm_client.folder.job import SECRET
+from maskdm_server.lab.faces import draw_faces
 
 ROUNDS, CLIENTS = 6, 3
 ROUND_DEADLINE = 40.0  # Flower takes 22 s to notice a dead ClientApp
@@ -241,19 +241,19 @@ def client_killed(lab: Lab) -> None:
 def worker_killed(lab: Lab) -> None:
     lab.start()
     lab.until_training(1, 3)
-    lab.fault(lambda: lab.kill("maskdm_client.worker", "site-1"))
+    lab.fault(lambda: lab.kill("maskdm_client.agent.worker", "site-1"))
 
 
 def client_app_killed(lab: Lab) -> None:
     lab.start()
     lab.until_training(1, 3)
-    lab.fault(lambda: lab.kill("maskdm_client.pinned clientapp", "site-1"))
+    lab.fault(lambda: lab.kill("maskdm_client.flower.pinned clientapp", "site-1"))
 
 
 def supernode_killed(lab: Lab) -> None:
     lab.start()
     lab.until_training(1, 3)
-    lab.fault(lambda: lab.kill("maskdm_client.pinned supernode", "site-1"))
+    lab.fault(lambda: lab.kill("maskdm_client.flower.pinned supernode", "site-1"))
 
 
 def site_executor_killed(lab: Lab) -> None:
@@ -271,7 +271,7 @@ def server_app_killed(lab: Lab) -> None:
 def superlink_killed(lab: Lab) -> None:
     lab.start()
     lab.until_training(1, 3)
-    lab.fault(lambda: lab.kill("maskdm_server.door"))
+    lab.fault(lambda: lab.kill("maskdm_server.door.door"))
 
 
 def superexec_killed(lab: Lab) -> None:
@@ -286,7 +286,7 @@ def server_killed(lab: Lab) -> None:
     assert lab.server is not None
     lab.fault(lab.server.kill)
     lab.server.wait()
-    lab.until(lambda: not lab.processes("maskdm_server.door"))
+    lab.until(lambda: not lab.processes("maskdm_server.door.door"))
     lab.serve()
 
 

@@ -29,19 +29,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
+from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
-from maskdm.model import build_model
-from maskdm.parcel import Parcel
-from maskdm.processes import Child, flower_environment, free_port, port_is_taken, script
-from maskdm.protocol import RoundPlan
-from maskdm.runfolder import read_lines, write_json
-from maskdm.tensorfile import pack, unpack
-from maskdm.trainable import expected_shapes
-from maskdm.wire import encode, size
-from maskdm_server.aggregation import StreamingMean, Update
-from maskdm_server.faces import draw_faces
-from maskdm_server.intake import Intake, Measured
+from maskdm.networks.model import build_model
+from maskdm.federated.parcel import Parcel
+from maskdm.run.processes import Child, flower_environment, free_port, port_is_taken, script
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.runfolder import read_lines, write_json
+from maskdm.run.tensorfile import pack, unpack
+from maskdm.networks.trainable import expected_shapes
+from maskdm.federated.encoding import encode, size
+from maskdm_server.aggregation.updates import StreamingMean, Update
+from maskdm_server.lab.faces import draw_faces
+from maskdm_server.federation.intake import Intake, Measured
 
 REPEATS = 5
 FLOWER = Path(__file__).with_name("flower_peer")

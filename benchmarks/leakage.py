@@ -46,11 +46,11 @@ from benchmarks.attacks.site import (
 )
 
 from maskdm.config import ModelConfig
-from maskdm.policy import SIMULATED
-from maskdm.runfolder import write_json
-from maskdm.wire import Encoding
-from maskdm_server.demo import MODEL as DEMO
-from maskdm_server.faces import draw_faces
+from maskdm.federated.policy import SIMULATED
+from maskdm.run.runfolder import write_json
+from maskdm.federated.encoding import Encoding
+from maskdm_server.lab.demo import MODEL as DEMO
+from maskdm_server.lab.faces import draw_faces
 
 SMALL = ModelConfig(image_size=16, channels=3, patch_size=4, dim=64, depth=2, heads=2)
 SITE, BLIND = 600, 12  # images of the site; questions where chance decides whether one image is alone

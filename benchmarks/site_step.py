@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Size, TrainingConfig
-from maskdm.forward_process import forward_process
-from maskdm.model import build_model
-from maskdm.precision import pick_device
-from maskdm.runfolder import write_json
-from maskdm.training import TrainingState, training_step
-from maskdm_client.concentration import HALVES, Concentration
+from maskdm.diffusion.forward_process import forward_process
+from maskdm.networks.model import build_model
+from maskdm.networks.precision import pick_device
+from maskdm.run.runfolder import write_json
+from maskdm.training.loop import TrainingState, training_step
+from maskdm_client.work.concentration import HALVES, Concentration
 
 DIFFUSION, NONE = DiffusionConfig(), MaskConfig(kind="none", ratio=0)
 CASES: tuple[tuple[Size, int, int], ...] = (("tiny", 32, 32), ("S", 32, 16))  # size, pixels, batch

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Size, TrainingConfig
-from maskdm.flops import forward_flops
-from maskdm.forward_process import forward_process
-from maskdm.layers import patchify
-from maskdm.masking import draw_visible, visible_count
-from maskdm.model import build_model, parameter_count
-from maskdm.precision import other_route_pays, pick_device
-from maskdm.runfolder import write_json
-from maskdm.training import TrainingState, training_step
+from maskdm.networks.flops import forward_flops
+from maskdm.diffusion.forward_process import forward_process
+from maskdm.networks.layers import patchify
+from maskdm.networks.masking import draw_visible, visible_count
+from maskdm.networks.model import build_model, parameter_count
+from maskdm.networks.precision import other_route_pays, pick_device
+from maskdm.run.runfolder import write_json
+from maskdm.training.loop import TrainingState, training_step
 
 LINEAR = DiffusionConfig(schedule="linear")
 NONE = MaskConfig(kind="none", ratio=0)
@@ -110,7 +110,7 @@ def our_step(case: Case, precision: str, device: torch.device, *, compiled: bool
     return step
 
 
-precision_module: Any = importlib.import_module("maskdm.precision")
+precision_module: Any = importlib.import_module("maskdm.networks.precision")
 
 
 def import_peer(checkout: Path) -> tuple[Any, Any]:

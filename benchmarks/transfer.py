@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskdm.runfolder import write_json
+from maskdm.run.runfolder import write_json
 
 Array = NDArray[np.uint8]
 OPTIONS: dict[str, list[str]] = {

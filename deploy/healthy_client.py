@@ -6,7 +6,7 @@ A client that waits for its server has no connection, so it is unhealthy until t
 import sys
 from pathlib import Path
 
-WANTED = (("maskdm_client.worker",), ("maskdm_client.pinned", "supernode"))
+WANTED = (("maskdm_client.agent.worker",), ("maskdm_client.flower.pinned", "supernode"))
 
 
 def arguments(process: Path) -> list[str]:

@@ -240,6 +240,6 @@ anyone() {
     --volume "$project-anyone:/data" "$@"
 }
 check "user 54321, who has no name and no home, draws images and pre-trains" anyone --entrypoint sh "$project-server" -ec \
-  'mkdir images && python -m maskdm_server.faces public 40 16 images && maskdm-server pretrain --data images --out prior --size tiny --image-size 16 --mask none --steps 2 --batch-size 8'
+  'mkdir images && python -m maskdm_server.lab.faces public 40 16 images && maskdm-server pretrain --data images --out prior --size tiny --image-size 16 --mask none --steps 2 --batch-size 8'
 check "   and looks them over as a client" anyone --entrypoint sh "$project-client" -ec \
   'maskdm-client doctor --data images --prior prior/prior.safetensors || [ $? = 1 ]; ls maskdm-doctor/contact-sheet.png'

@@ -2,7 +2,7 @@
 
     python docs/figures.py [FOLDER]     `make docs`; the default is images/ beside this script
 
-The faces are drawn by `maskdm_server.faces`; nothing is downloaded and no picture of anybody is used.
+The faces are drawn by `maskdm_server.lab.faces`; nothing is downloaded and no picture of anybody is used.
 """
 
 import base64
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskdm.config import DiffusionConfig, MaskConfig, MaskKind, ModelConfig, Size
-from maskdm.flops import training_flops
-from maskdm.forward_process import forward_process
-from maskdm.layers import patchify
-from maskdm.masking import draw_visible, effective_ratio, visible_count
-from maskdm_server.faces import draw_faces
+from maskdm.networks.flops import training_flops
+from maskdm.diffusion.forward_process import forward_process
+from maskdm.networks.layers import patchify
+from maskdm.networks.masking import draw_visible, effective_ratio, visible_count
+from maskdm_server.lab.faces import draw_faces
 
 FOLDER = Path(__file__).with_name("images")
 

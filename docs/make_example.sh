@@ -7,13 +7,13 @@ bin=${BIN:-$docs/../.venv/bin}
 mkdir -p "$1" && cd "$1"
 export MASKDM_CACHE=$PWD/cache
 
-"$bin/python" -m maskdm_server.faces public 6000 32 public
+"$bin/python" -m maskdm_server.lab.faces public 6000 32 public
 for site in clinic laboratory workshop; do
-  "$bin/python" -m maskdm_server.faces "$site" 1600 32 "$site"
-  "$bin/python" -m maskdm_server.faces "$site" 300 32 "held-out/$site" 1
-  "$bin/python" -m maskdm_server.faces "$site" 1000 32 "labelled/$site" 2
+  "$bin/python" -m maskdm_server.lab.faces "$site" 1600 32 "$site"
+  "$bin/python" -m maskdm_server.lab.faces "$site" 300 32 "held-out/$site" 1
+  "$bin/python" -m maskdm_server.lab.faces "$site" 1000 32 "labelled/$site" 2
 done
-"$bin/python" -m maskdm_server.faces public 1000 32 labelled/public 2
+"$bin/python" -m maskdm_server.lab.faces public 1000 32 labelled/public 2
 "$bin/maskdm-server" features --data labelled --out Faces.safetensors --image-size 32 --epochs 6
 "$bin/maskdm-server" pretrain --data public --out prior --size tiny --image-size 32 --mask-ratio 0.75 --block-size 2 \
   --prediction x0 --images 100K --batch-size 64 --lr 1e-3 --betas 0.9,0.95 --warmup-images 2000

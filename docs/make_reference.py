@@ -12,9 +12,9 @@ from typing import Any
 import click
 import typer
 
-from maskdm import cli
-from maskdm_client.cli import app as client_app
-from maskdm_server.cli import app as server_app
+from maskdm.commands import command_line as cli
+from maskdm_client.commands.app import app as client_app
+from maskdm_server.commands.app import app as server_app
 
 PAGE = Path(__file__).with_name("reference.md")
 PROGRAMS = {"maskdm-server": server_app, "maskdm-client": client_app}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from maskdm.checkpoint import CheckpointMetadata
+from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 
 settings.register_profile("maskdm", max_examples=40, deadline=None, derandomize=True, database=None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from maskdm.config import ModelConfig
-from maskdm.layers import timestep_embedding
+from maskdm.networks.layers import timestep_embedding
 
 from .site import fresh_weights
 

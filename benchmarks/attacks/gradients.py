@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from maskdm.config import TrainingConfig
-from maskdm.forward_process import forward_process
-from maskdm.protocol import RoundPlan
+from maskdm.diffusion.forward_process import forward_process
+from maskdm.federated.plan import RoundPlan
 from maskdm.seeding import generator
-from maskdm.training import ema_decay
+from maskdm.training.loop import ema_decay
 
 from .site import Coordinator, as_images
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from maskdm.checkpoint import model_from
+from maskdm.training.checkpoint import model_from
 from maskdm.config import ModelConfig
-from maskdm.diffusion import to_model_range
-from maskdm.layers import patchify
-from maskdm.protocol import RoundPlan
-from maskdm.trainable import Trainable
+from maskdm.diffusion.targets import to_model_range
+from maskdm.networks.layers import patchify
+from maskdm.federated.plan import RoundPlan
+from maskdm.networks.trainable import Trainable
 
 from .gates import LEVEL, Channels, Gates, blocks_of, imprinting
 from .gradients import cleaned, plans, responses, steps_of, summed_gradient

@@ -8,8 +8,8 @@ import pytest
 from benchmarks.attacks.site import FLOORS, Coordinator, Images, make_site, no_leak, prior_of, undefended
 
 from maskdm.config import ModelConfig
-from maskdm.policy import SIMULATED
-from maskdm_server.faces import draw_faces
+from maskdm.federated.policy import SIMULATED
+from maskdm_server.lab.faces import draw_faces
 
 SMALL = ModelConfig(image_size=16, channels=3, patch_size=4, dim=64, depth=2, heads=2)
 ONE_TOKEN = ModelConfig(image_size=8, channels=1, patch_size=8, dim=128, depth=2, heads=2)

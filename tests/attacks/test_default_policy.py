@@ -8,7 +8,7 @@ from benchmarks.attacks import background, gradients, labels, oracles, picks
 from benchmarks.attacks.site import Coordinator, Images, best_psnr, fresh_weights, held_out_rows
 from torch import Tensor
 
-from maskdm.parcel import Outcome
+from maskdm.federated.parcel import Outcome
 
 from .conftest import SMALL, Make
 

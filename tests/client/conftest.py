@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from maskdm.checkpoint import CheckpointMetadata
+from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.config import ModelConfig
-from maskdm.model import build_model
-from maskdm.policy import SitePolicy
-from maskdm.protocol import RoundPlan
-from maskdm.tensorfile import pack
-from maskdm_client.settings import SiteSettings
+from maskdm.networks.model import build_model
+from maskdm.federated.policy import SitePolicy
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.tensorfile import pack
+from maskdm_client.folder.settings import SiteSettings
 
 # Floors that the smallest work passes; what a test says of a policy comes on top.
 LENIENT = SitePolicy(

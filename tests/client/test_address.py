@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from maskdm.errors import UsageError
-from maskdm.kit import open_kit
-from maskdm_client.address import address_of
-from maskdm_server.provision import provision
+from maskdm.federated.kit import open_kit
+from maskdm_client.flower.address import address_of
+from maskdm_server.kits.provision import provision
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from maskdm.policy import DAY, SitePolicy
-from maskdm.protocol import RoundPlan
-from maskdm_client import allowance
-from maskdm_client.allowance import MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
-from maskdm_client.job import Job
-from maskdm_client.settings import SiteSettings
+from maskdm.federated.policy import DAY, SitePolicy
+from maskdm.federated.plan import RoundPlan
+from maskdm_client.gate import allowance
+from maskdm_client.gate.allowance import MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
+from maskdm_client.folder.job import Job
+from maskdm_client.folder.settings import SiteSettings
 
 JobOf = Callable[..., Job]
 

@@ -15,14 +15,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Metadat
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
-from maskdm.policy import SitePolicy
-from maskdm.runfolder import read_lines
-from maskdm.tensorfile import pack, unpack
-from maskdm_client import app as client_app
-from maskdm_client import simulated
-from maskdm_client.app import LONGEST_PLAN, LONGEST_WAIT, PACKED, asked_of, nonce_of
-from maskdm_client.mailbox import Mailbox
+from maskdm.federated.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.federated.policy import SitePolicy
+from maskdm.run.runfolder import read_lines
+from maskdm.run.tensorfile import pack, unpack
+from maskdm_client.flower import client_app as client_app
+from maskdm_client.flower import simulated_app as simulated
+from maskdm_client.flower.client_app import LONGEST_PLAN, LONGEST_WAIT, PACKED, asked_of, nonce_of
+from maskdm_client.folder.mailbox import Mailbox
 
 MakeSite = Callable[..., Path]
 

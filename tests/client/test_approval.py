@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 
-from maskdm import cli
-from maskdm.auditlog import verify
+from maskdm.commands import command_line as cli
+from maskdm.federated.auditlog import verify
 from maskdm.errors import TrainingDiverged, UsageError
-from maskdm.parcel import Outcome
-from maskdm.policy import SitePolicy
-from maskdm.protocol import RoundPlan
-from maskdm.runfolder import read_lines
-from maskdm.terms import Terms, terms_of
-from maskdm_client import approval, caretaker, site
-from maskdm_client.approval import NotApproved, check_not_denied, decision, wait_for_decision
-from maskdm_client.cli import app
-from maskdm_client.fine_tuning import fine_tune
-from maskdm_client.job import Superseded
-from maskdm_client.mailbox import Mailbox
-from maskdm_client.site import answer
+from maskdm.federated.parcel import Outcome
+from maskdm.federated.policy import SitePolicy
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.runfolder import read_lines
+from maskdm.federated.terms import Terms, terms_of
+from maskdm_client.gate import approval
+from maskdm_client.agent import caretaker
+from maskdm_client.work import answer as site
+from maskdm_client.gate.approval import NotApproved, check_not_denied, decision, wait_for_decision
+from maskdm_client.commands.app import app
+from maskdm_client.work.fine_tuning import fine_tune
+from maskdm_client.folder.job import Superseded
+from maskdm_client.folder.mailbox import Mailbox
+from maskdm_client.work.answer import answer
 
 Ask = Callable[..., tuple[str, bytes]]
 FEDERATION, OTHER = "0123456789abcdef", "fedcba9876543210"

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from maskdm.errors import DataError, FederationError
-from maskdm.runfolder import append_line
-from maskdm_client import caretaker
-from maskdm_client.caretaker import MOST_RESTARTS, Caretaker, Worker
+from maskdm.run.runfolder import append_line
+from maskdm_client.agent import caretaker
+from maskdm_client.agent.caretaker import MOST_RESTARTS, Caretaker, Worker
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskdm import cli
-from maskdm.kit import POLICY
-from maskdm_client.cli import app
-from maskdm_server.provision import provision
+from maskdm.commands import command_line as cli
+from maskdm.federated.kit import POLICY
+from maskdm_client.commands.app import app
+from maskdm_server.kits.provision import provision
 
 STRICT = "min-images = 1000\n"  # with which the site takes no part: the test ends there
 

@@ -20,26 +20,17 @@ from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.supercore.error import ApiErrorCode
 from torch import Tensor
 
-from maskdm.bundle import bundle_sha256
+from maskdm.federated.bundle import bundle_sha256
 from maskdm.config import ModelConfig
 from maskdm.data.corpus import RECORD
-from maskdm.kit import POLICY, OpenedKit, open_kit
-from maskdm.policy import TEMPLATE, SitePolicy
-from maskdm_client import checks, checks_connection, checks_machine
-from maskdm_client.checks import Check, mistake, show, skipped
-from maskdm_client.checks_connection import AHEAD, BEHIND, Answer, clock, connection, name_resolution
-from maskdm_client.checks_machine import (
-    accelerator,
-    available_memory,
-    disk,
-    installed,
-    memory,
-    needed_memory,
-    training_step,
-    versions,
-)
-from maskdm_client.node_key import node_key
-from maskdm_server.provision import provision
+from maskdm.federated.kit import POLICY, OpenedKit, open_kit
+from maskdm.federated.policy import TEMPLATE, SitePolicy
+from maskdm_client.doctor import checks, checks_connection, checks_machine
+from maskdm_client.doctor.checks import Check, mistake, show, skipped
+from maskdm_client.doctor.checks_connection import AHEAD, BEHIND, Answer, clock, connection, name_resolution
+from maskdm_client.doctor.checks_machine import accelerator, available_memory, disk, installed, memory, needed_memory, training_step, versions
+from maskdm_client.doctor.node_key import node_key
+from maskdm_server.kits.provision import provision
 
 CPU = torch.device("cpu")
 

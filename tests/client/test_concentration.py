@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskdm_client.concentration import FEWEST_STEPS, Concentration
+from maskdm_client.work.concentration import FEWEST_STEPS, Concentration
 
 STEPS = 8
 

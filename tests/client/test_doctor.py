@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskdm import cli
-from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
+from maskdm.commands import command_line as cli
+from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import ModelConfig
-from maskdm.model import build_model
-from maskdm.policy import TEMPLATE
-from maskdm_client import doctor as doctor_module
-from maskdm_client.cli import app
-from maskdm_server.faces import draw_faces
-from maskdm_server.provision import provision
+from maskdm.networks.model import build_model
+from maskdm.federated.policy import TEMPLATE
+from maskdm_client.doctor import command as doctor_module
+from maskdm_client.commands.app import app
+from maskdm_server.lab.faces import draw_faces
+from maskdm_server.kits.provision import provision
 
 ALL = [
     *("versions", "kit", "policy", "bundle", "name resolution", "connection", "clock", "node key"),

@@ -12,24 +12,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from maskdm import training
-from maskdm.checkpoint import model_from, save_state
+from maskdm.training import loop as training
+from maskdm.training.checkpoint import model_from, save_state
 from maskdm.errors import GateRefused, TrainingDiverged
-from maskdm.parcel import LARGEST_LOSS, rounded
-from maskdm.protocol import RoundPlan, work_key
-from maskdm.runfolder import read_lines
-from maskdm.tensorfile import bytes_of
-from maskdm.trainable import delta
-from maskdm.training import TrainingState
-from maskdm.wire import check, decode
-from maskdm_client import fine_tuning, saved
-from maskdm_client.fine_tuning import Done, fine_tune, held_out_loss
-from maskdm_client.job import Job, Superseded
-from maskdm_client.kept import Kept
-from maskdm_client.local_data import LocalImages, local_images
-from maskdm_client.saved import Saved
-from maskdm_client.settings import SiteSettings, load_settings
-from maskdm_client.site import answer
+from maskdm.federated.parcel import LARGEST_LOSS, rounded
+from maskdm.federated.plan import RoundPlan, work_key
+from maskdm.run.runfolder import read_lines
+from maskdm.run.tensorfile import bytes_of
+from maskdm.networks.trainable import delta
+from maskdm.training.loop import TrainingState
+from maskdm.federated.encoding import check, decode
+from maskdm_client.work import fine_tuning
+from maskdm_client.folder import unfinished as saved
+from maskdm_client.work.fine_tuning import Done, fine_tune, held_out_loss
+from maskdm_client.folder.job import Job, Superseded
+from maskdm_client.folder.carried_over import Kept
+from maskdm_client.work.local_data import LocalImages, local_images
+from maskdm_client.folder.unfinished import Saved
+from maskdm_client.folder.settings import SiteSettings, load_settings
+from maskdm_client.work.answer import answer
 
 MakePlan = Callable[..., RoundPlan]
 MakeSite = Callable[..., Path]

@@ -16,28 +16,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from maskdm.checkpoint import CheckpointMetadata
+from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.errors import GateRefused
-from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report
-from maskdm.policy import SitePolicy
-from maskdm.protocol import RoundPlan
-from maskdm.runfolder import read_lines
-from maskdm.trainable import squared_norm
-from maskdm.wire import Encoding, check, decode, decode_bfloat16
-from maskdm_client.gate import (
-    CODE,
-    check_again,
-    check_numbers,
-    check_update,
-    code,
-    problem_of,
-    record,
-    release,
-    release_outcome,
-    release_progress,
-)
-from maskdm_client.settings import SiteSettings, load_settings
+from maskdm.federated.parcel import REPORT_NAMES, Outcome, Parcel, Report
+from maskdm.federated.policy import SitePolicy
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.runfolder import read_lines
+from maskdm.networks.trainable import squared_norm
+from maskdm.federated.encoding import Encoding, check, decode, decode_bfloat16
+from maskdm_client.gate.gate import CODE, check_again, check_numbers, check_update, code, problem_of, record, release, release_outcome, release_progress
+from maskdm_client.folder.settings import SiteSettings, load_settings
 
 REPORT = Report(
     round=3, exchange=7, examples=10, images_seen=64, loss_before=1.0, loss_after=0.5, seconds=2.0, skipped_steps=0

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from maskdm.parcel import Outcome, Parcel
-from maskdm.protocol import RoundPlan
+from maskdm.federated.parcel import Outcome, Parcel
+from maskdm.federated.plan import RoundPlan
 from maskdm.seeding import derive_seed
-from maskdm_client.job import Job
-from maskdm_client.site import answer
+from maskdm_client.folder.job import Job
+from maskdm_client.work.answer import answer
 
 Ask = Callable[..., tuple[str, bytes]]
 MakePlan = Callable[..., RoundPlan]

@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as arrays_of
 from numpy.typing import NDArray
 
 from maskdm.errors import plain
-from maskdm.parcel import Outcome, Parcel
-from maskdm_client import mailbox
-from maskdm_client.mailbox import Mailbox
+from maskdm.federated.parcel import Outcome, Parcel
+from maskdm_client.folder import mailbox
+from maskdm_client.folder.mailbox import Mailbox
 
 EXCHANGES = st.integers(0, 2**63 - 1)
 TYPES = st.sampled_from([np.float32, np.uint32, np.uint16, np.int8, np.uint8])

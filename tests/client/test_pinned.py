@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm.bundle import PROJECT, bundle, bundle_sha256
-from maskdm_client.pinned import UNANSWERED, problem_of_bundle
+from maskdm.federated.bundle import PROJECT, bundle, bundle_sha256
+from maskdm_client.flower.pinned import UNANSWERED, problem_of_bundle
 
 OURS = frozenset({bundle_sha256()})
 
@@ -57,7 +57,7 @@ def test_a_clientapp_that_fails_before_it_can_answer_says_so_to_the_site(tmp_pat
     refused = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers each POST with 501
     threading.Thread(target=refused.serve_forever, daemon=True).start()
     address = f"127.0.0.1:{refused.server_port}"
-    command = [sys.executable, "-m", "maskdm_client.pinned", "clientapp", str(tmp_path), "--insecure"]
+    command = [sys.executable, "-m", "maskdm_client.flower.pinned", "clientapp", str(tmp_path), "--insecure"]
     ended = subprocess.run([*command, "--runtime-api-address", address, "--token", "t"], timeout=300, check=False)
     refused.shutdown()
     refused.server_close()
@@ -77,7 +77,7 @@ def test_what_is_not_allowed_is_not_even_opened(monkeypatch: pytest.MonkeyPatch)
     "content",
     [
         zipped({PROJECT: project("evil:app"), "evil.py": b""}),
-        zipped({PROJECT: project("maskdm_client.simulated:app")}),
+        zipped({PROJECT: project("maskdm_client.flower.simulated_app:app")}),
         zipped({PROJECT: b"[project]\n"}),
         zipped({PROJECT: b"not toml ="}),
         zipped({PROJECT: b"\xff\xfe"}),

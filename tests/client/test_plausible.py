@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm.checkpoint import CheckpointMetadata
-from maskdm.parcel import Outcome
-from maskdm.policy import SIMULATED, SitePolicy
-from maskdm.runfolder import read_lines
-from maskdm_client.plausible import problem_of_weights
-from maskdm_client.virtual import answer
+from maskdm.training.checkpoint import CheckpointMetadata
+from maskdm.federated.parcel import Outcome
+from maskdm.federated.policy import SIMULATED, SitePolicy
+from maskdm.run.runfolder import read_lines
+from maskdm_client.work.plausible import problem_of_weights
+from maskdm_client.work.in_process import answer
 
 Ask = Callable[..., tuple[str, bytes]]
 

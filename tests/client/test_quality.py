@@ -9,31 +9,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm import cli
-from maskdm.checkpoint import CheckpointMetadata, model_from
+from maskdm.commands import command_line as cli
+from maskdm.training.checkpoint import CheckpointMetadata, model_from
 from maskdm.evaluation.distances import frechet_distance, kernel_distance, moments
-from maskdm.evaluation.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
-from maskdm.evaluation.features import open_extractor, random_extractor
+from maskdm.evaluation.extractors.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
+from maskdm.evaluation.extractors.features import open_extractor, random_extractor
 from maskdm.evaluation.neighbours import neighbourhoods
 from maskdm.evaluation.samples import drawn
-from maskdm.parcel import NUMBER_NAMES, QUALITY_NAMES, REPORT_NAMES, Outcome, Parcel, QualityReport, rounded
-from maskdm.policy import SitePolicy
-from maskdm.protocol import RoundPlan
-from maskdm.runfolder import read_lines, write_json
+from maskdm.federated.parcel import NUMBER_NAMES, QUALITY_NAMES, REPORT_NAMES, Outcome, Parcel, QualityReport, rounded
+from maskdm.federated.policy import SitePolicy
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.runfolder import read_lines, write_json
 from maskdm.seeding import derive_seed
-from maskdm.terms import terms_of
-from maskdm_client import quality
-from maskdm_client import site as site_module
-from maskdm_client.approval import APPROVALS, NotApproved
-from maskdm_client.caretaker import tell
-from maskdm_client.cli import app
-from maskdm_client.gate import problem_of
-from maskdm_client.job import Superseded, site_secret
-from maskdm_client.local_data import local_images
-from maskdm_client.mailbox import Mailbox
-from maskdm_client.settings import load_settings
-from maskdm_client.site import answer as answer_in_mailbox
-from maskdm_client.virtual import answer
+from maskdm.federated.terms import terms_of
+from maskdm_client.work import quality
+from maskdm_client.work import answer as site_module
+from maskdm_client.gate.approval import APPROVALS, NotApproved
+from maskdm_client.agent.caretaker import tell
+from maskdm_client.commands.app import app
+from maskdm_client.gate.gate import problem_of
+from maskdm_client.folder.job import Superseded, site_secret
+from maskdm_client.work.local_data import local_images
+from maskdm_client.folder.mailbox import Mailbox
+from maskdm_client.folder.settings import load_settings
+from maskdm_client.work.answer import answer as answer_in_mailbox
+from maskdm_client.work.in_process import answer
 
 MakePlan = Callable[..., tuple[str, bytes]]
 MakeSite = Callable[..., Path]

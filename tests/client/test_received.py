@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm.parcel import Outcome, Parcel
-from maskdm.protocol import RoundPlan
-from maskdm.tensorfile import pack
-from maskdm.trainable import Trainable
-from maskdm_client.mailbox import Mailbox
-from maskdm_client.received import RestMissing, key_of, read_weights
-from maskdm_client.site import answer
+from maskdm.federated.parcel import Outcome, Parcel
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.tensorfile import pack
+from maskdm.networks.trainable import Trainable
+from maskdm_client.folder.mailbox import Mailbox
+from maskdm_client.work.weights import RestMissing, key_of, read_weights
+from maskdm_client.work.answer import answer
 
 Ask = Callable[..., tuple[str, bytes]]
 MakePlan = Callable[..., RoundPlan]

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskdm.parcel import Outcome
-from maskdm.protocol import RoundPlan
-from maskdm.tensorfile import Arrays
-from maskdm.wire import Encoding, decode, encode
-from maskdm_client.residual import Residual
-from maskdm_client.site import answer
+from maskdm.federated.parcel import Outcome
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.tensorfile import Arrays
+from maskdm.federated.encoding import Encoding, decode, encode
+from maskdm_client.work.residual import Residual
+from maskdm_client.work.answer import answer
 
 Ask = Callable[..., tuple[str, bytes]]
 MakePlan = Callable[..., RoundPlan]

@@ -11,19 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm.checkpoint import CheckpointMetadata, load_checkpoint
+from maskdm.training.checkpoint import CheckpointMetadata, load_checkpoint
 from maskdm.errors import DataError, TrainingDiverged
-from maskdm.parcel import REPORT_NAMES, Outcome, Parcel, Report, rounded
-from maskdm.policy import SitePolicy
-from maskdm.runfolder import read_lines
-from maskdm.tensorfile import pack, unpack
-from maskdm.wire import decode_bfloat16
-from maskdm_client import fine_tuning, saved, site
-from maskdm_client.local_data import choose_slice
-from maskdm_client.mailbox import Mailbox
-from maskdm_client.saved import Saved
-from maskdm_client.settings import load_settings
-from maskdm_client.virtual import answer
+from maskdm.federated.parcel import REPORT_NAMES, Outcome, Parcel, Report, rounded
+from maskdm.federated.policy import SitePolicy
+from maskdm.run.runfolder import read_lines
+from maskdm.run.tensorfile import pack, unpack
+from maskdm.federated.encoding import decode_bfloat16
+from maskdm_client.work import fine_tuning, answer as site
+from maskdm_client.folder import unfinished as saved
+from maskdm_client.work.local_data import choose_slice
+from maskdm_client.folder.mailbox import Mailbox
+from maskdm_client.folder.unfinished import Saved
+from maskdm_client.folder.settings import load_settings
+from maskdm_client.work.in_process import answer
 
 MakePlan = Callable[..., tuple[str, bytes]]
 MakeSite = Callable[..., Path]

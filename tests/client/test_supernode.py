@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.kit import open_kit
-from maskdm_client import supernode
-from maskdm_client.pinned import UNANSWERED
-from maskdm_client.supernode import SuperNode
-from maskdm_server.provision import provision
+from maskdm.federated.kit import open_kit
+from maskdm_client.flower import supernode
+from maskdm_client.flower.pinned import UNANSWERED
+from maskdm_client.flower.supernode import SuperNode
+from maskdm_server.kits.provision import provision
 
 SCRIPTS = {
     "flower-supernode": 'echo "$@"; cat "$0.says"; exec /bin/sleep 60',

@@ -7,11 +7,12 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from maskdm.cli import run
+from maskdm.commands.command_line import run
 from maskdm.errors import FederationError
-from maskdm.parcel import Parcel
-from maskdm_client import cli, supervision
-from maskdm_client.mailbox import Mailbox
+from maskdm.federated.parcel import Parcel
+from maskdm_client.commands import app as cli
+from maskdm_client.agent import connection as supervision
+from maskdm_client.folder.mailbox import Mailbox
 
 
 class World:

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from maskdm import auditlog
-from maskdm.parcel import Outcome, Parcel
-from maskdm.policy import SitePolicy
-from maskdm.processes import Child
-from maskdm.runfolder import read_lines
-from maskdm.tensorfile import pack
-from maskdm_client import worker
-from maskdm_client.approval import APPROVALS
-from maskdm_client.job import Superseded
-from maskdm_client.mailbox import Mailbox
-from maskdm_client.site import answer
+from maskdm.federated import auditlog
+from maskdm.federated.parcel import Outcome, Parcel
+from maskdm.federated.policy import SitePolicy
+from maskdm.run.processes import Child
+from maskdm.run.runfolder import read_lines
+from maskdm.run.tensorfile import pack
+from maskdm_client.agent import worker
+from maskdm_client.gate.approval import APPROVALS
+from maskdm_client.folder.job import Superseded
+from maskdm_client.folder.mailbox import Mailbox
+from maskdm_client.work.answer import answer
 
 Ask = Callable[..., tuple[str, bytes]]
 MakeSite = Callable[..., Path]
@@ -244,9 +244,9 @@ def test_a_worker_that_dies_in_the_middle_goes_on_where_it_was_saved(
     make_site: MakeSite, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_site()
-    monkeypatch.setattr("maskdm_client.saved.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("maskdm_client.saved.SAVE_SHARE", 0)
-    monkeypatch.setattr("maskdm_client.fine_tuning.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("maskdm_client.folder.unfinished.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("maskdm_client.folder.unfinished.SAVE_SHARE", 0)
+    monkeypatch.setattr("maskdm_client.work.fine_tuning.REPORT_SECONDS", 0.0)
     box = Mailbox(folder)
     box.ask(1, *ask(exchange=1))
     progressed = Mailbox.progressed
@@ -275,9 +275,9 @@ def test_a_worker_that_dies_in_the_middle_goes_on_where_it_was_saved(
 
 @pytest.fixture
 def saves_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskdm_client.saved.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("maskdm_client.saved.SAVE_SHARE", 0)
-    monkeypatch.setattr("maskdm_client.fine_tuning.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("maskdm_client.folder.unfinished.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("maskdm_client.folder.unfinished.SAVE_SHARE", 0)
+    monkeypatch.setattr("maskdm_client.work.fine_tuning.REPORT_SECONDS", 0.0)
 
 
 def fail_to_reply(monkeypatch: pytest.MonkeyPatch, times: int, error: BaseException) -> None:
@@ -432,7 +432,7 @@ def test_a_reply_that_the_site_would_not_let_out_any_more_is_not_sent_again(
 def test_the_process_answers_and_after_it_was_killed_knows_what_it_answered(make_site: MakeSite, ask: Ask) -> None:
     folder = make_site()
     box = Mailbox(folder)
-    command = [sys.executable, "-m", "maskdm_client.worker", str(folder)]
+    command = [sys.executable, "-m", "maskdm_client.agent.worker", str(folder)]
     box.ask(1, *ask(local_images=8, exchange=1))
     with Child(command, log=folder / "logs" / "worker.log"):
         first = box.wait(1, 120)

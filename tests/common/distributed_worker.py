@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
 from maskdm.data.batches import batches
-from maskdm.distributed import process_group, rank, shard, together, whole, world_size
-from maskdm.model import build_model
-from maskdm.training import TrainingState, train
+from maskdm.training.distributed import process_group, rank, shard, together, whole, world_size
+from maskdm.networks.model import build_model
+from maskdm.training.loop import TrainingState, train
 
 torch.set_num_threads(1)
 TINY = ModelConfig(image_size=8, channels=1, patch_size=2, dim=16, depth=2, heads=2)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import typer
 
-from maskdm import cli
-from maskdm.audit_commands import audit_log
-from maskdm.auditlog import append, message_of, record
-from maskdm.parcel import Outcome, Parcel
-from maskdm_client.cli import app as client_app
-from maskdm_server.cli import app as server_app
+from maskdm.commands import command_line as cli
+from maskdm.commands.audit_commands import audit_log
+from maskdm.federated.auditlog import append, message_of, record
+from maskdm.federated.parcel import Outcome, Parcel
+from maskdm_client.commands.app import app as client_app
+from maskdm_server.commands.app import app as server_app
 
 Run = Callable[..., int]
 

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm import auditlog
-from maskdm.auditlog import FIRST, append, digest_of, lines, message_of, record, verify
-from maskdm.parcel import Parcel
+from maskdm.federated import auditlog
+from maskdm.federated.auditlog import FIRST, append, digest_of, lines, message_of, record, verify
+from maskdm.federated.parcel import Parcel
 
 
 @pytest.fixture

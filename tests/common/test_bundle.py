@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.bundle import bundle, bundle_sha256
+from maskdm.federated.bundle import bundle, bundle_sha256
 
 NAMES = ("flower-app", "flower-simulation")
 

@@ -10,23 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from maskdm.checkpoint import (
-    METADATA_KEY,
-    CheckpointMetadata,
-    describe_checkpoint,
-    load_checkpoint,
-    load_state,
-    load_weights,
-    model_from,
-    save_checkpoint,
-    save_state,
-    sha256_of,
-)
+from maskdm.training.checkpoint import METADATA_KEY, CheckpointMetadata, describe_checkpoint, load_checkpoint, load_state, load_weights, model_from, save_checkpoint, save_state, sha256_of
 from maskdm.config import ModelConfig, TrainingConfig
 from maskdm.errors import CheckpointError
-from maskdm.model import build_model
-from maskdm.trainable import expected_shapes
-from maskdm.training import TrainingState
+from maskdm.networks.model import build_model
+from maskdm.networks.trainable import expected_shapes
+from maskdm.training.loop import TrainingState
 
 
 @pytest.fixture

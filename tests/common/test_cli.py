@@ -11,17 +11,9 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm import cli
+from maskdm.commands import command_line as cli
 from maskdm.config import MaskConfig, ModelConfig
-from maskdm.errors import (
-    CheckpointError,
-    DataError,
-    FederationError,
-    GateRefused,
-    Interrupted,
-    TrainingDiverged,
-    UsageError,
-)
+from maskdm.errors import CheckpointError, DataError, FederationError, GateRefused, Interrupted, TrainingDiverged, UsageError
 
 FAILURES: dict[str, BaseException] = {
     "usage": UsageError("give less"),

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, Size, TrainingConfig
-from maskdm.model import parameter_count
-from maskdm.uvit import MaskedUViT
+from maskdm.networks.model import parameter_count
+from maskdm.networks.uvit import MaskedUViT
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskdm.config import DiffusionConfig, LossWeight, ModelConfig, Prediction, ProcessKind
-from maskdm.diffusion import (
-    add_noise,
-    denoising_loss,
-    implied_noise,
-    loss_weight,
-    masked_loss,
-    predicted_x0,
-    prediction_target,
-    to_model_range,
-)
-from maskdm.forward_process import forward_process
-from maskdm.layers import patchify
-from maskdm.model import build_model
+from maskdm.diffusion.targets import add_noise, denoising_loss, implied_noise, loss_weight, masked_loss, predicted_x0, prediction_target, to_model_range
+from maskdm.diffusion.forward_process import forward_process
+from maskdm.networks.layers import patchify
+from maskdm.networks.model import build_model
 
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "x0", "v", "velocity")
 PROCESSES: tuple[ProcessKind, ...] = ("ddpm", "edm", "flow")

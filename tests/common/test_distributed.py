@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from maskdm import distributed
-from maskdm.checkpoint import load_checkpoint
+from maskdm.training import distributed
+from maskdm.training.checkpoint import load_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, TrainingConfig
 from maskdm.data.batches import batches
-from maskdm.diffusion import masked_loss, to_model_range
+from maskdm.diffusion.targets import masked_loss, to_model_range
 from maskdm.errors import UsageError
-from maskdm.forward_process import forward_process
-from maskdm.layers import patchify
-from maskdm.masking import draw_visible
-from maskdm.model import build_model
-from maskdm.processes import is_first
-from maskdm.runfolder import read_lines
+from maskdm.diffusion.forward_process import forward_process
+from maskdm.networks.layers import patchify
+from maskdm.networks.masking import draw_visible
+from maskdm.networks.model import build_model
+from maskdm.run.processes import is_first
+from maskdm.run.runfolder import read_lines
 from maskdm.seeding import generator
 
 from .distributed_worker import TINY

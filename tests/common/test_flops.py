@@ -3,7 +3,7 @@
 import pytest
 
 from maskdm.config import MaskConfig, ModelConfig
-from maskdm.flops import forward_flops, training_flops
+from maskdm.networks.flops import forward_flops, training_flops
 
 
 def by_hand(config: ModelConfig, visible: int) -> float:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskdm.config import DiffusionConfig, ProcessKind
-from maskdm.forward_process import alphas_bar, forward_process
+from maskdm.diffusion.forward_process import alphas_bar, forward_process
 
 PROCESSES: tuple[ProcessKind, ...] = ("ddpm", "edm", "flow")
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maskdm.errors import UsageError
-from maskdm.kit import KEY, KIT, POLICY, SIGNATURE, SIGNED, open_kit, valid_kit
-from maskdm.policy import TEMPLATE
-from maskdm_server.provision import provision
+from maskdm.federated.kit import KEY, KIT, POLICY, SIGNATURE, SIGNED, open_kit, valid_kit
+from maskdm.federated.policy import TEMPLATE
+from maskdm_server.kits.provision import provision
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maskdm.config import MaskConfig, MaskKind
 from maskdm.errors import UsageError
-from maskdm.masking import draw_visible, effective_ratio, visible_count
+from maskdm.networks.masking import draw_visible, effective_ratio, visible_count
 
 
 def drawn(mask: MaskConfig, grid: int, batch: int = 3, seed: int = 0) -> Tensor:

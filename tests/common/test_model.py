@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskdm.config import ModelConfig
-from maskdm.dit import ModulatedBlock
-from maskdm.layers import attend, patchify, timestep_embedding, unpatchify
-from maskdm.model import Network, build_model, resize_positions
-from maskdm.uvit import Block
+from maskdm.networks.dit import ModulatedBlock
+from maskdm.networks.layers import attend, patchify, timestep_embedding, unpatchify
+from maskdm.networks.model import Network, build_model, resize_positions
+from maskdm.networks.uvit import Block
 
 
 def plain_forward(model: Network, patches: Tensor, visible: Tensor, timesteps: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def test_a_block_equals_timms_with_the_same_weights(qkv_bias: bool) -> None:
 
 
 def test_importing_the_library_loads_neither_timm_nor_flower() -> None:
-    code = "import sys, maskdm.training, maskdm.sampling; print({'timm', 'flwr'} & set(sys.modules))"
+    code = "import sys, maskdm.training.loop, maskdm.diffusion.sampling; print({'timm', 'flwr'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "set()"
 

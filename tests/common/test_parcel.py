@@ -11,17 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from maskdm.parcel import (
-    LARGEST_DISTANCE,
-    LARGEST_LOSS,
-    NUMBER_NAMES,
-    QUALITY_NAMES,
-    REPORT_NAMES,
-    Outcome,
-    Parcel,
-    QualityReport,
-    Report,
-)
+from maskdm.federated.parcel import LARGEST_DISTANCE, LARGEST_LOSS, NUMBER_NAMES, QUALITY_NAMES, REPORT_NAMES, Outcome, Parcel, QualityReport, Report
 
 REPORT: dict[str, Any] = {
     "outcome": 0,
@@ -205,5 +195,5 @@ def test_a_document_counts_by_its_bytes() -> None:
 
 
 def test_whoever_only_passes_parcels_on_does_not_wait_for_pytorch() -> None:
-    code = "import sys, maskdm.parcel, maskdm.tensorfile; print('torch' in sys.modules)"
+    code = "import sys, maskdm.federated.parcel, maskdm.run.tensorfile; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from maskdm.errors import UsageError
-from maskdm.parcel import QUALITY_NAMES, REPORT_NAMES
-from maskdm.policy import POLICY_KEYS, SIMULATED, TEMPLATE, UNATTENDED, SitePolicy, as_toml, load_policy
+from maskdm.federated.parcel import QUALITY_NAMES, REPORT_NAMES
+from maskdm.federated.policy import POLICY_KEYS, SIMULATED, TEMPLATE, UNATTENDED, SitePolicy, as_toml, load_policy
 
 
 def policy_in(folder: Path, text: str) -> SitePolicy:

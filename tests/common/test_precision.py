@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from maskdm import precision
+from maskdm.networks import precision
 from maskdm.errors import UsageError
-from maskdm.precision import pick_device, pick_precision
+from maskdm.networks.precision import pick_device, pick_precision
 
 CPU = torch.device("cpu")
 

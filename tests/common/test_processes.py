@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from maskdm import processes
-from maskdm.processes import Child, free_port, port_is_taken
+from maskdm.run import processes
+from maskdm.run.processes import Child, free_port, port_is_taken
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
 

@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from maskdm.checkpoint import CheckpointMetadata
+from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.config import MaskConfig, Stage, TrainingConfig
-from maskdm.protocol import PROTOCOL_VERSION, RoundPlan, work_key
-from maskdm.trainable import Trainable, expected_shapes, update_shapes
+from maskdm.federated.plan import PROTOCOL_VERSION, RoundPlan, work_key
+from maskdm.networks.trainable import Trainable, expected_shapes, update_shapes
 
 WEIGHTS = bytes(range(100))
 

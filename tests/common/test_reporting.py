@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskdm.reporting import WorkBar
+from maskdm.run.reporting import WorkBar
 
 
 def test_lines_show_how_much_is_done_and_left(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,6 +20,6 @@ def test_work_of_unknown_length_shows_what_is_done(
     with WorkBar("work", None) as bar:
         bar.update(1000)
         assert capsys.readouterr().err == ""
-        monkeypatch.setattr("maskdm.reporting.PLAIN_LINE_EVERY", 0.0)
+        monkeypatch.setattr("maskdm.run.reporting.PLAIN_LINE_EVERY", 0.0)
         bar.update(3000)
     assert capsys.readouterr().err == "work: 3,000\n"

@@ -15,20 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from maskdm.errors import UsageError
-from maskdm.runfolder import (
-    LineReader,
-    append_line,
-    atomic_write,
-    claim,
-    close_to_others,
-    flatten,
-    is_owned,
-    keep_lines,
-    open_lock,
-    owned,
-    read_lines,
-    write_json,
-)
+from maskdm.run.runfolder import LineReader, append_line, atomic_write, claim, close_to_others, flatten, is_owned, keep_lines, open_lock, owned, read_lines, write_json
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o077])

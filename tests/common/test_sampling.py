@@ -8,21 +8,10 @@ import torch
 from torch import Tensor
 
 from maskdm.config import DiffusionConfig, ModelConfig, Prediction, ProcessKind
-from maskdm.diffusion import implied_noise, prediction_target
-from maskdm.forward_process import forward_process
-from maskdm.model import build_model
-from maskdm.sampling import (
-    Levels,
-    Sampler,
-    X0At,
-    inpaint,
-    interpolate,
-    levels_at,
-    run_sampler,
-    sample,
-    sampling_times,
-    x0_estimator,
-)
+from maskdm.diffusion.targets import implied_noise, prediction_target
+from maskdm.diffusion.forward_process import forward_process
+from maskdm.networks.model import build_model
+from maskdm.diffusion.sampling import Levels, Sampler, X0At, inpaint, interpolate, levels_at, run_sampler, sample, sampling_times, x0_estimator
 
 MEAN, STD = 0.3, 0.2
 PROCESSES: tuple[ProcessKind, ...] = ("ddpm", "edm", "flow")

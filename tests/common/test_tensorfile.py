@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from maskdm.tensorfile import Arrays, Document, Stored, chunks, layout_of, pack, size_of, unpack
+from maskdm.run.tensorfile import Arrays, Document, Stored, chunks, layout_of, pack, size_of, unpack
 
 KINDS = ("float32", "uint32", "uint16", "int8", "uint8")
 FOREIGN = ("BOOL", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I16", "BF16", "F16", "I32", "F64", "I64", "U64", "C64")

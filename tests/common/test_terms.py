@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from maskdm.checkpoint import CheckpointMetadata
+from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.config import FINGERPRINT
-from maskdm.protocol import RoundPlan
-from maskdm.terms import Terms, terms_of
+from maskdm.federated.plan import RoundPlan
+from maskdm.federated.terms import Terms, terms_of
 
 
 @pytest.fixture

@@ -12,23 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from maskdm.checkpoint import load_state, model_from, save_state
+from maskdm.training.checkpoint import load_state, model_from, save_state
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, NetworkKind, TrainingConfig
 from maskdm.data.batches import batches
-from maskdm.model import Network, build_model
-from maskdm.trainable import (
-    Adapted,
-    PartialNetwork,
-    Trainable,
-    changed_weights,
-    delta,
-    expected_shapes,
-    load_values,
-    partial_update,
-    squared_norm,
-    update_shapes,
-)
-from maskdm.training import TrainingState, train
+from maskdm.networks.model import Network, build_model
+from maskdm.networks.trainable import Adapted, PartialNetwork, Trainable, changed_weights, delta, expected_shapes, load_values, partial_update, squared_norm, update_shapes
+from maskdm.training.loop import TrainingState, train
 
 Part = Literal["norm-bias", "adapters"]
 

@@ -9,33 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskdm.checkpoint import load_state, save_state
-from maskdm.config import (
-    DiffusionConfig,
-    LossWeight,
-    MaskConfig,
-    ModelConfig,
-    NetworkKind,
-    Precision,
-    Prediction,
-    ProcessKind,
-    TrainingConfig,
-)
+from maskdm.training.checkpoint import load_state, save_state
+from maskdm.config import DiffusionConfig, LossWeight, MaskConfig, ModelConfig, NetworkKind, Precision, Prediction, ProcessKind, TrainingConfig
 from maskdm.data.batches import batches
-from maskdm.diffusion import denoising_loss
+from maskdm.diffusion.targets import denoising_loss
 from maskdm.errors import OutOfMemory, TrainingDiverged
-from maskdm.layers import patchify
-from maskdm.model import build_model
-from maskdm.training import (
-    MAX_SKIPPED_IN_A_ROW,
-    Progress,
-    TrainingState,
-    apply_gradients,
-    ema_decay,
-    learning_rate,
-    power_of_length,
-    train,
-)
+from maskdm.networks.layers import patchify
+from maskdm.networks.model import build_model
+from maskdm.training.loop import MAX_SKIPPED_IN_A_ROW, Progress, TrainingState, apply_gradients, ema_decay, learning_rate, power_of_length, train
 
 DIFFUSION = DiffusionConfig(timesteps=50)
 MASK = MaskConfig(kind="block", ratio=0.75, block_size=2)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskdm.config import ModelConfig
-from maskdm.model import network
-from maskdm.wire import BLOCK, Encoding, check, decode, decode_bfloat16, encode, encode_bfloat16, layout, size
+from maskdm.networks.model import network
+from maskdm.federated.encoding import BLOCK, Encoding, check, decode, decode_bfloat16, encode, encode_bfloat16, layout, size
 
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 100), "b": (), "c": (0, 4), "d": (BLOCK,)}

@@ -21,12 +21,12 @@ import pytest
 import typer
 import yaml
 
-from maskdm import cli
-from maskdm.policy import TEMPLATE
-from maskdm_client.cli import app as client_app
-from maskdm_client.supernode import pinned
-from maskdm_server.cli import app as server_app
-from maskdm_server.provision import provision
+from maskdm.commands import command_line as cli
+from maskdm.federated.policy import TEMPLATE
+from maskdm_client.commands.app import app as client_app
+from maskdm_client.flower.supernode import pinned
+from maskdm_server.commands.app import app as server_app
+from maskdm_server.kits.provision import provision
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -416,9 +416,9 @@ def client_check(folder: Path, *commands: tuple[str, ...]) -> subprocess.Complet
     return subprocess.run(check, capture_output=True, text=True)
 
 
-WORKER = ("python", "-m", "maskdm_client.worker", "/data")
-NODE = ("python", "-m", "maskdm_client.pinned", "supernode", "/data")
-APP = ("python", "-m", "maskdm_client.pinned", "clientapp", "/data")
+WORKER = ("python", "-m", "maskdm_client.agent.worker", "/data")
+NODE = ("python", "-m", "maskdm_client.flower.pinned", "supernode", "/data")
+APP = ("python", "-m", "maskdm_client.flower.pinned", "clientapp", "/data")
 
 
 def test_a_client_is_healthy_where_its_worker_and_its_connection_live(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_a_client_is_healthy_where_its_worker_and_its_connection_live(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("living", "missing"), [([NODE], "maskdm_client.worker"), ([WORKER, APP], "maskdm_client.pinned supernode")]
+    ("living", "missing"), [([NODE], "maskdm_client.agent.worker"), ([WORKER, APP], "maskdm_client.flower.pinned supernode")]
 )
 def test_a_client_that_lacks_one_is_not(tmp_path: Path, living: list[tuple[str, ...]], missing: str) -> None:
     result = client_check(tmp_path, *living)
@@ -436,4 +436,4 @@ def test_a_client_that_lacks_one_is_not(tmp_path: Path, living: list[tuple[str, 
 
 def test_the_check_looks_for_what_the_client_starts() -> None:
     assert pinned("supernode", Path("/data"))[1:] == list(NODE[1:])
-    assert '"-m", "maskdm_client.worker"' in (ROOT / "client" / "maskdm_client" / "caretaker.py").read_text()
+    assert '"-m", "maskdm_client.agent.worker"' in (ROOT / "client" / "maskdm_client" / "caretaker.py").read_text()

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from maskdm.config import MaskConfig, ModelConfig
-from maskdm.masking import effective_ratio, visible_count
+from maskdm.networks.masking import effective_ratio, visible_count
 
 DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = runpy.run_path(str(DOCS / "figures.py"))["FIGURES"]

@@ -10,9 +10,9 @@ import click
 import pytest
 import typer
 
-from maskdm import cli
-from maskdm_client.cli import app as client_app
-from maskdm_server.cli import app as server_app
+from maskdm.commands import command_line as cli
+from maskdm_client.commands.app import app as client_app
+from maskdm_server.commands.app import app as server_app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.parcel import REPORT_NAMES
-from maskdm.policy import SitePolicy
+from maskdm.federated.parcel import REPORT_NAMES
+from maskdm.federated.policy import SitePolicy
 
 DOCS = Path(__file__).parents[2] / "docs"
 

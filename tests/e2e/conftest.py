@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm import cli
-from maskdm.policy import UNATTENDED
-from maskdm_client.cli import app as client_app
-from maskdm_server.cli import app as server_app
-from maskdm_server.faces import Domain, draw_faces
-from maskdm_server.provision import provision
+from maskdm.commands import command_line as cli
+from maskdm.federated.policy import UNATTENDED
+from maskdm_client.commands.app import app as client_app
+from maskdm_server.commands.app import app as server_app
+from maskdm_server.lab.faces import Domain, draw_faces
+from maskdm_server.kits.provision import provision
 
 DEADLINE = 600.0
 Run = Callable[..., tuple[int, str]]

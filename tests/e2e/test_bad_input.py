@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskdm import cli
-from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
+from maskdm.commands import command_line as cli
+from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
-from maskdm.model import build_model
-from maskdm.processes import free_port
-from maskdm_server.cli import app as server_app
-from maskdm_server.faces import draw_faces
+from maskdm.networks.model import build_model
+from maskdm.run.processes import free_port
+from maskdm_server.commands.app import app as server_app
+from maskdm_server.lab.faces import draw_faces
 
 from .conftest import Run
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskdm.checkpoint import load_checkpoint
-from maskdm_server.demo import Budget, demo
+from maskdm.training.checkpoint import load_checkpoint
+from maskdm_server.lab.demo import Budget, demo
 
 SMALL = Budget(public=80, private=400, pretrain_images=512, rounds=1, local_images=256, samples=4)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskdm.checkpoint import load_checkpoint
-from maskdm.kit import POLICY, open_kit
-from maskdm.policy import TEMPLATE, load_policy
-from maskdm.processes import free_port
-from maskdm.runfolder import read_lines
-from maskdm_server.federation import FederationConfig
+from maskdm.training.checkpoint import load_checkpoint
+from maskdm.federated.kit import POLICY, open_kit
+from maskdm.federated.policy import TEMPLATE, load_policy
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import read_lines
+from maskdm_server.federation.settings import FederationConfig
 
 from .conftest import SMALL, Started, documented, documented_file, make_kits, write_faces
 

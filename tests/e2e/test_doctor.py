@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.kit import open_kit
-from maskdm.processes import free_port
-from maskdm.runfolder import read_lines
-from maskdm_client.node_key import node_key
-from maskdm_server.provision import provision, revoke
+from maskdm.federated.kit import open_kit
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import read_lines
+from maskdm_client.doctor.node_key import node_key
+from maskdm_server.kits.provision import provision, revoke
 
 from .conftest import Started, make_kits, write_faces
 

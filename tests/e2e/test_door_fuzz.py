@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.checkpoint import load_checkpoint
-from maskdm.processes import free_port
-from maskdm.runfolder import read_lines
+from maskdm.training.checkpoint import load_checkpoint
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import read_lines
 
 from .conftest import DEADLINE, Started, make_kits, wait_until, write_faces
 
@@ -76,6 +76,6 @@ def resident(workplace: Path) -> int:
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"maskdm_server.door" in command and str(workplace).encode() in command:
+        if b"maskdm_server.door.door" in command and str(workplace).encode() in command:
             found += [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")]
     return max(found)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.checkpoint import load_checkpoint
-from maskdm.processes import free_port
-from maskdm.runfolder import read_lines
+from maskdm.training.checkpoint import load_checkpoint
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import read_lines
 
 from .conftest import DEADLINE, RecordingProxy, Started, processes_with, wait_until, write_faces
 
@@ -102,11 +102,11 @@ def test_a_federation_outlives_the_deaths_of_its_processes_one_after_another(wor
     server, clients, _ = federation(workplace, prior, 7)
     site = workplace / "site-a"
     victims = [
-        ("maskdm_client.worker", site),
+        ("maskdm_client.agent.worker", site),
         ("flwr-serverapp", workplace / "fed"),
-        ("maskdm_server.door", workplace / "fed"),
+        ("maskdm_server.door.door", workplace / "fed"),
         ("flower-superexec", site),
-        ("maskdm_client.pinned\0supernode", site),
+        ("maskdm_client.flower.pinned\0supernode", site),
     ]
     for number, (process, folder) in enumerate(victims, start=1):
         wait_until(lambda n=number: training_in(workplace, "a", n), server.output)  # type: ignore[misc]
@@ -122,7 +122,7 @@ def test_a_server_that_was_killed_is_taken_up_by_the_clients_that_kept_working(w
     wait_until(lambda: rounds_done(workplace) >= 1 and training_in(workplace, "a", 2), server.output)
     server.kill()
     wait_until(
-        lambda: not any("maskdm_server.door" in line for line in processes_with(str(workplace))),
+        lambda: not any("maskdm_server.door.door" in line for line in processes_with(str(workplace))),
         lambda: "the SuperLink lives on",
     )
     again = ["maskdm-server", "serve", "--prior", str(prior), "--out", "fed", "--insecure", "--port", str(port)]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.evaluation.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
-from maskdm.parcel import NUMBER_NAMES, QUALITY_NAMES, REPORT_NAMES
-from maskdm.policy import UNATTENDED
-from maskdm.processes import free_port
-from maskdm.runfolder import read_lines
+from maskdm.evaluation.extractors.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
+from maskdm.federated.parcel import NUMBER_NAMES, QUALITY_NAMES, REPORT_NAMES
+from maskdm.federated.policy import UNATTENDED
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import read_lines
 
 from .conftest import RecordingProxy, Started, make_kits, write_faces
 

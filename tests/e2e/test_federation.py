@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskdm.checkpoint import load_checkpoint, sha256_of
-from maskdm.parcel import REPORT_NAMES, Outcome
-from maskdm.processes import free_port
-from maskdm.runfolder import read_lines
-from maskdm.trainable import expected_shapes
+from maskdm.training.checkpoint import load_checkpoint, sha256_of
+from maskdm.federated.parcel import REPORT_NAMES, Outcome
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import read_lines
+from maskdm.networks.trainable import expected_shapes
 
 from .conftest import RecordingProxy, Started, documented, processes_with, wait_until, write_faces
 
@@ -131,7 +131,7 @@ def test_nothing_survives_when_server_and_client_are_killed(workplace: Path, pri
     server = Started([*serve, "--rounds", "50"], workplace, "serve")
     client = Started(join, workplace, "client")
     server.until("clients at work")
-    assert any("maskdm_server.door" in line for line in processes_with(str(workplace)))
+    assert any("maskdm_server.door.door" in line for line in processes_with(str(workplace)))
     client.kill()
     server.kill()
     wait_until(lambda: not processes_with(str(workplace)), lambda: str(processes_with(str(workplace))))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.bundle import source
+from maskdm.federated.bundle import source
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,7 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path: Path, public_corpus: 
 
 @pytest.mark.parametrize(
     ("name", "client"),
-    [("flower-app", "maskdm_client.app:app"), ("flower-simulation", "maskdm_client.simulated:app")],
+    [("flower-app", "maskdm_client.flower.client_app:app"), ("flower-simulation", "maskdm_client.flower.simulated_app:app")],
 )
 def test_a_bundle_holds_one_file_that_names_installed_code_and_no_dependency(name: str, client: str) -> None:
     import tomllib
@@ -49,7 +49,7 @@ def test_a_bundle_holds_one_file_that_names_installed_code_and_no_dependency(nam
     document = tomllib.loads((source(name) / "pyproject.toml").read_text())
     assert document["project"]["dependencies"] == []
     components = document["tool"]["flwr"]["app"]["components"]
-    assert components == {"serverapp": "maskdm_server.app:app", "clientapp": client}
+    assert components == {"serverapp": "maskdm_server.flower.server_app:app", "clientapp": client}
 
 
 def test_the_library_imports_neither_flower_nor_the_other_packages() -> None:

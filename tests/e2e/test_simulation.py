@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.runfolder import read_lines
+from maskdm.run.runfolder import read_lines
 
 from .conftest import Started, processes_with, wait_until, write_faces
 

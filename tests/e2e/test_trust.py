@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.parcel import Outcome
-from maskdm.processes import free_port
-from maskdm.runfolder import read_lines
-from maskdm_server.provision import revoke
+from maskdm.federated.parcel import Outcome
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import read_lines
+from maskdm_server.kits.provision import revoke
 
 from .conftest import Started, make_kits, processes_with, wait_until, write_faces
 
@@ -26,7 +26,7 @@ import maskdm_server.control as control
 from maskdm.bundle import source
 from maskdm_server.__main__ import main
 
-project = (source() / "pyproject.toml").read_text().replace("maskdm_client.app:app", "evil:app").encode()
+project = (source() / "pyproject.toml").read_text().replace("maskdm_client.flower.client_app:app", "evil:app").encode()
 evil = b"open('EVIL', 'w').close()\\n"
 packed = BytesIO()
 with zipfile.ZipFile(packed, "w") as file:

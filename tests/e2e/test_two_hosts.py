@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.policy import UNATTENDED
-from maskdm.runfolder import read_lines
-from maskdm_server.provision import provision
+from maskdm.federated.policy import UNATTENDED
+from maskdm.run.runfolder import read_lines
+from maskdm_server.kits.provision import provision
 
 from .conftest import Started, write_faces
 

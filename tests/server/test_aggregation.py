@@ -13,23 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from maskdm.checkpoint import CheckpointMetadata
-from maskdm.parcel import Outcome, Parcel, outcome_of
-from maskdm.protocol import RoundPlan
-from maskdm.tensorfile import Stored, pack
-from maskdm.trainable import Trainable, changed_weights
-from maskdm.wire import Encoding, decode, encode
-from maskdm_server.aggregation import (
-    LARGEST_WEIGHT,
-    HeldUpdates,
-    StreamingMean,
-    Update,
-    UpdateRejected,
-    check_reply,
-    overall_loss,
-    weighted_median,
-)
-from maskdm_server.robust import Rule
+from maskdm.training.checkpoint import CheckpointMetadata
+from maskdm.federated.parcel import Outcome, Parcel, outcome_of
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.tensorfile import Stored, pack
+from maskdm.networks.trainable import Trainable, changed_weights
+from maskdm.federated.encoding import Encoding, decode, encode
+from maskdm_server.aggregation.updates import LARGEST_WEIGHT, HeldUpdates, StreamingMean, Update, UpdateRejected, check_reply, overall_loss, weighted_median
+from maskdm_server.aggregation.robust import Rule
 
 from .conftest import numbers
 

@@ -24,15 +24,15 @@ from flwr.supercore.task_identity import TaskIdentity
 from httpx import HTTPStatusError, Request, Response
 from numpy.typing import NDArray
 
-from maskdm.parcel import Parcel
-from maskdm.protocol import RoundPlan
-from maskdm.runfolder import append_line
-from maskdm.tensorfile import Stored, pack, unpack
-from maskdm_client.app import message_with
-from maskdm_server import app as under_test
-from maskdm_server.app import PACKED, GridLink, StreamingLink, _inflate, _parcel
-from maskdm_server.exchange import Exchange
-from maskdm_server.link import Question, Reply
+from maskdm.federated.parcel import Parcel
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.runfolder import append_line
+from maskdm.run.tensorfile import Stored, pack, unpack
+from maskdm_client.flower.client_app import message_with
+from maskdm_server.flower import server_app as under_test
+from maskdm_server.flower.server_app import PACKED, GridLink, StreamingLink, _inflate, _parcel
+from maskdm_server.federation.exchange import Exchange
+from maskdm_server.federation.transport import Question, Reply
 
 from .conftest import Time
 

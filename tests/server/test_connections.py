@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import uvicorn
 
-from maskdm_server import connections as under_test
-from maskdm_server.connections import HEAD_BYTES, Limits, Listener, Protocol
-from maskdm_server.quiet import Refusals
+from maskdm_server.door import connections as under_test
+from maskdm_server.door.connections import HEAD_BYTES, Limits, Listener, Protocol
+from maskdm_server.door.quiet import Refusals
 
 PATIENCE = 60.0  # only there so that a broken test ends
 

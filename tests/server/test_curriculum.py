@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from maskdm import cli
-from maskdm.checkpoint import load_checkpoint, sha256_of
+from maskdm.commands import command_line as cli
+from maskdm.training.checkpoint import load_checkpoint, sha256_of
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, TrainingConfig
 from maskdm.data.corpus import Corpus, in_memory
 from maskdm.errors import Interrupted, UsageError
-from maskdm.runfolder import append_line
-from maskdm_server import pretrain as pretraining
-from maskdm_server.cli import app
-from maskdm_server.curriculum import read_recipe, recipe_names, stages_from
-from maskdm_server.pretrain import Run, pretrain
+from maskdm.run.runfolder import append_line
+from maskdm_server.pretraining import pretrain as pretraining
+from maskdm_server.commands.app import app
+from maskdm_server.pretraining.curriculum import read_recipe, recipe_names, stages_from
+from maskdm_server.pretraining.pretrain import Run, pretrain
 
 PUBLISHED = {
     "celeba-64": [(0.875, 256, 2e-4), (0.0, 128, 2e-4)],

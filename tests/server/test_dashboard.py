@@ -9,12 +9,12 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import pytest
 
-from maskdm import cli
+from maskdm.commands import command_line as cli
 from maskdm.errors import UsageError
-from maskdm.processes import free_port
-from maskdm.runfolder import owned
-from maskdm_server.cli import app
-from maskdm_server.dashboard import REFRESH_SECONDS, SHARE, Dashboard, LivePage
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import owned
+from maskdm_server.commands.app import app
+from maskdm_server.report.dashboard import REFRESH_SECONDS, SHARE, Dashboard, LivePage
 
 from .conftest import InProcess, federate, learner
 from .report.test_gather import configured

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from maskdm_server.directions import AGAINST, BLOCK, COORDINATES, Sketch, cosines
+from maskdm_server.aggregation.directions import AGAINST, BLOCK, COORDINATES, Sketch, cosines
 
 ERROR = 1 / math.sqrt(COORDINATES)
 

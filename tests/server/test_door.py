@@ -19,26 +19,15 @@ from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskdm.runfolder import read_lines
-from maskdm_server import bodies
-from maskdm_server import door as under_test
-from maskdm_server import traffic as traffic_module
-from maskdm_server.bodies import Message
-from maskdm_server.door import (
-    ASK,
-    CALLS,
-    CALLS_WITHOUT_KEYS,
-    CHUNK,
-    LARGEST_REQUEST,
-    LARGEST_SMALL,
-    MOST_HEADERS,
-    OTHER_OBJECTS,
-    SECRET,
-    Door,
-)
-from maskdm_server.keys import Keys
-from maskdm_server.questions import ASKED
-from maskdm_server.traffic import Traffic
+from maskdm.run.runfolder import read_lines
+from maskdm_server.door import bodies
+from maskdm_server.door import door as under_test
+from maskdm_server.door import traffic as traffic_module
+from maskdm_server.door.bodies import Message
+from maskdm_server.door.door import ASK, CALLS, CALLS_WITHOUT_KEYS, CHUNK, LARGEST_REQUEST, LARGEST_SMALL, MOST_HEADERS, OTHER_OBJECTS, SECRET, Door
+from maskdm_server.door.keys import Keys
+from maskdm_server.door.questions import ASKED
+from maskdm_server.door.traffic import Traffic
 
 PUBLIC_PORT, PRIVATE_PORT = 8000, 40000
 PUSH, PULL, MESSAGES = "/v1/fleet/push-object", "/v1/fleet/pull-object", "/v1/fleet/push-messages"

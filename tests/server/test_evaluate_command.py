@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from maskdm import cli
-from maskdm.checkpoint import CheckpointMetadata, save_checkpoint, sha256_of
+from maskdm.commands import command_line as cli
+from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint, sha256_of
 from maskdm.config import ModelConfig
-from maskdm.evaluation.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
+from maskdm.evaluation.extractors.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
 from maskdm.evaluation.record import Evaluation, read_record
-from maskdm.model import build_model
-from maskdm_server.cli import app
+from maskdm.networks.model import build_model
+from maskdm_server.commands.app import app
 
 Evaluate = Callable[..., Evaluation]
 

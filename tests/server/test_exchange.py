@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskdm.auditlog import Message, digest_of, message_of
-from maskdm.parcel import Outcome, Parcel
-from maskdm.protocol import RoundPlan
-from maskdm.tensorfile import pack, unpack
-from maskdm_server import exchange as under_test
-from maskdm_server.aggregation import UpdateRejected
-from maskdm_server.exchange import HEARTBEAT_SECONDS, LOST_SECONDS, MOST_QUESTIONS, QUIET, Exchange, new_exchange
-from maskdm_server.link import Question, Reply
+from maskdm.federated.auditlog import Message, digest_of, message_of
+from maskdm.federated.parcel import Outcome, Parcel
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.tensorfile import pack, unpack
+from maskdm_server.federation import exchange as under_test
+from maskdm_server.aggregation.updates import UpdateRejected
+from maskdm_server.federation.exchange import HEARTBEAT_SECONDS, LOST_SECONDS, MOST_QUESTIONS, QUIET, Exchange, new_exchange
+from maskdm_server.federation.transport import Question, Reply
 
 from .conftest import Time, numbers
 
@@ -164,7 +164,7 @@ def gone(site: int) -> Reply:
 
 
 class Worker:
-    """Works for so many seconds, whatever it is asked meanwhile, and says how far it is, as maskdm_client.app does."""
+    """Works for so many seconds, whatever it is asked meanwhile, and says how far it is, as maskdm_client.flower.client_app does."""
 
     def __init__(self, plan: RoundPlan, seconds: float, images: Callable[[float], int]) -> None:
         self._plan, self._seconds, self._images = plan, seconds, images

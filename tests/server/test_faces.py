@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm_server.faces import SITES, draw_faces, write_faces
+from maskdm_server.lab.faces import SITES, draw_faces, write_faces
 
 
 def test_portraits_are_colour_pictures_that_the_same_seed_draws_again() -> None:

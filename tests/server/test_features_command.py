@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from maskdm import cli
+from maskdm.commands import command_line as cli
 from maskdm.evaluation.distances import frechet_distance, moments
-from maskdm.evaluation.features import open_extractor
-from maskdm_server.cli import app
+from maskdm.evaluation.extractors.features import open_extractor
+from maskdm_server.commands.app import app
 
 
 def stripes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

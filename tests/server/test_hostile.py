@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm.checkpoint import load_checkpoint
-from maskdm.parcel import Parcel
-from maskdm.protocol import RoundPlan
-from maskdm.runfolder import read_lines
-from maskdm.trainable import Trainable
-from maskdm_server.robust import Rule, needed
+from maskdm.training.checkpoint import load_checkpoint
+from maskdm.federated.parcel import Parcel
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.runfolder import read_lines
+from maskdm.networks.trainable import Trainable
+from maskdm_server.aggregation.robust import Rule, needed
 
 from .conftest import Answering, InProcess, Site, events, federate, learner, parcel
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from maskdm import cli
-from maskdm.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
+from maskdm.commands import command_line as cli
+from maskdm.training.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
 from maskdm.config import ModelConfig
-from maskdm.model import build_model
-from maskdm.runfolder import read_lines
-from maskdm_server import inline, serve
-from maskdm_server.cli import app
+from maskdm.networks.model import build_model
+from maskdm.run.runfolder import read_lines
+from maskdm_server.lab import in_process as inline
+from maskdm_server.flower import serve
+from maskdm_server.commands.app import app
 
 PER_CLIENT = 20
 
@@ -40,7 +41,7 @@ def simulate(tmp_path: Path, prior: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         picture.write_bytes(b"")
 
     monkeypatch.setattr(serve, "draw_samples", draw)
-    monkeypatch.setattr("maskdm_client.fine_tuning.HELD_OUT_DRAWS", 16)
+    monkeypatch.setattr("maskdm_client.work.fine_tuning.HELD_OUT_DRAWS", 16)
     torch.set_num_threads(1)
 
     def run(out: Path, clients: int = 3, *options: str, data: Path | None = None) -> int:

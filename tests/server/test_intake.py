@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskdm.parcel import Parcel
-from maskdm.protocol import RoundPlan
-from maskdm_server.aggregation import LARGEST_WEIGHT, HeldUpdates, StreamingMean, Update, UpdateRejected
-from maskdm_server.intake import ENOUGH, REMEMBERED, Intake, Measured
+from maskdm.federated.parcel import Parcel
+from maskdm.federated.plan import RoundPlan
+from maskdm_server.aggregation.updates import LARGEST_WEIGHT, HeldUpdates, StreamingMean, Update, UpdateRejected
+from maskdm_server.federation.intake import ENOUGH, REMEMBERED, Intake, Measured
 
 from .conftest import parcel
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm import runfolder
-from maskdm.checkpoint import CheckpointMetadata, load_checkpoint, sha256_of
+from maskdm.run import runfolder
+from maskdm.training.checkpoint import CheckpointMetadata, load_checkpoint, sha256_of
 from maskdm.errors import CheckpointError
-from maskdm.runfolder import append_line, read_lines
-from maskdm_server import journal as under_test
-from maskdm_server.intake import Measured
-from maskdm_server.journal import KEPT, Journal, Known, published_after
-from maskdm_server.rounds import finetuned
-from maskdm_server.standings import Standing
+from maskdm.run.runfolder import append_line, read_lines
+from maskdm_server.federation import journal as under_test
+from maskdm_server.federation.intake import Measured
+from maskdm_server.federation.journal import KEPT, Journal, Known, published_after
+from maskdm_server.federation.rounds import finetuned
+from maskdm_server.federation.selection import Standing
 
 EMA = 0.9
 ROUNDS = 3

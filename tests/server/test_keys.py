@@ -18,12 +18,12 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supercore.runtime_version_compatibility import get_runtime_version_incompatibility_exit_message
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 
-from maskdm.signing import DIGEST, SIGNATURE
-from maskdm_client import signatures
-from maskdm_client.signatures import SignedRequests
-from maskdm_server import keys as under_test
-from maskdm_server.door import CHUNK
-from maskdm_server.keys import KEYS, OLD_CLIENT, UNKNOWN, Keys, Refused, Signed
+from maskdm.federated.signing import DIGEST, SIGNATURE
+from maskdm_client.flower import signatures
+from maskdm_client.flower.signatures import SignedRequests
+from maskdm_server.door import keys as under_test
+from maskdm_server.door.door import CHUNK
+from maskdm_server.door.keys import KEYS, OLD_CLIENT, UNKNOWN, Keys, Refused, Signed
 
 from .test_door import MESSAGES, PUSH, Knocking, pushed
 
@@ -216,7 +216,7 @@ def test_the_supernode_of_a_site_signs_whole_requests(monkeypatch: pytest.Monkey
     import flwr.supernode.fleet_http_connection as connection
     import flwr.supernode.start_client_internal as internal
 
-    from maskdm_client.pinned import run_supernode
+    from maskdm_client.flower.pinned import run_supernode
 
     monkeypatch.setattr(connection, "NodeAuthHttpInterceptor", None)
     monkeypatch.setattr(internal, "get_fused_config_from_fab", None)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from maskdm_server.optimizers import Moments, ServerOptimizer, ServerStep, step
+from maskdm_server.aggregation.optimizers import Moments, ServerOptimizer, ServerStep, step
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (4,), "c": ()}
 OPTIMIZERS: tuple[ServerOptimizer, ...] = get_args(ServerOptimizer)

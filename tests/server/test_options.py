@@ -9,13 +9,13 @@ import click
 import pytest
 import typer
 
-from maskdm import cli
+from maskdm.commands import command_line as cli
 from maskdm.errors import UsageError
-from maskdm.evaluation.features import random_extractor
-from maskdm_server import federation_commands
-from maskdm_server.cli import app
-from maskdm_server.federation import MAY_CHANGE, FederationConfig
-from maskdm_server.options import federation_options, with_options
+from maskdm.evaluation.extractors.features import random_extractor
+from maskdm_server.commands import federation_commands
+from maskdm_server.commands.app import app
+from maskdm_server.federation.settings import MAY_CHANGE, FederationConfig
+from maskdm_server.commands.options import federation_options, with_options
 
 IDENTITY = {"prior_sha256", "federation"}  # follow from the prior and the seed
 FIELDS = {name: field for name, field in FederationConfig.model_fields.items() if name not in IDENTITY}

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
+from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.errors import FederationError
-from maskdm_server import pictures
-from maskdm_server.pictures import Abandoned, RoundPictures, draw_samples, save_samples
+from maskdm_server.federation import round_pictures as pictures
+from maskdm_server.federation.round_pictures import Abandoned, RoundPictures, draw_samples, save_samples
 
 from .conftest import config
 

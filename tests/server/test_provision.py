@@ -13,9 +13,9 @@ from cryptography import x509
 
 from maskdm.config import ModelConfig
 from maskdm.errors import UsageError
-from maskdm.kit import Kit
-from maskdm_server.provision import provision, renew, revoke
-from maskdm_server.sites import read_server, read_sites
+from maskdm.federated.kit import Kit
+from maskdm_server.kits.provision import provision, renew, revoke
+from maskdm_server.kits.sites import read_server, read_sites
 
 POLICY = b"min-images = 2\n"
 SERVER = "maskdm.example.org:8443"

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from maskdm.checkpoint import load_checkpoint
+from maskdm.training.checkpoint import load_checkpoint
 from maskdm.errors import Interrupted
-from maskdm.parcel import Outcome, Parcel
-from maskdm.protocol import QualityPlan, RoundPlan
-from maskdm.runfolder import read_lines
-from maskdm_server.events import described
-from maskdm_server.quality import known_line
+from maskdm.federated.parcel import Outcome, Parcel
+from maskdm.federated.plan import QualityPlan, RoundPlan
+from maskdm.run.runfolder import read_lines
+from maskdm_server.federation.events import described
+from maskdm_server.federation.quality import known_line
 
 from .conftest import Answering, InProcess, Site, events, federate, learner, parcel
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from maskdm_server import quiet as under_test
-from maskdm_server.quiet import BURST, LONGEST_LINE, RATE, TELL_SECONDS, Quiet, Refusals
+from maskdm_server.door import quiet as under_test
+from maskdm_server.door.quiet import BURST, LONGEST_LINE, RATE, TELL_SECONDS, Quiet, Refusals
 
 
 @pytest.fixture

@@ -13,16 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskdm_server import robust
-from maskdm_server.robust import (
-    Rule,
-    coordinate_median,
-    krum_order,
-    needed,
-    robust_delta,
-    squared_distances,
-    trimmed_mean,
-)
+from maskdm_server.aggregation import robust
+from maskdm_server.aggregation.robust import Rule, coordinate_median, krum_order, needed, robust_delta, squared_distances, trimmed_mean
 
 Update = dict[str, Tensor]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from maskdm.errors import FederationError, UsageError
-from maskdm_server import roster as under_test
-from maskdm_server.provision import provision, renew, revoke
-from maskdm_server.roster import NODES, Named, Roster
-from maskdm_server.sites import SITES, read_sites, write_sites
+from maskdm_server.flower import roster as under_test
+from maskdm_server.kits.provision import provision, renew, revoke
+from maskdm_server.flower.roster import NODES, Named, Roster
+from maskdm_server.kits.sites import SITES, read_sites, write_sites
 
 
 class Control:

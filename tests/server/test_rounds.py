@@ -11,21 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm import auditlog, runfolder
-from maskdm.auditlog import verify
-from maskdm.checkpoint import CheckpointMetadata, load_checkpoint, sha256_of
+from maskdm.federated import auditlog
+from maskdm.run import runfolder
+from maskdm.federated.auditlog import verify
+from maskdm.training.checkpoint import CheckpointMetadata, load_checkpoint, sha256_of
 from maskdm.errors import FederationError, Interrupted
-from maskdm.parcel import REPORT_NAMES, Outcome, Parcel
-from maskdm.protocol import RoundPlan, work_key
-from maskdm.runfolder import atomic_write, read_lines
-from maskdm.trainable import Trainable, changed_weights
-from maskdm.wire import decode
-from maskdm_server import aggregation
-from maskdm_server import journal as journalling
-from maskdm_server.journal import Known
-from maskdm_server.link import Question, Reply
-from maskdm_server.rounds import DISK_SECONDS, PAUSES, Rounds
-from maskdm_server.standings import Standing
+from maskdm.federated.parcel import REPORT_NAMES, Outcome, Parcel
+from maskdm.federated.plan import RoundPlan, work_key
+from maskdm.run.runfolder import atomic_write, read_lines
+from maskdm.networks.trainable import Trainable, changed_weights
+from maskdm.federated.encoding import decode
+from maskdm_server.aggregation import updates as aggregation
+from maskdm_server.federation import journal as journalling
+from maskdm_server.federation.journal import Known
+from maskdm_server.federation.transport import Question, Reply
+from maskdm_server.federation.rounds import DISK_SECONDS, PAUSES, Rounds
+from maskdm_server.federation.selection import Standing
 
 from .conftest import (
     Answering,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm import cli
-from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
+from maskdm.commands import command_line as cli
+from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import ModelConfig
-from maskdm.model import build_model
-from maskdm_server.cli import app
+from maskdm.networks.model import build_model
+from maskdm_server.commands.app import app
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maskdm_server.signs import alive, is_alive
+from maskdm_server.flower.liveness import alive, is_alive
 
 
 def test_a_federation_is_alive_while_the_lock_is_held(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskdm.data.corpus import in_memory
-from maskdm.data.sources import open_source
+from maskdm.data.sources.source import open_source
 from maskdm.errors import UsageError
-from maskdm_server.simulate import Rows, split_by_label, split_iid, write_shares
+from maskdm_server.lab.simulate import Rows, split_by_label, split_iid, write_shares
 
 
 def assert_partition(shares: list[Rows], count: int, clients: int) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm_server.standings import LONGEST_REST, Standing, choose
+from maskdm_server.federation.selection import LONGEST_REST, Standing, choose
 
 EVERYBODY = range(1, 31)
 

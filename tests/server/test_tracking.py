@@ -15,16 +15,16 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from maskdm import cli
-from maskdm.checkpoint import CheckpointMetadata, save_checkpoint
+from maskdm.commands import command_line as cli
+from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import ModelConfig
-from maskdm.model import build_model
-from maskdm.pictures import save_png
-from maskdm.processes import free_port
-from maskdm.runfolder import append_line, keep_lines, read_lines, write_json
-from maskdm_server import tracking
-from maskdm_server.cli import app
-from maskdm_server.tracking import FEDERATION, PRETRAINING, Files, Log, follow
+from maskdm.networks.model import build_model
+from maskdm.run.pictures import save_png
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import append_line, keep_lines, read_lines, write_json
+from maskdm_server.tracking import follow as tracking
+from maskdm_server.commands.app import app
+from maskdm_server.tracking.follow import FEDERATION, PRETRAINING, Files, Log, follow
 
 ROOT = Path(__file__).parents[2]
 SINKS: list[Log] = ["tensorboard", "mlflow"]
@@ -268,7 +268,7 @@ def test_off_imports_nothing_and_leaves_nothing(images: Path, tmp_path: Path) ->
     code = (
         "import sys\n"
         "from maskdm import cli\n"
-        "from maskdm_server.cli import app\n"
+        "from maskdm_server.commands.app import app\n"
         "assert cli.run(app, 'maskdm-server', sys.argv[1:]) == 0\n"
         "sys.exit(str([n for n in sys.modules if n.split('.')[0] in ('tensorboard', 'mlflow')] or 0))"
     )
@@ -286,7 +286,7 @@ def test_off_imports_nothing_and_leaves_nothing(images: Path, tmp_path: Path) ->
 def test_pretraining_is_logged_while_it_runs_and_when_it_goes_on(
     log: Log, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maskdm_server.pretrain.METRICS_EVERY", 0.0)
+    monkeypatch.setattr("maskdm_server.pretraining.pretrain.METRICS_EVERY", 0.0)
     out = tmp_path / "out"
     assert cli.run(app, "maskdm-server", pretrain(images, out, "--log", log)) == 0
     assert len(read_lines(out / "metrics.jsonl")) == 6

@@ -10,7 +10,7 @@ from flwr.proto.node_pb2 import Node
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm_server.trees import MOST_FIELDS, Malformed, TooMany, objects, parts
+from maskdm_server.door.trees import MOST_FIELDS, Malformed, TooMany, objects, parts
 
 # The shape of a tree: a list of its children's.
 SHAPES: st.SearchStrategy[Any] = st.recursive(

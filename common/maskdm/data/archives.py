@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from maskdm.errors import DataError
+from ..errors import DataError
 
 # No picture file is larger; a member that claims or turns out to be so is refused (zip bombs).
 MAX_FILE_BYTES = 1 << 30

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, ValidationError
 
-from maskdm.config import Frozen
-from maskdm.data.pixels import PixelPolicy, Pixels
-from maskdm.errors import DataError
-from maskdm.runfolder import write_json
+from ..config import Frozen
+from .pixels import PixelPolicy, Pixels
+from ..errors import DataError
+from ..run.runfolder import write_json
 
 IMAGES, INDEX, MANIFEST, SKIPPED, VERIFIED = "images.npy", "index.npy", "manifest.json", "skipped.jsonl", ".verified"
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.errors import DataError
+from ..errors import DataError
 
 # Decompression bombs: a picture that would need more pixels than this in memory is refused. 4 bytes each at most.
 MAX_PIXELS = 180_000_000

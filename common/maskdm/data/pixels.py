@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, JpegImagePlugin
 from pydantic import Field, model_validator
 
-from maskdm.config import Frozen
-from maskdm.data import dicom
-from maskdm.data.dicom import MAX_PIXELS
-from maskdm.errors import DataError
+from ..config import Frozen
+from . import dicom
+from .dicom import MAX_PIXELS
+from ..errors import DataError
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the stored picture; may reach beyond it

@@ -14,23 +14,10 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from maskdm.data.corpus import (
-    IMAGES,
-    INDEX,
-    MANIFEST,
-    RECORD,
-    SKIPPED,
-    SPLITS,
-    Index,
-    Manifest,
-    Tally,
-    corpus_sha256,
-    mark_verified,
-    repeated,
-)
-from maskdm.data.pixels import IsColour, PixelPolicy, Pixels
-from maskdm.errors import DataError
-from maskdm.runfolder import atomic_write, write_json
+from .corpus import IMAGES, INDEX, MANIFEST, RECORD, SKIPPED, SPLITS, Index, Manifest, Tally, corpus_sha256, mark_verified, repeated
+from .pixels import IsColour, PixelPolicy, Pixels
+from ..errors import DataError
+from ..run.runfolder import atomic_write, write_json
 
 COMMIT_SECONDS = 5.0  # between two states that a crash falls back to
 COLOUR = "colour, but the model has one channel"

@@ -7,18 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from maskdm.evaluation.cached import RealFeatures
-from maskdm.evaluation.distances import frechet_distance, kernel_distance, moments
-from maskdm.evaluation.neighbours import Memorisation, memorisation, neighbourhoods
-from maskdm.evaluation.record import Measured
-from maskdm.evaluation.uncertainty import (
-    extrapolated_frechet,
-    frechet_resamples,
-    halves,
-    kernel_resamples,
-    mean_resamples,
-    percentiles,
-)
+from .cached import RealFeatures
+from .distances import frechet_distance, kernel_distance, moments
+from .neighbours import Memorisation, memorisation, neighbourhoods
+from .record import Measured
+from .uncertainty import extrapolated_frechet, frechet_resamples, halves, kernel_resamples, mean_resamples, percentiles
 
 CONFIDENCE = 0.95
 ANYTHING, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)  # what a number can be

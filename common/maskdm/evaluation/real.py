@@ -6,13 +6,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.data.cache import load_corpus
-from maskdm.data.corpus import SPLITS, Corpus, Index
-from maskdm.data.pixels import PixelPolicy
-from maskdm.data.sources import open_source
-from maskdm.errors import DataError
-from maskdm.evaluation.cached import RealFeatures, real_features
-from maskdm.evaluation.features import Extractor
+from ..data.preparation.cache import load_corpus
+from ..data.corpus import SPLITS, Corpus, Index
+from ..data.pixels import PixelPolicy
+from ..data.sources.source import open_source
+from ..errors import DataError
+from .cached import RealFeatures, real_features
+from .extractors.features import Extractor
 
 Part = Literal["test", "validation", "train", "all"]
 PARTS: tuple[Part, ...] = ("test", "validation", "all")  # what `auto` looks for, in this order

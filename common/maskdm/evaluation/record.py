@@ -14,12 +14,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from maskdm.checkpoint import first_problem
-from maskdm.config import Frozen
-from maskdm.data.pixels import PixelPolicy
-from maskdm.errors import UsageError
-from maskdm.runfolder import write_json
-from maskdm.sampling import Sampler
+from ..training.checkpoint import first_problem
+from ..config import Frozen
+from ..data.pixels import PixelPolicy
+from ..errors import UsageError
+from ..run.runfolder import write_json
+from ..diffusion.sampling import Sampler
 
 FOLDER = "evaluations"
 MAX_BYTES = 10_000_000

@@ -3,11 +3,11 @@
 import statistics
 from collections.abc import Sequence
 
-from maskdm_server.directions import AGAINST
-from maskdm_server.report.blocks import note, table
-from maskdm_server.report.gather import RoundLine, UpdateLine
-from maskdm_server.report.markup import Markup, tag, together
-from maskdm_server.report.units import count
+from ..aggregation.directions import AGAINST
+from .page.blocks import note, table
+from .gather import RoundLine, UpdateLine
+from .page.markup import Markup, tag, together
+from .page.units import count
 
 MOST_ROWS = 40
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from maskdm.reporting import readable_size
-from maskdm_server.report.blocks import chart, row_of, table
-from maskdm_server.report.charts import Series, line_chart
-from maskdm_server.report.gather import RoundLine
-from maskdm_server.report.markup import Markup
-from maskdm_server.report.units import count, duration, figure
+from maskdm.run.reporting import readable_size
+from .page.blocks import chart, row_of, table
+from .page.charts import Series, line_chart
+from .gather import RoundLine
+from .page.markup import Markup
+from .page.units import count, duration, figure
 
 MOST_LINES = 60  # of the table
 

@@ -1,16 +1,16 @@
 """A federation as a page: where it stands, what it learned, who took part, what it cost, what went wrong."""
 
-from maskdm.reporting import readable_size
-from maskdm_server.report.agreement import agreement
-from maskdm_server.report.blocks import code, colophon, configuration, facts, page, picture, row_of, section, tiles
-from maskdm_server.report.costs import costs, round_by_round
-from maskdm_server.report.files import read_picture
-from maskdm_server.report.gather import Federation, State
-from maskdm_server.report.incidents import audit, faults, privacy, rejections
-from maskdm_server.report.markup import Markup, tag, together
-from maskdm_server.report.participation import participation
-from maskdm_server.report.quality import quality, quality_at_sites
-from maskdm_server.report.units import count, duration, figure, moment, percent
+from maskdm.run.reporting import readable_size
+from .agreement import agreement
+from .page.blocks import code, colophon, configuration, facts, page, picture, row_of, section, tiles
+from .costs import costs, round_by_round
+from .files import read_picture
+from .gather import Federation, State
+from .incidents import audit, faults, privacy, rejections
+from .page.markup import Markup, tag, together
+from .participation import participation
+from .quality import quality, quality_at_sites
+from .page.units import count, duration, figure, moment, percent
 
 STATES: dict[State, tuple[str, str]] = {
     "starting": ("warn", "is starting"),

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from maskdm.runfolder import flatten
+from maskdm.run.runfolder import flatten
 
 MOST_PIXELS = 100_000_000  # of a picture that is opened at all
 LARGEST_FILE = 150_000  # bytes of a picture that goes into a page as it is

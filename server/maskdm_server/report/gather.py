@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from maskdm.auditlog import AUDIT, Verdict, verify
-from maskdm.checkpoint import CheckpointMetadata, describe_checkpoint, sha256_of
+from maskdm.federated.auditlog import AUDIT, Verdict, verify
+from maskdm.training.checkpoint import CheckpointMetadata, describe_checkpoint, sha256_of
 from maskdm.errors import CheckpointError
-from maskdm.runfolder import is_owned
-from maskdm_server.report.files import Followed, Row, read_row, read_rows, read_settings
-from maskdm_server.report.happened import Happened
-from maskdm_server.report.sites import Sites
+from maskdm.run.runfolder import is_owned
+from .files import Followed, Row, read_row, read_rows, read_settings
+from .happened import Happened
+from .sites import Sites
 
 MOST_GRIDS = 12  # through a run, besides the first and the last
 

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
-from maskdm_server.events import described
+from ..federation.events import described
 
 FAULTS = ("rejected", "against", "silent", "late", "rests", "retry", "disk full", "crashed", "failed")
 KEPT = 200  # of the newest faults

@@ -1,11 +1,11 @@
 """What a reader has to be able to trust: what was rejected, what went wrong, privacy, and the audit log."""
 
-from maskdm.auditlog import AUDIT
-from maskdm_server.report.blocks import code, facts, note, table
-from maskdm_server.report.gather import Federation
-from maskdm_server.report.happened import KEPT, Fault
-from maskdm_server.report.markup import Markup, tag, together
-from maskdm_server.report.units import count, moment
+from maskdm.federated.auditlog import AUDIT
+from .page.blocks import code, facts, note, table
+from .gather import Federation
+from .happened import KEPT, Fault
+from .page.markup import Markup, tag, together
+from .page.units import count, moment
 
 
 def rejections(found: Federation) -> Markup:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from maskdm.reporting import readable_size
-from maskdm_server.report.blocks import note, table
-from maskdm_server.report.markup import Markup, tag, together
-from maskdm_server.report.sites import Part, Site, Sites
-from maskdm_server.report.units import count, figure
+from maskdm.run.reporting import readable_size
+from .page.blocks import note, table
+from .page.markup import Markup, tag, together
+from .sites import Part, Site, Sites
+from .page.units import count, figure
 
 MOST_COLUMNS, MOST_ROWS = 40, 40
 

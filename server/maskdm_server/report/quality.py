@@ -5,11 +5,11 @@ from itertools import groupby
 from pathlib import Path
 
 from maskdm.evaluation.record import Evaluation, Measured, records_of
-from maskdm_server.report.blocks import chart, note, row_of, table
-from maskdm_server.report.charts import Series, line_chart
-from maskdm_server.report.gather import QualityLine
-from maskdm_server.report.markup import Markup, tag, together
-from maskdm_server.report.units import count, figure
+from .page.blocks import chart, note, row_of, table
+from .page.charts import Series, line_chart
+from .gather import QualityLine
+from .page.markup import Markup, tag, together
+from .page.units import count, figure
 
 MOST_RECORDS = 200
 MOST_CHARTS = 4

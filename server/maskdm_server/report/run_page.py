@@ -3,25 +3,13 @@
 from collections.abc import Sequence
 from statistics import median
 
-from maskdm_server.report.blocks import (
-    chart,
-    code,
-    colophon,
-    configuration,
-    facts,
-    note,
-    page,
-    picture,
-    row_of,
-    section,
-    tiles,
-)
-from maskdm_server.report.charts import Series, line_chart
-from maskdm_server.report.files import read_picture
-from maskdm_server.report.gather import MetricsLine, PretrainRun
-from maskdm_server.report.markup import Markup, tag, together
-from maskdm_server.report.quality import quality
-from maskdm_server.report.units import count, duration, figure, percent
+from .page.blocks import chart, code, colophon, configuration, facts, note, page, picture, row_of, section, tiles
+from .page.charts import Series, line_chart
+from .files import read_picture
+from .gather import MetricsLine, PretrainRun
+from .page.markup import Markup, tag, together
+from .quality import quality
+from .page.units import count, duration, figure, percent
 
 # Above this ratio of the largest to the smallest loss a logarithmic axis shows more.
 LOG_FROM = 5.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
 
-from maskdm_server.report.files import Row, parsed
+from .files import Row, parsed
 
 LAST_ROUND = 100_000
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm.data.cache import load_corpus
-from maskdm.data.packing import pack
+from maskdm.data.preparation.cache import load_corpus
+from maskdm.data.preparation.pack import pack
 from maskdm.data.pixels import PixelPolicy
-from maskdm.data.sources import open_source
+from maskdm.data.sources.source import open_source
 from maskdm.errors import DataError
 
 POLICY = PixelPolicy(image_size=8, channels=1)

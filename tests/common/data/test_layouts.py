@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from maskdm.data.corpus import Corpus
-from maskdm.data.layouts import LAYOUTS, with_layout
-from maskdm.data.packing import pack
+from maskdm.data.sources.layouts import LAYOUTS, with_layout
+from maskdm.data.preparation.pack import pack
 from maskdm.data.pixels import PixelPolicy, Pixels
-from maskdm.data.sources import Entry, Source, group_of
-from maskdm.data.tables import Table, read_table
+from maskdm.data.sources.source import Entry, Source, group_of
+from maskdm.data.sources.tables import Table, read_table
 from maskdm.errors import DataError
 
 FORMS = pytest.mark.parametrize("form", ["folder", "zip", "tar"])

@@ -19,13 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskdm.data import packing, writer
+from maskdm.data.preparation import pack as packing
+from maskdm.data import writer
 from maskdm.data.corpus import RECORD, SPLITS, Corpus, in_memory, open_corpus, verify
-from maskdm.data.packing import guess_channels, pack
+from maskdm.data.preparation.pack import guess_channels, pack
 from maskdm.data.pixels import IsColour, PixelPolicy, Pixels
-from maskdm.data.sources import Entry, open_source
+from maskdm.data.sources.source import Entry, open_source
 from maskdm.errors import DataError, Interrupted
-from maskdm.interruption import Interruption
+from maskdm.run.interruption import Interruption
 
 POLICY = PixelPolicy(image_size=8, channels=1)
 
@@ -256,7 +257,7 @@ def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
         "print('once', flush=True)\n"
         "from maskdm.data import packing\n"
         "from maskdm.data.pixels import PixelPolicy\n"
-        "from maskdm.data.sources import open_source\n"
+        "from maskdm.data.sources.source import open_source\n"
         "packing.ALONE_SECONDS, packing.CHUNK_BYTES = 0.0, 64 * 8\n"
         "policy = PixelPolicy(image_size=8, channels=1)\n"
         "print(len(packing.pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), policy, workers=3)))\n"
@@ -381,7 +382,7 @@ def test_workers_end_when_the_process_that_packs_is_killed(tmp_path: Path) -> No
         "from pathlib import Path\n"
         "from maskdm.data import packing, writer\n"
         "from maskdm.data.pixels import PixelPolicy\n"
-        "from maskdm.data.sources import open_source\n"
+        "from maskdm.data.sources.source import open_source\n"
         "if __name__ == '__main__':\n"
         "    packing.ALONE_SECONDS = 0.0\n"
         "    packing.CHUNK_BYTES = 64 * 8\n"

@@ -8,14 +8,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskdm.checkpoint import CheckpointMetadata
+from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.config import ModelConfig
 from maskdm.data.corpus import in_memory
-from maskdm.data.packing import pack
+from maskdm.data.preparation.pack import pack
 from maskdm.data.pixels import PixelPolicy
-from maskdm.data.preflight import compare, inspect, lines, write_report
-from maskdm.data.sources import open_source
-from maskdm_server.faces import draw_faces
+from maskdm.data.preparation.preflight import compare, inspect, lines, write_report
+from maskdm.data.sources.source import open_source
+from maskdm_server.lab.faces import draw_faces
 
 Pixels = NDArray[np.uint8]
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from maskdm.data.duplicates import near_duplicates, thumbnail
-from maskdm.data.groups import with_groups
-from maskdm.data.slices import Found, Slice, choose, divide, look_alike, survey
-from maskdm.data.sources import Entry, open_source
+from maskdm.data.sources.groups import with_groups
+from maskdm.data.preparation.slices import Found, Slice, choose, divide, look_alike, survey
+from maskdm.data.sources.source import Entry, open_source
 from maskdm.errors import DataError
-from maskdm_server.faces import draw_faces
+from maskdm_server.lab.faces import draw_faces
 
 
 def site(count: int, labels: str = "a", groups: list[int] | None = None) -> Found:

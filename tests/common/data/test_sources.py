@@ -20,18 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from maskdm.data.packing import pack
+from maskdm.data.preparation.pack import pack
 from maskdm.data.pixels import PixelPolicy, Pixels
-from maskdm.data.sources import (
-    ArchiveSource,
-    ArraySource,
-    Entry,
-    FolderSource,
-    Source,
-    group_of,
-    is_picture,
-    open_source,
-)
+from maskdm.data.sources.source import ArchiveSource, ArraySource, Entry, FolderSource, Source, group_of, is_picture, open_source
 from maskdm.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("in_time")

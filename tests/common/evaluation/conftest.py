@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskdm.data.corpus import Corpus, in_memory
-from maskdm.evaluation.features import Extractor
+from maskdm.evaluation.extractors.features import Extractor
 
 
 class Counting:

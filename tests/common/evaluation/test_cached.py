@@ -13,7 +13,7 @@ from maskdm.data.corpus import Corpus
 from maskdm.errors import UsageError
 from maskdm.evaluation.cached import RealFeatures, real_features
 from maskdm.evaluation.distances import moments
-from maskdm.evaluation.features import Extractor
+from maskdm.evaluation.extractors.features import Extractor
 
 from .conftest import Counting
 

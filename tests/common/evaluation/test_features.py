@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskdm.errors import UsageError
-from maskdm.evaluation.feature_net import KEY, FeatureNet, FeatureNetConfig, save_feature_net
-from maskdm.evaluation.features import open_extractor, random_extractor
+from maskdm.evaluation.extractors.feature_net import KEY, FeatureNet, FeatureNetConfig, save_feature_net
+from maskdm.evaluation.extractors.features import open_extractor, random_extractor
 
 
 def images(count: int, channels: int = 3, size: int = 20) -> Tensor:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm.checkpoint import sha256_of
+from maskdm.training.checkpoint import sha256_of
 from maskdm.errors import UsageError
-from maskdm.evaluation import inception
-from maskdm.evaluation.features import open_extractor
+from maskdm.evaluation.extractors import inception
+from maskdm.evaluation.extractors.features import open_extractor
 
 fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 

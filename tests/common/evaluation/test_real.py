@@ -8,7 +8,7 @@ import pytest
 from maskdm.data.corpus import in_both
 from maskdm.data.pixels import PixelPolicy
 from maskdm.errors import DataError
-from maskdm.evaluation.features import Extractor
+from maskdm.evaluation.extractors.features import Extractor
 from maskdm.evaluation.real import Real, load_real
 
 POLICY = PixelPolicy(image_size=8, channels=1)

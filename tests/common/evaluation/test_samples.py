@@ -12,7 +12,7 @@ from maskdm.config import DiffusionConfig, ModelConfig
 from maskdm.errors import DataError
 from maskdm.evaluation import samples
 from maskdm.evaluation.samples import StoredSamples, drawn, proportional_classes
-from maskdm.model import build_model
+from maskdm.networks.model import build_model
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp", "ddpm"])

@@ -4,7 +4,7 @@ import pytest
 
 from maskdm.config import MaskConfig
 from maskdm.errors import UsageError
-from maskdm_server.experiment.arms import arms_named
+from maskdm_server.lab.experiment.arms import arms_named
 
 MASK = MaskConfig(kind="block", ratio=0.75, block_size=2)
 

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.errors import UsageError
-from maskdm_server.experiment.arms import arms_named, known_arms
-from maskdm_server.experiment.budget import ExperimentConfig, rounds_of, spending
+from maskdm_server.lab.experiment.arms import arms_named, known_arms
+from maskdm_server.lab.experiment.budget import ExperimentConfig, rounds_of, spending
 
 MASK = MaskConfig(kind="block", ratio=0.75, block_size=2)
 MODEL = ModelConfig.preset("tiny", image_size=32, channels=1)

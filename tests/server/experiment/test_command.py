@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from maskdm import cli
-from maskdm.checkpoint import load_checkpoint
+from maskdm.commands import command_line as cli
+from maskdm.training.checkpoint import load_checkpoint
 from maskdm.config import SIZES, DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.data.corpus import in_memory
-from maskdm.evaluation.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
-from maskdm.runfolder import read_lines
-from maskdm_server.cli import app
-from maskdm_server.experiment import images, training
-from maskdm_server.experiment.arms import Sites, arms_named
-from maskdm_server.experiment.budget import ExperimentConfig
-from maskdm_server.experiment.quality import Judge
+from maskdm.evaluation.extractors.feature_net import FeatureNet, FeatureNetConfig, save_feature_net
+from maskdm.run.runfolder import read_lines
+from maskdm_server.commands.app import app
+from maskdm_server.lab.experiment import images, training
+from maskdm_server.lab.experiment.arms import Sites, arms_named
+from maskdm_server.lab.experiment.budget import ExperimentConfig
+from maskdm_server.lab.experiment.quality import Judge
 
 ARMS = "scratch,masked,unmasked,federated-skewed"
 
@@ -26,8 +26,8 @@ ARMS = "scratch,masked,unmasked,federated-skewed"
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command on small grey pictures; returns the exit code."""
-    monkeypatch.setattr("maskdm_client.fine_tuning.HELD_OUT_DRAWS", 16)
-    monkeypatch.setattr("maskdm_server.serve.draw_samples", lambda *_: None)
+    monkeypatch.setattr("maskdm_client.work.fine_tuning.HELD_OUT_DRAWS", 16)
+    monkeypatch.setattr("maskdm_server.flower.serve.draw_samples", lambda *_: None)
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     random = np.random.default_rng(0)

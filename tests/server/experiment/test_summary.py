@@ -3,8 +3,8 @@
 import pytest
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
-from maskdm_server.experiment.budget import ExperimentConfig
-from maskdm_server.experiment.summary import Run, compute_ratio, flops_to_reach, sentences, table
+from maskdm_server.lab.experiment.budget import ExperimentConfig
+from maskdm_server.lab.experiment.summary import Run, compute_ratio, flops_to_reach, sentences, table
 
 CONFIG = ExperimentConfig(
     model=ModelConfig.preset("tiny", image_size=32, channels=1),

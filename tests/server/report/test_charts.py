@@ -8,22 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm_server.report.charts import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    MOST_POINTS,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Axis,
-    Series,
-    line_chart,
-    nice_step,
-    picture_of,
-    thinned,
-)
-from maskdm_server.report.units import compact, duration, figure, moment, percent
+from maskdm_server.report.page.charts import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIGHT, TOP, WIDTH, Axis, Series, line_chart, nice_step, picture_of, thinned
+from maskdm_server.report.page.units import compact, duration, figure, moment, percent
 
 NUMBERS = st.floats(-1e9, 1e9, allow_nan=False, width=32)
 POINTS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=30).map(sorted)

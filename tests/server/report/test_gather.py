@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm import auditlog
-from maskdm.auditlog import Message
+from maskdm.federated import auditlog
+from maskdm.federated.auditlog import Message
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, TrainingConfig
 from maskdm.errors import FederationError
-from maskdm.parcel import Parcel
-from maskdm.protocol import RoundPlan
-from maskdm.runfolder import append_line, owned, write_json
-from maskdm_server.pretrain import Run
+from maskdm.federated.parcel import Parcel
+from maskdm.federated.plan import RoundPlan
+from maskdm.run.runfolder import append_line, owned, write_json
+from maskdm_server.pretraining.pretrain import Run
 from maskdm_server.report.gather import Federation, FederationFolder, grids, look_at_run
 from maskdm_server.report.sites import Part, Site, Sites
 

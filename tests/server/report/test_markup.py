@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm_server.report.markup import LONGEST_TEXT, document, escaped, tag, together
+from maskdm_server.report.page.markup import LONGEST_TEXT, document, escaped, tag, together
 
 
 class Read(HTMLParser):

@@ -1,0 +1,23 @@
+"""The ClientApp of Flower's simulation: a virtual site does its work when it is asked, in the process that asks it.
+
+Apart from `maskdm_client.flower.client_app`, because here the folder of a site follows from what the server says.
+"""
+
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from .client_app import asked_of, message_with
+from ..work.in_process import answer
+
+app = ClientApp()
+
+
+@app.train()  # type: ignore[untyped-decorator]
+def train(message: Message, context: Context) -> Message:
+    """Answer one message of the coordinator."""
+    number = int(str(context.node_config["partition-id"])) + 1
+    folder = Path(str(context.run_config["federation"])) / "sites" / f"site-{number}" / "client"
+    _, _, document, weights = asked_of(message.content) or (0, 0.0, "", b"")
+    return message_with(answer(document, weights, folder), message)

@@ -1,0 +1,189 @@
+"""What the two command lines share: precedence of options, errors as one line, exit codes.
+
+Precedence: default < `--config FILE` (TOML) < environment (`MASKDM_…`) < flag.
+"""
+
+import sys
+import tomllib
+import traceback
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import typer
+from click.core import ParameterSource
+from pydantic import ValidationError
+
+from ..config import Frozen
+from ..errors import Interrupted, MaskDMError, UsageError
+
+INTERRUPTED = 130
+STAGES = "maskdm.stages"  # where a command finds the [[stages]] of its configuration
+
+Config = TypeVar("Config", bound=Frozen)
+
+
+def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = typer.main.get_command(app)
+    _prepare(command)
+    try:
+        result = command.main(args=arguments, prog_name=program, standalone_mode=False, obj=arguments)
+        if result == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt, without a word
+            return _fail(program, "interrupted", INTERRUPTED)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except (Interrupted, KeyboardInterrupt, click.Abort) as stopped:
+        return _fail(program, str(stopped) or "interrupted", INTERRUPTED)
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else program
+        return _fail(where, f"{error.format_message()} (see {where} --help)", 2)
+    except MaskDMError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _fail(program, str(error), error.exit_code)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _fail(program, f"unexpected {type(error).__name__}: {error}; --debug shows where", 1)
+
+
+def configure(build: type[Config], values: dict[str, Any], options: dict[str, str] | None = None) -> Config:
+    """Build a configuration; a bad value becomes a UsageError that names its option.
+
+    Args:
+        options: field → option, where the option is not simply the field's name.
+    """
+    try:
+        return build.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        if not problem["loc"]:
+            raise UsageError(message) from error
+        name = str(problem["loc"][0])
+        option = (options or {}).get(name, f"--{name.replace('_', '-')}")
+        raise UsageError(f"{option} {problem.get('input')}: {message}") from error
+
+
+def pair(option: str, text: str) -> tuple[float, float]:
+    """Two numbers in one option, e.g. 0.9,0.99."""
+    first, second = numbers(option, text, "two numbers", exactly=2)
+    return first, second
+
+
+def numbers(option: str, text: str, wanted: str = "numbers", *, exactly: int | None = None) -> tuple[float, ...]:
+    """Numbers in one option, e.g. 0.9,0.99."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+        if exactly not in (None, len(found)):
+            raise ValueError
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: give {wanted} such as 0.9,0.99") from error
+    return found
+
+
+def count(option: str, text: str) -> int:
+    """'200K' → 200000.
+
+    Raises:
+        UsageError: not such a number.
+    """
+    return _number(option, text, {"K": 10**3, "M": 10**6}, "50000, 200K or 1.5M")
+
+
+def size(option: str, text: str) -> int:
+    """'50MB' → 50000000 bytes.
+
+    Raises:
+        UsageError: not such a number.
+    """
+    return _number(option, text, {"KB": 10**3, "MB": 10**6, "GB": 10**9}, "500KB, 50MB or 1.5GB")
+
+
+def _number(option: str, text: str, units: dict[str, int], examples: str) -> int:
+    digits = text.strip().upper()
+    unit = next((unit for unit in units if digits.endswith(unit)), "")
+    try:
+        return round(float(digits.removesuffix(unit)) * units.get(unit, 1))
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{option} {text}: give a number such as {examples}") from error
+
+
+def _fail(where: str, message: str, code: int) -> int:
+    print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _prepare(command: click.Command) -> None:
+    """Give every option its environment variable, every command --debug, and those that do the work --config."""
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name and parameter.envvar is None:
+            parameter.envvar = f"MASKDM_{parameter.name.upper()}"
+            parameter.show_envvar = True
+    if not isinstance(command, click.Group) or command.invoke_without_command:
+        command.params.append(
+            click.Option(
+                ["--config"],
+                type=click.Path(path_type=Path),
+                envvar="MASKDM_CONFIG",
+                is_eager=True,
+                expose_value=False,
+                callback=_read_config,
+                help="TOML file of options, e.g. batch-size = 64; the environment and flags come first.",
+            )
+        )
+    command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks."))
+    if isinstance(command, click.Group):
+        for child in command.commands.values():
+            _prepare(child)
+
+
+def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    if context.get_parameter_source("config") is ParameterSource.ENVIRONMENT and _subcommand(context):
+        return  # MASKDM_CONFIG is meant for the subcommand
+    try:
+        document = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {path} is not TOML: {error}") from error
+    use_defaults(context, document, f"--config {path}", over=True)
+
+
+def _subcommand(context: click.Context) -> bool:
+    """Whether a command that also works alone was called with one of its subcommands."""
+    return isinstance(context.command, click.Group) and any(name in context.command.commands for name in context.obj)
+
+
+def use_defaults(context: click.Context, document: dict[str, Any], origin: str, *, over: bool) -> None:
+    """Take options from a document as defaults; `over` says whether they beat those taken before.
+
+    A command with an option --recipe also takes `[[stages]]`, which land in `context.meta[STAGES]`.
+
+    Raises:
+        UsageError: an unknown key.
+    """
+    known = {p.name for p in context.command.params if isinstance(p, click.Option) and p.expose_value}
+    values = {key.replace("-", "_"): value for key, value in document.items()}
+    stages = values.pop("stages", None) if "recipe" in known else None
+    for key in document:
+        if key.replace("-", "_") in values.keys() - known:
+            raise UsageError(f"{origin}: unknown key {key!r}: see {context.command_path} --help for the options")
+    if stages is not None:
+        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+            raise UsageError(f"{origin}: stages must be tables: [[stages]]")
+        if over or STAGES not in context.meta:
+            context.meta[STAGES] = stages
+    before = dict(context.default_map or {})
+    context.default_map = {**before, **values} if over else {**values, **before}
+
+
+def given(context: click.Context) -> set[str]:
+    """Names of the options that were given on the command line or in the environment."""
+    chosen = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return {name for name in context.params if context.get_parameter_source(name) in chosen}

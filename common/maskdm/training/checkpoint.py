@@ -1,0 +1,199 @@
+"""Checkpoints: safetensors whose metadata is JSON. Strict names, shapes and dtypes; nothing is ever unpickled."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from hashlib import file_digest
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from ..config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, TrainingConfig
+from ..data.corpus import Statistics
+from .distributed import as_part_of, whole
+from ..errors import CheckpointError
+from ..networks.model import Network, network, resize_positions
+from ..run.processes import is_first
+from ..run.runfolder import atomic_write
+from ..run.tensorfile import chunks, fp32
+from ..networks.trainable import expected_shapes
+from .loop import TrainingState, optimizer_tensors, put_weights, restore_optimizer
+
+SCHEMA_VERSION: Literal[1] = 1
+METADATA_KEY = "maskdm"
+
+
+class CheckpointMetadata(Frozen):
+    """What a checkpoint says about itself; sampling and fine-tuning take everything from here."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    mask: MaskConfig
+    effective_mask_ratio: Annotated[float, Field(ge=0, lt=1)]
+    images_seen: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
+    weights: Literal["ema", "raw"] = "ema"
+    class_names: tuple[str, ...] = ()  # of a conditional model, in the order of its classes
+    corpus: Statistics | None = None  # of its whole corpus, for a site to compare its own images with
+    prior_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    rounds: Annotated[int, Field(ge=0)] = 0
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, streamed."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
+    """Write weights (fp32) and metadata, whole or not at all; called by all processes, written by the first."""
+    _write(path, {name: whole(tensor.detach()) for name, tensor in weights.items()}, metadata.model_dump_json())
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], document: str) -> None:
+    if is_first():
+        layout = fp32({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        atomic_write(path, chunks(layout, lambda name: tensors[name].float().cpu().numpy(), {METADATA_KEY: document}))
+
+
+def load_checkpoint(path: Path, option: str = "--model") -> tuple[dict[str, Tensor], CheckpointMetadata]:
+    """Read and check a checkpoint.
+
+    Raises:
+        CheckpointError: missing, truncated, foreign, from a newer version, or not fitting its own description.
+    """
+    metadata = describe_checkpoint(path, option)
+    with _opened(path, option) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise CheckpointError(f"{option} {path}: weight {name} is not finite fp32: the file is damaged")
+    return weights, metadata
+
+
+def describe_checkpoint(path: Path, option: str = "--model") -> CheckpointMetadata:
+    """What a checkpoint says about itself, once names and shapes agree with it; the weights are not read.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, but for values.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{option} {path} does not exist or is no file: give a .safetensors written by MaskDM")
+    with _opened(path, option) as file:
+        metadata = _parse_metadata(file.metadata() or {}, path, option)
+        _check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, metadata, path, option)
+    return metadata
+
+
+@contextmanager
+def _opened(path: Path, option: str) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{option} {path} is not a whole safetensors file ({error}): copy it again") from error
+
+
+def model_from(weights: dict[str, Tensor], config: ModelConfig, device: torch.device | str = "cpu") -> Network:
+    """A network with a copy of the given weights, in evaluation mode."""
+    with torch.device("meta"):
+        model = network(config)
+    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, strict=True, assign=True)
+    return model.requires_grad_().to(device).eval()
+
+
+def load_weights(model: Network, path: Path, option: str) -> None:
+    """Put the weights of a checkpoint into a network; position tables are resized where the grid differs.
+
+    Raises:
+        CheckpointError: the checkpoint describes another network.
+    """
+    weights, metadata = load_checkpoint(path, option)
+    old, new = metadata.model, model.config
+    table = weights["position.table"]
+    if old.grid != new.grid:
+        weights["position.table"] = resize_positions(table, old, new)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted(shapes.keys() | weights.keys()):
+        if name not in weights or tuple(weights[name].shape) != shapes.get(name):
+            raise CheckpointError(
+                f"{option} {path} is a {old.network} of dim {old.dim}, depth {old.depth}, patch size {old.patch_size}, "
+                f"{old.channels} channels and {old.classes} classes, which does not fit: {name} differs"
+            )
+    model.load_state_dict(weights)
+
+
+def save_state(path: Path, state: TrainingState, config: TrainingConfig) -> None:
+    """Everything resume needs, in one atomic file; called by all processes together, written by the first."""
+    tensors = {f"raw.{name}": p.detach() for name, p in state.model.named_parameters()}
+    tensors |= {f"ema.{name}": p for name, p in state.average.items()}
+    tensors |= {f"optimizer.{name}": p for name, p in optimizer_tensors(state).items()}
+    counts = {"images_seen": state.images_seen, "steps": state.steps, "skipped": state.skipped}
+    document = json.dumps({"schema_version": SCHEMA_VERSION, "seed": config.seed, **counts})
+    _write(path, {name: whole(tensor) for name, tensor in tensors.items()}, document)
+
+
+def load_state(path: Path, state: TrainingState) -> None:
+    """Restore a state saved by `save_state` into a fresh state of the same shape.
+
+    Raises:
+        CheckpointError: the file is damaged or belongs to another model.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            counts = json.loads((file.metadata() or {})[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        weights = _under(tensors, "raw.")
+        average = _under(tensors, "ema.")
+        if {n: t.shape for n, t in average.items()} != {n: t.shape for n, t in state.average.items()}:
+            raise ValueError("weights of another model")
+        put_weights(state.model, weights)
+        state.images_seen, state.steps = int(counts["images_seen"]), int(counts["steps"])
+        state.skips[0], state.skips[1] = int(counts["skipped"]), 0
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"--out: {path} cannot be resumed ({error}): use --resume never and a new --out"
+        ) from error
+    state.average = {name: as_part_of(average[name], present) for name, present in state.average.items()}
+    restore_optimizer(state, _under(tensors, "optimizer."))
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _parse_metadata(found: dict[str, str], path: Path, option: str) -> CheckpointMetadata:
+    if METADATA_KEY not in found:
+        raise CheckpointError(f"{option} {path} was not written by MaskDM: give a prior or a model of MaskDM")
+    try:
+        version = json.loads(found[METADATA_KEY]).get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CheckpointError(f"{option} {path} has schema version {version}, this MaskDM reads {SCHEMA_VERSION}")
+        return CheckpointMetadata.model_validate_json(found[METADATA_KEY])
+    except (ValidationError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{option} {path} has damaged metadata: {first_problem(error)}") from error
+
+
+def _check_shapes(found: dict[str, tuple[int, ...]], metadata: CheckpointMetadata, path: Path, option: str) -> None:
+    expected = expected_shapes(metadata.model)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{option} {path} does not fit its own description: {name} is {found.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such weight')}"
+            )
+
+
+def first_problem(error: Exception) -> str:
+    """One line out of a validation error: which key, and what is wrong with it."""
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
+    return str(error)

@@ -1,0 +1,107 @@
+"""A federation in one process: the same rounds and the same client code, one client after another, no network.
+
+For tests, for hundreds of virtual clients on one machine, and, with Flower's Ray runtime around it, for several at a
+time. The client's code is found by its name, as Flower does it: server and client never import each other.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from maskdm.run.interruption import Interruption
+from maskdm.federated.parcel import Parcel
+from maskdm.run.runfolder import LineReader, write_json
+from maskdm.seeding import derive_seed
+from ..federation.events import tell
+from ..federation.settings import FederationConfig
+from ..federation.transport import Question, Reply
+from ..federation.round_pictures import RoundPictures
+from ..federation.rounds import run_federation
+from ..flower.serve import SAMPLES, begin, conclude
+
+CLIENT = "maskdm_client.work.in_process"
+
+Answer = Callable[[str, bytes, Path], Parcel]
+
+
+class InlineLink:
+    """Sites are folders; each works when its reply is wanted, so that one reply is in memory at a time."""
+
+    may_lose = False
+
+    def __init__(self, folders: Sequence[Path], answer: Answer, check: Callable[[], None] = lambda: None) -> None:
+        self._folders, self._answer, self._check = folders, answer, check
+        self._asked: list[tuple[int, Question]] = []
+
+    def sites(self) -> list[int]:
+        return list(range(1, len(self._folders) + 1))
+
+    def name(self, site: int) -> str:
+        return str(site)
+
+    def ask(self, sites: Sequence[int], question: Question, seconds: float) -> None:
+        self._asked += [(site, question) for site in sites]
+
+    def receive(self) -> Iterator[Reply]:
+        asked, self._asked = self._asked, []
+        for site, question in asked:
+            self._check()
+            assert question.weights is not None
+            parcel = self._answer(question.document, question.weights.read_bytes(), self._folders[site - 1])
+            yield Reply(site, parcel, question=question)
+
+    def carried(self) -> Mapping[int, int]:
+        return {}
+
+
+def write_settings(data: Sequence[Path], folder: Path, settings: Mapping[str, Any]) -> list[Path]:
+    """The folder of each virtual client, with the settings that `maskdm-client` would write.
+
+    Args:
+        settings: of all of them, with their `seed`.
+    """
+    folders = []
+    for number, path in enumerate(data, start=1):
+        site = folder / f"site-{number}" / "client"
+        own = {"data": str(path.absolute()), "secret_seed": derive_seed("simulated site", settings["seed"], number)}
+        document = {"threads": 1, **own, **settings}
+        write_json(site / "config.json", {"kind": "client", "site": document})
+        folders.append(site)
+    return folders
+
+
+def simulate_inline(
+    prior: Path,
+    out: Path,
+    config: FederationConfig,
+    prepare_sites: Callable[[], list[Path]],
+    simulation: Mapping[str, Any],
+    *,
+    ray: bool = False,
+) -> Path:
+    """Run the federation in this process, or under Flower's Ray runtime, and return the path of the final model."""
+    if begin(prior, out, config, simulation):
+        return conclude(out, config)
+    folders = prepare_sites()
+    events = LineReader(out / "events.jsonl")
+    with RoundPictures(out, config, SAMPLES) as pictures, Interruption() as interruption:
+
+        def hear(event: dict[str, Any]) -> None:
+            tell(event)
+            pictures.hear(event)
+
+        def check() -> None:
+            interruption.check()
+            for event in events.new():
+                hear(event)
+
+        if ray:
+            from ..flower.simulation import simulate_ray
+
+            simulate_ray(out, len(folders), interruption.check, hear)
+        else:
+            answer: Answer = import_module(CLIENT).answer
+            run_federation(InlineLink(folders, answer, check), out, config, pause=lambda seconds: check())
+            check()
+    return conclude(out, config)
