@@ -35,8 +35,8 @@ from torchvision.transforms import functional as transforms
 
 from maskdm.data.batches import batches
 from maskdm.data.corpus import open_corpus
-from maskdm.data.preparation.pack import decode_entries, pack
 from maskdm.data.pixels import PixelPolicy
+from maskdm.data.preparation.pack import decode_entries, pack
 from maskdm.data.sources.source import open_source
 from maskdm.run.runfolder import write_json
 

@@ -52,11 +52,13 @@ def federate(folder: Path, prior: Path, data: list[Path], rounds: int, seed: int
     ]
     for name, images in zip(SITES, data, strict=False):
         kit = ["--kit", f"kits/{name}.zip", "--data", str(images), "--out", f"site-{name}", "--threads", "1"]
+        kit += ["--fraction", "0.3"]  # which of them are left for training is by chance; a tenth may be too few
         started.append(start(folder, "maskdm-client", *kit))
     fuzz, memory = None, 0
     deadline = time.monotonic() + LONGEST
     while started[0].poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
+        assert all(process.poll() in (None, 0) for process in started), "a client or the server has ended by itself"
         memory = max(memory, resident(folder))
         # Not before the first round has begun: what is measured is the rounds.
         if seed is not None and fuzz is None and any(event["event"] == "sent" for event in events(folder)):

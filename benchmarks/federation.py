@@ -29,19 +29,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
-from maskdm.networks.model import build_model
+from maskdm.federated.encoding import encode, size
 from maskdm.federated.parcel import Parcel
-from maskdm.run.processes import Child, flower_environment, free_port, port_is_taken, script
 from maskdm.federated.plan import RoundPlan
+from maskdm.metadata import CheckpointMetadata
+from maskdm.networks.model import build_model
+from maskdm.networks.trainable import expected_shapes
+from maskdm.run.processes import Child, flower_environment, free_port, port_is_taken, script
 from maskdm.run.runfolder import read_lines, write_json
 from maskdm.run.tensorfile import pack, unpack
-from maskdm.networks.trainable import expected_shapes
-from maskdm.federated.encoding import encode, size
+from maskdm.training.checkpoint import save_checkpoint
 from maskdm_server.aggregation.updates import StreamingMean, Update
-from maskdm_server.lab.faces import draw_faces
 from maskdm_server.federation.intake import Intake, Measured
+from maskdm_server.lab.faces import draw_faces
 
 REPEATS = 5
 FLOWER = Path(__file__).with_name("flower_peer")
@@ -327,9 +328,9 @@ def clients() -> list[dict[str, Any]]:
     code = """
 import json, sys
 from pathlib import Path
-from maskdm import cli
-from maskdm_server import rounds
-from maskdm_server.cli import app
+from maskdm.commands import command_line as cli
+from maskdm_server.federation import rounds
+from maskdm_server.commands.app import app
 
 seen, commit = [], rounds.Rounds._commit
 def watched(self, *given):

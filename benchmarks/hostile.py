@@ -22,10 +22,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
+from maskdm.federated.encoding import layout
 from maskdm.federated.parcel import Outcome
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.tensorfile import pack
-from maskdm.federated.encoding import layout
 
 TEN_GIGABYTES = 10 * 2**30
 PACKED = "maskdm.packed"

@@ -45,10 +45,9 @@ from benchmarks.attacks.site import (
     undefended,
 )
 
-from maskdm.config import ModelConfig
+from maskdm.config import Encoding, ModelConfig
 from maskdm.federated.policy import SIMULATED
 from maskdm.run.runfolder import write_json
-from maskdm.federated.encoding import Encoding
 from maskdm_server.lab.demo import MODEL as DEMO
 from maskdm_server.lab.faces import draw_faces
 

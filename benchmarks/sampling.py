@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskdm.training.checkpoint import load_checkpoint, model_from
-from maskdm.config import DiffusionConfig, ModelConfig, ProcessKind
-from maskdm.data.preparation.cache import load_corpus
+from maskdm.config import DiffusionConfig, ModelConfig, ProcessKind, Sampler
 from maskdm.data.pixels import PixelPolicy
+from maskdm.data.preparation.cache import load_corpus
 from maskdm.data.sources.source import open_source
+from maskdm.diffusion.forward_process import forward_process
+from maskdm.diffusion.sampling import Levels, X0At, levels_at, run_sampler, sample, sampling_times
 from maskdm.evaluation.distances import frechet_distance, moments
 from maskdm.evaluation.extractors.features import open_extractor
-from maskdm.diffusion.forward_process import forward_process
 from maskdm.networks.model import build_model
 from maskdm.networks.precision import pick_device, pick_precision
 from maskdm.run.runfolder import write_json
-from maskdm.diffusion.sampling import Levels, Sampler, X0At, levels_at, run_sampler, sample, sampling_times
+from maskdm.training.checkpoint import load_checkpoint, model_from
 
 DDPM: tuple[Sampler, ...] = ("dpmpp", "heun", "ddim")
 EDM: tuple[Sampler, ...] = ("heun", "dpmpp")

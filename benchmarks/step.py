@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Size, TrainingConfig
-from maskdm.networks.flops import forward_flops
 from maskdm.diffusion.forward_process import forward_process
+from maskdm.networks.flops import forward_flops
 from maskdm.networks.layers import patchify
 from maskdm.networks.masking import draw_visible, visible_count
 from maskdm.networks.model import build_model, parameter_count

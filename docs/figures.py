@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskdm.config import DiffusionConfig, MaskConfig, MaskKind, ModelConfig, Size
-from maskdm.networks.flops import training_flops
 from maskdm.diffusion.forward_process import forward_process
+from maskdm.networks.flops import training_flops
 from maskdm.networks.layers import patchify
 from maskdm.networks.masking import draw_visible, effective_ratio, visible_count
 from maskdm_server.lab.faces import draw_faces

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
+from maskdm.metadata import CheckpointMetadata
 
 settings.register_profile("maskdm", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("maskdm")

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.config import ModelConfig
 from maskdm.federated.plan import RoundPlan
+from maskdm.metadata import CheckpointMetadata
 
 from .gates import LEVEL, codes_of, early_detector
 from .gradients import decay

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.federated.parcel import Outcome
+from maskdm.metadata import CheckpointMetadata
 
 from .gradients import EPSILON, summed_gradient
 from .site import Coordinator, fresh_weights

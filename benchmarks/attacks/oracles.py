@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from maskdm.training.checkpoint import model_from
 from maskdm.config import ModelConfig
 from maskdm.networks.layers import patchify
+from maskdm.training.checkpoint import model_from
 
 from .gates import GAIN, Gates, blocks_of, imprinting
 from .site import Coordinator, as_images

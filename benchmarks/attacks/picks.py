@@ -5,12 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from maskdm.training.checkpoint import model_from
-from maskdm.config import ModelConfig
+from maskdm.config import ModelConfig, Trainable
 from maskdm.diffusion.targets import to_model_range
-from maskdm.networks.layers import patchify
 from maskdm.federated.plan import RoundPlan
-from maskdm.networks.trainable import Trainable
+from maskdm.networks.layers import patchify
+from maskdm.training.checkpoint import model_from
 
 from .gates import LEVEL, Channels, Gates, blocks_of, imprinting
 from .gradients import cleaned, plans, responses, steps_of, summed_gradient

@@ -19,19 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskdm.training.checkpoint import CheckpointMetadata
-from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
+from maskdm.config import DiffusionConfig, Encoding, MaskConfig, ModelConfig
+from maskdm.federated.encoding import decode
+from maskdm.federated.parcel import Outcome, Parcel
+from maskdm.federated.plan import RoundPlan, work_key
+from maskdm.federated.policy import SIMULATED
+from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.layers import unpatchify
 from maskdm.networks.model import build_model
-from maskdm.federated.parcel import Outcome, Parcel
-from maskdm.federated.policy import SIMULATED
-from maskdm.federated.plan import RoundPlan, work_key
-from maskdm.seeding import derive_seed
 from maskdm.run.tensorfile import bytes_of, pack
-from maskdm.federated.encoding import Encoding, decode
-from maskdm_client.work import concentration, fine_tuning
+from maskdm.seeding import derive_seed
 from maskdm_client.folder.settings import SiteSettings
-from maskdm_client.work.in_process import answer
+from maskdm_client.work import concentration, fine_tuning
+from maskdm_client.work.virtual import answer
 
 FEDERATION = "0123456789abcdef"
 Images = NDArray[np.uint8]  # (N, S, S, C)

@@ -133,3 +133,15 @@ class Stage(Frozen):
     def images(self) -> int:
         """Images that the stage really sees: whole batches."""
         return -(-self.training.images // self.training.batch_size) * self.training.batch_size
+
+
+Sampler = Literal["dpmpp", "ddim", "ddpm", "heun", "euler"]
+
+
+DEFAULT_STEPS: dict[Sampler, int] = {"dpmpp": 25, "ddim": 100, "ddpm": 1000, "heun": 20, "euler": 50}
+
+
+Trainable = Literal["all", "norm-bias", "adapters"]
+
+
+Encoding = Literal["bf16", "fp32", "int8", "topk"]

@@ -12,9 +12,9 @@ from benchmarks.attacks import gradients, labels, oracles, picks
 from benchmarks.attacks.site import Coordinator, Images, Limits, best_psnr, fresh_weights, make_site, prior_of
 from torch import Tensor
 
-from maskdm.training.checkpoint import model_from
 from maskdm.diffusion.targets import denoising_loss
 from maskdm.networks.layers import patchify
+from maskdm.training.checkpoint import model_from
 from maskdm_server.lab.faces import draw_faces
 
 from .conftest import ONE_TOKEN, SMALL, Make

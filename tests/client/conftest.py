@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from maskdm.training.checkpoint import CheckpointMetadata
 from maskdm.config import ModelConfig
-from maskdm.networks.model import build_model
-from maskdm.federated.policy import SitePolicy
 from maskdm.federated.plan import RoundPlan
+from maskdm.federated.policy import SitePolicy
+from maskdm.metadata import CheckpointMetadata
+from maskdm.networks.model import build_model
 from maskdm.run.tensorfile import pack
+from maskdm_client.folder.job import SECRET
 from maskdm_client.folder.settings import SiteSettings
 
 # Floors that the smallest work passes; what a test says of a policy comes on top.
@@ -76,6 +77,7 @@ def make_site(tmp_path: Path) -> Callable[..., Path]:
             images = np.stack([np.tile(ramp, (8, 1)) + np.uint8(i) for i in range(40)])
         folder = tmp_path / name
         folder.mkdir()
+        (folder / SECRET).write_bytes(hashlib.sha256(name.encode()).digest())  # else what a test sees is by chance
         np.savez(tmp_path / "hospital-data.npz", images=images)
         values = {"data": tmp_path / "hospital-data.npz", "precision": "fp32", "device": "cpu", "threads": 1}
         given = changes.pop("policy", SitePolicy())

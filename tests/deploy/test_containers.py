@@ -426,7 +426,8 @@ def test_a_client_is_healthy_where_its_worker_and_its_connection_live(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("living", "missing"), [([NODE], "maskdm_client.agent.worker"), ([WORKER, APP], "maskdm_client.flower.pinned supernode")]
+    ("living", "missing"),
+    [([NODE], "maskdm_client.agent.worker"), ([WORKER, APP], "maskdm_client.flower.pinned supernode")],
 )
 def test_a_client_that_lacks_one_is_not(tmp_path: Path, living: list[tuple[str, ...]], missing: str) -> None:
     result = client_check(tmp_path, *living)
@@ -436,4 +437,7 @@ def test_a_client_that_lacks_one_is_not(tmp_path: Path, living: list[tuple[str, 
 
 def test_the_check_looks_for_what_the_client_starts() -> None:
     assert pinned("supernode", Path("/data"))[1:] == list(NODE[1:])
-    assert '"-m", "maskdm_client.agent.worker"' in (ROOT / "client" / "maskdm_client" / "caretaker.py").read_text()
+    assert (
+        '"-m", "maskdm_client.agent.worker"'
+        in (ROOT / "client" / "maskdm_client" / "agent" / "caretaker.py").read_text()
+    )

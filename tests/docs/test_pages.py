@@ -189,7 +189,7 @@ def test_make_targets_scripts_and_modules_that_a_page_names_exist(page: str) -> 
     assert named <= targets
     scripts = set(re.findall(r"python ((?:benchmarks|docs)/\w+\.py)", text))
     assert [script for script in scripts if not (ROOT / script).exists()] == []
-    modules = set(re.findall(r"python -m (maskdm\w*\.\w+)", text))
+    modules = set(re.findall(r"python -m (maskdm[\w.]*\w)", text))
     assert [name for name in modules if not list(ROOT.glob(f"*/{name.replace('.', '/')}.py"))] == []
 
 

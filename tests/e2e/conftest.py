@@ -23,8 +23,8 @@ from maskdm.commands import command_line as cli
 from maskdm.federated.policy import UNATTENDED
 from maskdm_client.commands.app import app as client_app
 from maskdm_server.commands.app import app as server_app
-from maskdm_server.lab.faces import Domain, draw_faces
 from maskdm_server.kits.provision import provision
+from maskdm_server.lab.faces import Domain, draw_faces
 
 DEADLINE = 600.0
 Run = Callable[..., tuple[int, str]]

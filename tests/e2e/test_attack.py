@@ -6,11 +6,11 @@ import pytest
 from benchmarks.attacks.gradients import quiet
 from benchmarks.attacks.site import fresh_weights, prior_of
 
-from maskdm.training.checkpoint import save_checkpoint
 from maskdm.config import ModelConfig
 from maskdm.federated.parcel import Outcome
 from maskdm.run.processes import free_port
 from maskdm.run.runfolder import read_lines
+from maskdm.training.checkpoint import save_checkpoint
 
 from .conftest import Started, wait_until, write_faces
 

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from maskdm.commands import command_line as cli
-from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
+from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.model import build_model
 from maskdm.run.processes import free_port
+from maskdm.training.checkpoint import save_checkpoint
 from maskdm_server.commands.app import app as server_app
 from maskdm_server.lab.faces import draw_faces
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskdm.training.checkpoint import load_checkpoint
 from maskdm.federated.kit import POLICY, open_kit
 from maskdm.federated.policy import TEMPLATE, load_policy
 from maskdm.run.processes import free_port
 from maskdm.run.runfolder import read_lines
+from maskdm.training.checkpoint import load_checkpoint
 from maskdm_server.federation.settings import FederationConfig
 
 from .conftest import SMALL, Started, documented, documented_file, make_kits, write_faces

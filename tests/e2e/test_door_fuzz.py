@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.training.checkpoint import load_checkpoint
 from maskdm.run.processes import free_port
 from maskdm.run.runfolder import read_lines
+from maskdm.training.checkpoint import load_checkpoint
 
 from .conftest import DEADLINE, Started, make_kits, wait_until, write_faces
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from maskdm.training.checkpoint import describe_checkpoint, save_checkpoint, sha256_of
 from maskdm.evaluation.extractors.feature_net import FeatureNetConfig, save_feature_net, train_feature_net
 from maskdm.evaluation.record import Evaluation, read_record
 from maskdm.networks.model import build_model
+from maskdm.run.runfolder import sha256_of
+from maskdm.training.checkpoint import describe_checkpoint, save_checkpoint
 from maskdm_server.lab.faces import SITES, draw_faces
 
 from .conftest import Started

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskdm.training.checkpoint import load_checkpoint, sha256_of
 from maskdm.federated.parcel import REPORT_NAMES, Outcome
-from maskdm.run.processes import free_port
-from maskdm.run.runfolder import read_lines
 from maskdm.networks.trainable import expected_shapes
+from maskdm.run.processes import free_port
+from maskdm.run.runfolder import read_lines, sha256_of
+from maskdm.training.checkpoint import load_checkpoint
 
 from .conftest import RecordingProxy, Started, documented, processes_with, wait_until, write_faces
 

@@ -40,7 +40,10 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path: Path, public_corpus: 
 
 @pytest.mark.parametrize(
     ("name", "client"),
-    [("flower-app", "maskdm_client.flower.client_app:app"), ("flower-simulation", "maskdm_client.flower.simulated_app:app")],
+    [
+        ("flower-app", "maskdm_client.flower.client_app:app"),
+        ("flower-simulation", "maskdm_client.flower.simulated_app:app"),
+    ],
 )
 def test_a_bundle_holds_one_file_that_names_installed_code_and_no_dependency(name: str, client: str) -> None:
     import tomllib

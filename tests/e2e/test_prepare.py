@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm.training.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.data.corpus import in_memory, open_corpus
+from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.model import build_model
 from maskdm.run.runfolder import read_lines
-from maskdm_client.work.local_data import choose_slice, local_images
+from maskdm.training.checkpoint import load_checkpoint, save_checkpoint
 from maskdm_client.folder.settings import SiteSettings
+from maskdm_client.work.local_data import choose_slice, local_images
 from maskdm_server.lab.faces import draw_faces
 
 from .conftest import Run, Started, documented, write_faces

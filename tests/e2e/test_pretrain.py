@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from maskdm.training.checkpoint import load_checkpoint
 from maskdm.run.runfolder import read_lines
+from maskdm.training.checkpoint import load_checkpoint
 
 from .conftest import Started, wait_until
 

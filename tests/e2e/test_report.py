@@ -12,9 +12,9 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from maskdm.training.checkpoint import load_checkpoint
 from maskdm.run.processes import free_port
 from maskdm.run.runfolder import append_line
+from maskdm.training.checkpoint import load_checkpoint
 
 from .conftest import Started, processes_with, wait_until, write_faces
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 HOSTILE = """
 import hashlib, sys, zipfile
 from io import BytesIO
-import maskdm_server.control as control
-from maskdm.bundle import source
+import maskdm_server.flower.control as control
+from maskdm.federated.bundle import source
 from maskdm_server.__main__ import main
 
 project = (source() / "pyproject.toml").read_text().replace("maskdm_client.flower.client_app:app", "evil:app").encode()

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm.training.checkpoint import CheckpointMetadata, save_checkpoint, sha256_of
 from maskdm.config import ModelConfig
-from maskdm.networks.model import build_model
+from maskdm.federated.encoding import encode
 from maskdm.federated.parcel import Parcel
 from maskdm.federated.plan import RoundPlan
-from maskdm.run.runfolder import read_lines
+from maskdm.metadata import CheckpointMetadata
+from maskdm.networks.model import build_model
+from maskdm.run.runfolder import read_lines, sha256_of
 from maskdm.run.tensorfile import unpack
-from maskdm.federated.encoding import encode
+from maskdm.training.checkpoint import save_checkpoint
+from maskdm_server.federation.rounds import run_federation
 from maskdm_server.federation.settings import FederationConfig
 from maskdm_server.federation.transport import Question, Reply
-from maskdm_server.federation.rounds import run_federation
 
 # What a site does with a plan and weights; None stands for a transport that lost it.
 Site = Callable[[RoundPlan, dict[str, Tensor]], Parcel | None]

@@ -1,0 +1,1 @@
+"""Keeps a site connected and at work."""

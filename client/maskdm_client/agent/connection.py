@@ -11,9 +11,10 @@ from pathlib import Path
 from maskdm.errors import FederationError
 from maskdm.federated.kit import OpenedKit
 from maskdm.run.reporting import say
-from .caretaker import POLL_SECONDS, Caretaker
-from ..folder.mailbox import Mailbox
+
 from ..flower.supernode import SuperNode
+from ..folder.mailbox import Mailbox
+from .caretaker import POLL_SECONDS, Caretaker
 
 # Between two tries to join. A node that went away without a word stays "online" at the server for about a minute, and
 # nobody with its key may join as long.

@@ -6,20 +6,21 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from maskdm.federated.auditlog import AUDIT
 from maskdm.errors import GateRefused
+from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.parcel import Outcome
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import write_json
+
+from ..folder.job import Superseded
+from ..folder.mailbox import POLL_SECONDS, Mailbox, note
+from ..folder.settings import load_settings
+from ..folder.unfinished import STARTS, saved_at
 from ..gate.allowance import PolicyRefused
 from ..gate.approval import NotApproved
 from ..gate.gate import check_again, code
-from ..folder.job import Superseded
-from ..folder.mailbox import POLL_SECONDS, Mailbox, note
-from ..work.weights import key_of
-from ..folder.unfinished import STARTS, saved_at
-from ..folder.settings import load_settings
 from ..work.answer import answer, check_policy
+from ..work.weights import key_of
 
 RETRY_SECONDS = 5.0
 # Work that ended this process so often, and never came further, is not tried again: memory may not suffice for it.

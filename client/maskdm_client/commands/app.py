@@ -5,29 +5,31 @@ from typing import Annotated
 
 import typer
 
+from maskdm import quantities
 from maskdm.commands import command_line as cli
 from maskdm.commands.audit_commands import audit_log
-from maskdm.federated.bundle import bundle_sha256
-from maskdm.config import Precision
 from maskdm.commands.image_options import GroupCsv, GroupRegex, Upscale, Window, window_of
-from maskdm.data.preparation.pack import check_apart
 from maskdm.commands.prepare import prepare
+from maskdm.config import Precision
+from maskdm.data.preparation.pack import check_apart
 from maskdm.data.sources.source import open_source
 from maskdm.errors import UsageError
-from maskdm.run.interruption import Interruption
+from maskdm.federated.bundle import bundle_sha256
 from maskdm.federated.kit import POLICY, valid_kit
 from maskdm.federated.policy import POLICY_KEYS, load_policy
 from maskdm.networks.precision import pick_device
+from maskdm.run.interruption import Interruption
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import claim, owned
+
+from ..agent.connection import work
+from ..doctor.command import doctor
 from ..flower.address import BANNER, address_of
+from ..folder.settings import SiteSettings
 from ..gate.approval import approve as approve_command
 from ..gate.changed_policy import warn_of_change
-from ..doctor.command import doctor
 from ..work.local_data import choose_slice
 from ..work.quality import features_of
-from ..folder.settings import SiteSettings
-from ..agent.connection import work
 
 app = typer.Typer(add_completion=False, no_args_is_help=False)
 
@@ -106,7 +108,7 @@ def join(
         if opened and not policy:
             warn_of_change(opened, terms)
         if max_upload:
-            largest = cli.size("--max-upload", max_upload)
+            largest = quantities.size("--max-upload", max_upload)
             if largest < 1:
                 raise UsageError(f"--max-upload {max_upload}: give at least one byte")
             terms = terms.model_copy(update={"max_bytes_per_round": min(largest, terms.max_bytes_per_round or largest)})

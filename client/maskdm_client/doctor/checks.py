@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from maskdm.federated.bundle import bundle_sha256
 from maskdm.errors import UsageError
+from maskdm.federated.bundle import bundle_sha256
 from maskdm.federated.kit import POLICY, Kit, OpenedKit, open_kit
 from maskdm.federated.parcel import REPORT_NAMES
 from maskdm.federated.policy import SitePolicy, load_policy

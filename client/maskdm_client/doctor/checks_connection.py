@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from maskdm.errors import plain
+
 from .checks import Check, left
 
 SECONDS = 10.0  # for each step of a connection

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 import maskdm
-from maskdm.training.checkpoint import model_from
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
 from maskdm.data.batches import Batch
 from maskdm.errors import OutOfMemory, UsageError, plain
 from maskdm.networks.model import build_model
 from maskdm.networks.precision import pick_device, pick_precision
 from maskdm.networks.trainable import expected_shapes
+from maskdm.training.checkpoint import model_from
 from maskdm.training.loop import Progress, TrainingState, train
+
 from .checks import Check, mistake
 
 # What was tested, from the first version up to below the second; as in pyproject.toml.

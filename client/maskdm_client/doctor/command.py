@@ -16,25 +16,36 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from maskdm.commands import command_line as cli
-from maskdm.training.checkpoint import CheckpointMetadata, load_checkpoint
+from maskdm.commands.image_options import Upscale, Window, window_of
 from maskdm.config import DiffusionConfig, ModelConfig
 from maskdm.data.corpus import SKIPPED
-from maskdm.commands.image_options import Upscale, Window, window_of
-from maskdm.data.preparation.pack import check_apart, guess_channels, pack
 from maskdm.data.pixels import PixelPolicy
+from maskdm.data.preparation.pack import check_apart, guess_channels, pack
 from maskdm.data.preparation.preflight import CONTACT_SHEET, inspect, lines, write_report
 from maskdm.data.sources.source import Source, open_source
 from maskdm.errors import DataError, UsageError
 from maskdm.federated.kit import OpenedKit
 from maskdm.federated.policy import SitePolicy
+from maskdm.metadata import CheckpointMetadata
 from maskdm.run.processes import no_proxy_for_loopback
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write, owned, write_json
-from . import checks
+from maskdm.training.checkpoint import load_checkpoint
+
 from ..flower.address import address_of
+from . import checks
 from .checks import Check, mistake, show, skipped
 from .checks_connection import clock, connection, name_resolution
-from .checks_machine import accelerator, available_memory, disk, installed, memory, needed_memory, training_step, versions
+from .checks_machine import (
+    accelerator,
+    available_memory,
+    disk,
+    installed,
+    memory,
+    needed_memory,
+    training_step,
+    versions,
+)
 from .node_key import node_key
 
 # What is asked of the coordinator, one after another.

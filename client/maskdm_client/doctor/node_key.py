@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from maskdm.federated.kit import OpenedKit
 from maskdm.run.processes import NO_CALLS_HOME
+
 from .checks import Check
 
 NAME = "node key"

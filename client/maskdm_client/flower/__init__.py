@@ -1,0 +1,1 @@
+"""Everything that knows Flower's client: SuperNode, ClientApp, their pins."""

@@ -1,4 +1,4 @@
-"""The Flower ClientApp: carries parcels between Flower and the site. What a site does is in `maskdm_client.work.answer`.
+"""The Flower ClientApp: carries parcels between Flower and the site, which does its work in `maskdm_client.work`.
 
 It lives for one message: it leaves a plan in the mailbox of the site's worker and comes back with the reply or a sign
 of life.
@@ -10,14 +10,15 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from maskdm.federated.auditlog import AUDIT
 from maskdm.errors import GateRefused, plain
+from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.parcel import Outcome, Parcel
 from maskdm.run.tensorfile import pack
-from ..gate.gate import release, release_outcome, release_progress
-from ..gate.record_incoming import record_foreign, record_plan, record_progress_question, round_in
+
 from ..folder.mailbox import Mailbox, note
 from ..folder.settings import load_settings
+from ..gate.gate import release, release_outcome, release_progress
+from ..gate.record_incoming import record_foreign, record_plan, record_progress_question, round_in
 
 PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document
 LONGEST_WAIT = 600.0

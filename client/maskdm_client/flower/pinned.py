@@ -20,10 +20,11 @@ from typing import Any
 from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.bundle import PROJECT
 from maskdm.federated.parcel import Outcome
-from ..gate.gate import release_outcome
-from ..gate.record_incoming import record_foreign
+
 from ..folder.mailbox import note
 from ..folder.settings import load_settings
+from ..gate.gate import release_outcome
+from ..gate.record_incoming import record_foreign
 
 COMPONENT = "maskdm_client.flower.client_app:app"
 LARGEST_BUNDLE = 1_000_000  # bytes

@@ -8,8 +8,10 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from maskdm.federated.virtual import SITES, folder_of
+
+from ..work.virtual import answer
 from .client_app import asked_of, message_with
-from ..work.in_process import answer
 
 app = ClientApp()
 
@@ -18,6 +20,6 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Answer one message of the coordinator."""
     number = int(str(context.node_config["partition-id"])) + 1
-    folder = Path(str(context.run_config["federation"])) / "sites" / f"site-{number}" / "client"
+    folder = folder_of(Path(str(context.run_config["federation"])) / SITES, number)
     _, _, document, weights = asked_of(message.content) or (0, 0.0, "", b"")
     return message_with(answer(document, weights, folder), message)

@@ -15,6 +15,7 @@ from maskdm.federated.kit import OpenedKit
 from maskdm.run.processes import Child, flower_environment, free_port, script
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write
+
 from .pinned import ADDRESS, UNANSWERED
 
 # What the SuperNode writes into its log once the server has let it in.

@@ -9,6 +9,7 @@ from typing import Any
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import atomic_write
 from maskdm.seeding import Key, derive_seed
+
 from .settings import SiteSettings
 
 SECRET = ".secret"

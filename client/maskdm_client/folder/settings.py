@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from maskdm.federated.bundle import bundle_sha256
 from maskdm.config import FINGERPRINT, Frozen, Precision
+from maskdm.federated.bundle import bundle_sha256
 from maskdm.federated.kit import Digest
 from maskdm.federated.policy import SitePolicy
 

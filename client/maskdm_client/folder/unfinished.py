@@ -10,10 +10,10 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from maskdm.training.checkpoint import load_state, save_state
 from maskdm.config import TrainingConfig
 from maskdm.run.runfolder import atomic_write, write_json
 from maskdm.run.tensorfile import chunks, fp32
+from maskdm.training.checkpoint import load_state, save_state
 from maskdm.training.loop import TrainingState
 
 # What a crash may cost; a save takes at most a twentieth of the time between two.

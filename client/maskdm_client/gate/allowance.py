@@ -12,6 +12,7 @@ from typing import NamedTuple
 from maskdm.errors import MaskDMError
 from maskdm.federated.policy import DAY, SitePolicy
 from maskdm.run.runfolder import write_json
+
 from ..folder.job import Job
 
 REMEMBERED = 365 * DAY  # no federation lasts longer

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from maskdm.federated.auditlog import AUDIT
 from maskdm.errors import MaskDMError, UsageError
+from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.policy import SitePolicy
-from maskdm.run.runfolder import write_json
 from maskdm.federated.terms import Terms
-from .gate import record
+from maskdm.run.runfolder import write_json
+
 from ..folder.mailbox import POLL_SECONDS
+from .gate import record
 
 HELD = Path("work") / "approval.json"  # what waits, or waited last
 APPROVALS = "approvals.json"  # decisions by federation

@@ -19,9 +19,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from maskdm.errors import GateRefused
 from maskdm.federated import auditlog
 from maskdm.federated.auditlog import message_of
-from maskdm.errors import GateRefused
 from maskdm.federated.parcel import NUMBER_NAMES, QUALITY_NAMES, Outcome, Parcel, QualityReport, Report
 from maskdm.federated.policy import SitePolicy
 from maskdm.run.tensorfile import Layout, layout_of, size_of

@@ -11,6 +11,7 @@ from maskdm.federated import auditlog
 from maskdm.federated.auditlog import Message, message_of
 from maskdm.federated.parcel import Parcel
 from maskdm.run.tensorfile import unpack
+
 from .gate import COORDINATOR
 
 ACTIONS = ("train", "measure", "evaluate", "finish")

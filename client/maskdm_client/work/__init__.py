@@ -1,0 +1,1 @@
+"""A site's answer to a plan: checks, fine-tuning, measurements."""

@@ -13,33 +13,35 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from maskdm.federated.auditlog import AUDIT, digest_of
-from maskdm.training.checkpoint import first_problem, model_from, save_checkpoint
 from maskdm.data.pixels import IsColour
 from maskdm.data.preparation.preflight import compare
 from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged, plain
-from maskdm.networks.model import Network
+from maskdm.federated.auditlog import AUDIT, digest_of
+from maskdm.federated.encoding import size
 from maskdm.federated.parcel import Outcome, Parcel, QualityReport, Report, rounded
-from maskdm.networks.precision import pick_device
 from maskdm.federated.plan import RoundPlan, work_key
+from maskdm.federated.terms import terms_of
+from maskdm.metadata import first_problem
+from maskdm.networks.model import Network
+from maskdm.networks.precision import pick_device
 from maskdm.run.runfolder import write_json
 from maskdm.run.tensorfile import Document, bytes_of
-from maskdm.federated.terms import terms_of
-from maskdm.federated.encoding import size
+from maskdm.training.checkpoint import model_from, save_checkpoint
+
+from ..folder.carried_over import Kept, forget_others
+from ..folder.job import Job, Superseded
+from ..folder.mailbox import Mailbox, note
+from ..folder.settings import SiteSettings, load_settings
+from ..folder.unfinished import STARTS, Saved
 from ..gate.allowance import FAILURES, MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
 from ..gate.approval import HELD, NotApproved, agree, decision, wait_for_decision
-from .fine_tuning import HeldOut, fine_tune, held_out_loss
 from ..gate.gate import check_numbers, check_update, code, norms, problem_of_size, record
-from ..folder.job import Job, Superseded
-from ..folder.carried_over import Kept, forget_others
+from .fine_tuning import HeldOut, fine_tune, held_out_loss
 from .local_data import LocalImages, forget_pixels, local_images
-from ..folder.mailbox import Mailbox, note
 from .plausible import check_weights
 from .quality import NotEvaluated, measure_quality
-from .weights import PlanRefused, RestMissing, key_of, read_weights
 from .residual import Residual
-from ..folder.unfinished import STARTS, Saved
-from ..folder.settings import SiteSettings, load_settings
+from .weights import PlanRefused, RestMissing, key_of, read_weights
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

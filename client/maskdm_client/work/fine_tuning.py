@@ -11,17 +11,26 @@ from maskdm.config import MaskConfig, TrainingConfig
 from maskdm.data.batches import batches, class_numbers
 from maskdm.diffusion.targets import denoising_losses
 from maskdm.errors import GateRefused, TrainingDiverged
+from maskdm.federated.parcel import LARGEST_LOSS
 from maskdm.networks.layers import patchify
 from maskdm.networks.model import Network, device_of
-from maskdm.federated.parcel import LARGEST_LOSS
 from maskdm.networks.precision import arithmetic, pick_precision
 from maskdm.networks.trainable import PartialNetwork, load_values, partial_update
-from maskdm.training.loop import Progress, TrainingState, optimizer_shapes, optimizer_tensors, put_weights, restore_optimizer, train
-from .concentration import HALVES, Concentration, without_faint
-from ..folder.job import Job, Superseded
+from maskdm.training.loop import (
+    Progress,
+    TrainingState,
+    optimizer_shapes,
+    optimizer_tensors,
+    put_weights,
+    restore_optimizer,
+    train,
+)
+
 from ..folder.carried_over import Kept
-from .local_data import LocalImages
+from ..folder.job import Job, Superseded
 from ..folder.unfinished import Saved, Unfinished
+from .concentration import HALVES, Concentration, without_faint
+from .local_data import LocalImages
 
 # So many images at most, and at least so many (image, timestep, noise) draws, for a held-out loss. Other rounds have
 # other draws: their losses differ by 1 or 2 % for that, which is less than what a round mostly changes.

@@ -11,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskdm.data.corpus import Corpus, is_corpus, open_corpus
-from maskdm.data.sources.groups import with_groups
-from maskdm.data.preparation.pack import pack
 from maskdm.data.pixels import PixelPolicy
+from maskdm.data.preparation.pack import pack
 from maskdm.data.preparation.slices import Found, Slice, choose, divide, look_alike, survey
+from maskdm.data.sources.groups import with_groups
 from maskdm.data.sources.source import Entry, Source, open_source
 from maskdm.errors import DataError
 from maskdm.run.reporting import WorkBar, say
 from maskdm.run.runfolder import atomic_write, write_json
+
 from ..folder.settings import SiteSettings
 
 Rows = NDArray[np.int64]

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from maskdm.federated.policy import SitePolicy
+from maskdm.federated.encoding import as_tensor
 from maskdm.federated.plan import RoundPlan
+from maskdm.federated.policy import SitePolicy
 from maskdm.run.runfolder import atomic_write
 from maskdm.run.tensorfile import Arrays, Document, Stored, fp32, layout_of
-from maskdm.federated.encoding import as_tensor
-from ..gate.allowance import PolicyRefused
+
 from ..folder.job import Job
+from ..gate.allowance import PolicyRefused
 from .weights import PlanRefused
 
 # Root mean square of a weight of the first model, and of any value in it: trained ones lie near 1 at most.

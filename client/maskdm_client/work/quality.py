@@ -19,15 +19,16 @@ from maskdm.evaluation.distances import frechet_distance, kernel_distance, momen
 from maskdm.evaluation.extractors.features import RANDOM, Extractor, open_extractor, random_extractor
 from maskdm.evaluation.neighbours import memorisation, neighbourhoods
 from maskdm.evaluation.samples import drawn, proportional_classes
-from maskdm.networks.model import Network, device_of
 from maskdm.federated.parcel import LARGEST_DISTANCE, rounded
-from maskdm.networks.precision import pick_precision
 from maskdm.federated.plan import FEWEST_COMPARED, QualityPlan
+from maskdm.networks.model import Network, device_of
+from maskdm.networks.precision import pick_precision
+
+from ..folder.job import Job, Superseded
+from ..folder.settings import SiteSettings
 from ..gate.allowance import EVALUATIONS, use_allowance
 from .fine_tuning import REPORT_SECONDS, classes_of
-from ..folder.job import Job, Superseded
 from .local_data import LocalImages
-from ..folder.settings import SiteSettings
 
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 BATCH = 32

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from maskdm.federated.encoding import decode
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.tensorfile import Arrays
-from maskdm.federated.encoding import decode
+
 from ..folder.carried_over import Kept
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from maskdm.errors import MaskDMError, plain
+from maskdm.federated.encoding import as_tensor
 from maskdm.federated.plan import RoundPlan, work_key
+from maskdm.networks.trainable import expected_shapes
 from maskdm.run.runfolder import atomic_write
 from maskdm.run.tensorfile import Arrays, Document, Stored, bytes_of, chunks, layout_of, unpack
-from maskdm.networks.trainable import expected_shapes
-from maskdm.federated.encoding import as_tensor
 
 
 class PlanRefused(MaskDMError):

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..federated.auditlog import AUDIT, Line, lines, verify
 from ..errors import UsageError
+from ..federated.auditlog import AUDIT, Line, lines, verify
 from ..federated.parcel import Outcome
 from ..run.reporting import readable_size
 

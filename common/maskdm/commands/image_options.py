@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import command_line as cli
+from .. import quantities
 from ..errors import UsageError
 
 Upscale = Annotated[bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")]
@@ -23,7 +23,7 @@ GroupCsv = Annotated[
 
 def window_of(text: str | None) -> tuple[float, float] | None:
     """The two values of --window."""
-    return cli.pair("--window", text) if text else None
+    return quantities.pair("--window", text) if text else None
 
 
 def channels_of(text: str) -> int | None:

@@ -5,16 +5,16 @@ from typing import Annotated
 
 import typer
 
-from . import command_line as cli
-from ..training.checkpoint import load_checkpoint
+from ..data.pixels import Filter, Fit, PixelPolicy
+from ..data.preparation.pack import check_apart, guess_channels, pack
+from ..data.preparation.preflight import CONTACT_SHEET, REPORT, inspect, lines, write_report
 from ..data.sources.groups import with_groups
 from ..data.sources.layouts import LAYOUTS, with_layout
-from .image_options import Channels, GroupCsv, GroupRegex, Upscale, Window, channels_of, window_of
-from ..data.preparation.pack import check_apart, guess_channels, pack
-from ..data.pixels import Filter, Fit, PixelPolicy
-from ..data.preparation.preflight import CONTACT_SHEET, REPORT, inspect, lines, write_report
 from ..run.reporting import say
 from ..run.runfolder import owned
+from ..training.checkpoint import load_checkpoint
+from . import command_line as cli
+from .image_options import Channels, GroupCsv, GroupRegex, Upscale, Window, channels_of, window_of
 
 
 def prepare(

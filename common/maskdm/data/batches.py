@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..seeding import derive_seed
 from .corpus import Corpus
 from .pixels import Pixels
-from ..seeding import derive_seed
 
 Batch = tuple[Tensor, Tensor | None]
 # Share of an accelerator's free memory that a corpus may take; the rest is for the network.

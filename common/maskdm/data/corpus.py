@@ -23,9 +23,10 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from ..config import Frozen
-from .pixels import PixelPolicy, Pixels
 from ..errors import DataError
+from ..metadata import BINS, Statistics
 from ..run.runfolder import write_json
+from .pixels import PixelPolicy, Pixels
 
 IMAGES, INDEX, MANIFEST, SKIPPED, VERIFIED = "images.npy", "index.npy", "manifest.json", "skipped.jsonl", ".verified"
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
@@ -43,17 +44,6 @@ RECORD = np.dtype(
     ]
 )
 Index = NDArray[np.void]
-BINS = 32
-
-
-class Statistics(Frozen):
-    """Intensities of a corpus: what a site compares its own images with. Nothing in it is about a single image."""
-
-    mean: tuple[float, ...]  # of each channel, in [0, 255]
-    std: tuple[float, ...]
-    histogram: Annotated[tuple[float, ...], Field(min_length=BINS, max_length=BINS)]  # shares of equal bins of [0, 255]
-    grey: Annotated[float, Field(ge=0, le=1)]  # share of pictures without colour
-    median_size: tuple[int, int]  # width and height of the originals
 
 
 class Manifest(Frozen):

@@ -23,9 +23,9 @@ from PIL import Image, ImageOps, JpegImagePlugin
 from pydantic import Field, model_validator
 
 from ..config import Frozen
+from ..errors import DataError
 from . import dicom
 from .dicom import MAX_PIXELS
-from ..errors import DataError
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the stored picture; may reach beyond it

@@ -14,10 +14,23 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from .corpus import IMAGES, INDEX, MANIFEST, RECORD, SKIPPED, SPLITS, Index, Manifest, Tally, corpus_sha256, mark_verified, repeated
-from .pixels import IsColour, PixelPolicy, Pixels
 from ..errors import DataError
 from ..run.runfolder import atomic_write, write_json
+from .corpus import (
+    IMAGES,
+    INDEX,
+    MANIFEST,
+    RECORD,
+    SKIPPED,
+    SPLITS,
+    Index,
+    Manifest,
+    Tally,
+    corpus_sha256,
+    mark_verified,
+    repeated,
+)
+from .pixels import IsColour, PixelPolicy, Pixels
 
 COMMIT_SECONDS = 5.0  # between two states that a crash falls back to
 COLOUR = "colour, but the model has one channel"

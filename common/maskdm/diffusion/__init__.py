@@ -1,0 +1,1 @@
+"""Forward processes, targets and losses, samplers."""

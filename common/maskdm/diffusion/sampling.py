@@ -12,16 +12,13 @@ from typing import Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ..config import DiffusionConfig
-from .targets import Denoiser, predict, predicted_x0, to_model_range
-from .forward_process import ForwardProcess, Spacing, forward_process
+from ..config import DEFAULT_STEPS, DiffusionConfig, Sampler
 from ..networks.layers import patchify, unpatchify
 from ..networks.model import Network, device_of
 from ..networks.precision import arithmetic
 from ..seeding import generator
-
-Sampler = Literal["dpmpp", "ddim", "ddpm", "heun", "euler"]
-DEFAULT_STEPS: dict[Sampler, int] = {"dpmpp": 25, "ddim": 100, "ddpm": 1000, "heun": 20, "euler": 50}
+from .forward_process import ForwardProcess, Spacing, forward_process
+from .targets import Denoiser, predict, predicted_x0, to_model_range
 
 X0At = Callable[[Tensor, int], Tensor]
 Levels = Sequence[tuple[float, float]]  # (α, σ), falling noise

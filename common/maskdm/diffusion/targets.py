@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..config import DiffusionConfig
-from .forward_process import ForwardProcess, forward_process
 from ..seeding import generator
+from .forward_process import ForwardProcess, forward_process
 
 # What a network is called with: noisy patches (B, V, P), positions (B, V) or None, times (B,), classes (B,) or None.
 Denoiser = Callable[[Tensor, Tensor | None, Tensor, Tensor | None], Tensor]

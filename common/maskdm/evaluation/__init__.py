@@ -1,1 +1,1 @@
-"""Quality of generated images: distances between features of images, and what goes with every such number."""
+"""How near samples are to real images, and to training images."""

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.preparation.cache import cache_folder
 from ..data.corpus import Corpus
+from ..data.preparation.cache import cache_folder
 from ..errors import UsageError
-from .distances import Moments, moments
-from .extractors.features import Extractor
 from ..run.reporting import WorkBar, say
 from ..run.runfolder import atomic_write
+from .distances import Moments, moments
+from .extractors.features import Extractor
 
 VERSION = 1  # of what is computed here and in the feature networks: raise it where they change
 KEY, DIGEST = "maskdm.cached-features", "sha256"

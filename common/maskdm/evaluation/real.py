@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.preparation.cache import load_corpus
 from ..data.corpus import SPLITS, Corpus, Index
 from ..data.pixels import PixelPolicy
+from ..data.preparation.cache import load_corpus
 from ..data.sources.source import open_source
 from ..errors import DataError
 from .cached import RealFeatures, real_features

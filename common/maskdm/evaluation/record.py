@@ -14,12 +14,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from ..training.checkpoint import first_problem
-from ..config import Frozen
+from ..config import Frozen, Sampler
 from ..data.pixels import PixelPolicy
 from ..errors import UsageError
+from ..metadata import first_problem
 from ..run.runfolder import write_json
-from ..diffusion.sampling import Sampler
 
 FOLDER = "evaluations"
 MAX_BYTES = 10_000_000

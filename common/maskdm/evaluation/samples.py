@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ..config import DiffusionConfig
 from ..data.sources.source import ArraySource, open_source
+from ..diffusion.sampling import Options, sample
 from ..errors import DataError
 from ..networks.model import Network
-from ..diffusion.sampling import Options, sample
 from ..seeding import derive_seed, generator
 
 BLOCK = 256
 
 
 def drawn(model: Network, config: DiffusionConfig, count: int, **options: Unpack[Options]) -> Iterator[Tensor]:
-    """Draw images as `maskdm.diffusion.sampling.sample` does, uint8 (B, C, H, W) at a time, with a seed for each block."""
+    """Draw images as `diffusion.sampling.sample` does, uint8 (B, C, H, W) at a time, with a seed for each block."""
     seed, classes, progress = options.get("seed", 0), options.get("classes"), options.get("progress")
     for start in range(0, count, BLOCK):
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .distances import Moments, frechet_distance, moments, polynomial_kernel
 from ..seeding import generator
+from .distances import Moments, frechet_distance, moments, polynomial_kernel
 
 PART = 1024  # rows of a kernel matrix at a time
 POINTS = 15  # of the extrapolation, as in its paper

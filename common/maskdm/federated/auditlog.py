@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .parcel import Parcel
 from ..run.runfolder import append_whole
 from ..run.tensorfile import Arrays, bytes_of, layout_of
+from .parcel import Parcel
 
 AUDIT = "audit.jsonl"
 FIRST = 64 * "0"

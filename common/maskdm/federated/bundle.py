@@ -16,8 +16,8 @@ WRITTEN = (1980, 1, 1, 0, 0, 0)
 
 def source(name: str = "flower-app") -> Path:
     """The folder that a bundle is made of: inside an installed wheel, or in a checkout's deploy/."""
-    installed = Path(__file__).parent / name
-    return installed if installed.exists() else Path(__file__).parents[2] / "deploy" / name
+    installed = Path(__file__).parents[1] / name
+    return installed if installed.exists() else Path(__file__).parents[3] / "deploy" / name
 
 
 @cache

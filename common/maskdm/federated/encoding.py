@@ -13,7 +13,6 @@ keep and add to the next update (error feedback: Karimireddy et al. 2019, arXiv 
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ..config import Encoding
 from ..run.tensorfile import Arrays, Layout, size_of
 
-Encoding = Literal["bf16", "fp32", "int8", "topk"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 BLOCK = 256  # values under one scale: 0.8 % of the bytes, and an outlier coarsens few neighbours

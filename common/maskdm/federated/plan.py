@@ -6,12 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from ..training.checkpoint import CheckpointMetadata
-from ..config import Frozen
+from ..config import Encoding, Frozen, Sampler, Trainable
+from ..metadata import CheckpointMetadata
+from ..networks.trainable import changed_weights, update_shapes
 from .kit import Digest
-from ..diffusion.sampling import Sampler
-from ..networks.trainable import Trainable, changed_weights, update_shapes
-from .encoding import Encoding
 
 PROTOCOL_VERSION: Literal[2] = 2
 # Fields that are not sent where they ask for nothing: sites of an earlier version refuse keys that they do not know.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from ..commands import command_line as cli
+from .. import quantities
 from ..config import Frozen
 from ..errors import UsageError
 from .kit import Digest
@@ -25,7 +25,7 @@ def _known(name: str) -> str:
 
 def _bytes(value: object) -> object:
     try:
-        return cli.size("", value) if isinstance(value, str) else value
+        return quantities.size("", value) if isinstance(value, str) else value
     except UsageError as error:
         raise ValueError("give a number of bytes, or text such as 500KB, 50MB or 1.5GB") from error
 

@@ -4,14 +4,12 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..training.checkpoint import CheckpointMetadata
-from ..config import DiffusionConfig, Frozen, ModelConfig
+from ..config import DiffusionConfig, Encoding, Frozen, ModelConfig, Trainable
 from ..errors import plain
+from ..metadata import CheckpointMetadata
+from ..run.runfolder import flatten
 from .kit import Digest
 from .plan import RoundPlan
-from ..run.runfolder import flatten
-from ..networks.trainable import Trainable
-from .encoding import Encoding
 
 LONGEST_LINE = 2000  # characters
 # What is asked of sites, by the names of a plan and of the coordinator's options.

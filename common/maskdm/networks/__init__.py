@@ -1,0 +1,1 @@
+"""Masked networks: U-ViT, DiT, their layers, masks, adapters, precision and cost."""

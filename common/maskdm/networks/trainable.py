@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..config import ModelConfig
-from .model import Network, network
+from ..config import ModelConfig, Trainable
 from ..seeding import generator
-
-Trainable = Literal["all", "norm-bias", "adapters"]
+from .model import Network, network
 
 ADAPTED = ("attention.qkv.weight", "attention.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 PART = 2**18

@@ -1,6 +1,6 @@
 """Runs one command and never outlives, nor lets the command outlive, the process that asked for it.
 
-Started as a script by `maskdm.run.processes`, with no import of anything heavy. It holds the reading end of a pipe whose
+Started as a script by `processes`, with no import of anything heavy. It holds the reading end of a pipe whose
 writing end its parent keeps: when the parent ends, however it ends, the pipe closes, and the guard ends the command and
 everything the command started. On Linux it adopts orphans (PR_SET_CHILD_SUBREAPER) so that none can slip away.
 

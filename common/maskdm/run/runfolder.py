@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from hashlib import file_digest
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
@@ -219,3 +220,9 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file, streamed."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()

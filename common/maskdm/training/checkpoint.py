@@ -3,53 +3,24 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from hashlib import file_digest
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import safetensors
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
-from ..config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, TrainingConfig
-from ..data.corpus import Statistics
-from .distributed import as_part_of, whole
+from ..config import ModelConfig, TrainingConfig
 from ..errors import CheckpointError
+from ..metadata import METADATA_KEY, SCHEMA_VERSION, CheckpointMetadata, first_problem
 from ..networks.model import Network, network, resize_positions
+from ..networks.trainable import expected_shapes
 from ..run.processes import is_first
 from ..run.runfolder import atomic_write
 from ..run.tensorfile import chunks, fp32
-from ..networks.trainable import expected_shapes
+from .distributed import as_part_of, whole
 from .loop import TrainingState, optimizer_tensors, put_weights, restore_optimizer
-
-SCHEMA_VERSION: Literal[1] = 1
-METADATA_KEY = "maskdm"
-
-
-class CheckpointMetadata(Frozen):
-    """What a checkpoint says about itself; sampling and fine-tuning take everything from here."""
-
-    schema_version: Literal[1] = SCHEMA_VERSION
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    mask: MaskConfig
-    effective_mask_ratio: Annotated[float, Field(ge=0, lt=1)]
-    images_seen: Annotated[int, Field(ge=0)]
-    seed: Annotated[int, Field(ge=0)]
-    weights: Literal["ema", "raw"] = "ema"
-    class_names: tuple[str, ...] = ()  # of a conditional model, in the order of its classes
-    corpus: Statistics | None = None  # of its whole corpus, for a site to compare its own images with
-    prior_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    rounds: Annotated[int, Field(ge=0)] = 0
-    created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file, streamed."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def save_checkpoint(path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
@@ -189,11 +160,3 @@ def _check_shapes(found: dict[str, tuple[int, ...]], metadata: CheckpointMetadat
                 f"{option} {path} does not fit its own description: {name} is {found.get(name, 'missing')}, "
                 f"expected {expected.get(name, 'no such weight')}"
             )
-
-
-def first_problem(error: Exception) -> str:
-    """One line out of a validation error: which key, and what is wrong with it."""
-    if isinstance(error, ValidationError):
-        problem = error.errors()[0]
-        return f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
-    return str(error)

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from ..config import DiffusionConfig, MaskConfig, TrainingConfig
 from ..data.batches import Batch
-from ..diffusion.targets import Denoiser, masked_loss, to_model_range
-from .distributed import as_part_of, rank, whole
-from ..errors import OutOfMemory, TrainingDiverged
 from ..diffusion.forward_process import ForwardProcess, forward_process
+from ..diffusion.targets import Denoiser, masked_loss, to_model_range
+from ..errors import OutOfMemory, TrainingDiverged
 from ..networks.layers import patchify
 from ..networks.masking import draw_visible
 from ..networks.model import Network, device_of
 from ..networks.precision import arithmetic, pick_precision
-from ..seeding import generator
 from ..networks.trainable import PartialNetwork
+from ..seeding import generator
+from .distributed import as_part_of, rank, whole
 
 # Steps in a row with a non-finite gradient after which a run gives up: single ones happen, this many do not pass.
 MAX_SKIPPED_IN_A_ROW = 20

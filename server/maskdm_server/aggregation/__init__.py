@@ -1,0 +1,1 @@
+"""Updates: checked, measured, added up, and stepped along."""

@@ -9,13 +9,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from maskdm.training.checkpoint import first_problem
+from maskdm.federated.encoding import as_bfloat16, check, decode
 from maskdm.federated.parcel import NUMBER_NAMES, REPORT_NAMES, Outcome, Parcel, QualityReport, Report, outcome_of
 from maskdm.federated.plan import RoundPlan
+from maskdm.metadata import first_problem
+from maskdm.networks.trainable import delta, squared_length
 from maskdm.run.runfolder import atomic_write
 from maskdm.run.tensorfile import Arrays, Stored, chunks, layout_of
-from maskdm.networks.trainable import delta, squared_length
-from maskdm.federated.encoding import as_bfloat16, check, decode
+
 from .directions import Sketch
 from .robust import Rule, robust_delta
 

@@ -8,28 +8,43 @@ from typing import Annotated, Literal
 import typer
 from click.core import ParameterSource
 
+from maskdm import quantities
 from maskdm.commands import command_line as cli
 from maskdm.commands.audit_commands import audit_log
-from maskdm.config import SIZES, USUAL_PREDICTION, DiffusionConfig, Ema, LossWeight, MaskKind, ModelConfig, NetworkKind, Prediction, ProcessKind, Schedule, Size
-from maskdm.data.preparation.cache import load_corpus
 from maskdm.commands.image_options import Channels, Upscale, channels_of
-from maskdm.data.preparation.pack import check_apart, guess_channels
 from maskdm.commands.prepare import prepare
+from maskdm.config import (
+    SIZES,
+    USUAL_PREDICTION,
+    DiffusionConfig,
+    Ema,
+    LossWeight,
+    MaskKind,
+    ModelConfig,
+    NetworkKind,
+    Prediction,
+    ProcessKind,
+    Schedule,
+    Size,
+)
+from maskdm.data.preparation.cache import load_corpus
+from maskdm.data.preparation.pack import check_apart, guess_channels
 from maskdm.data.sources.source import PackedSource, Source, open_source
-from maskdm.training.distributed import local_device, process_group
 from maskdm.errors import UsageError
 from maskdm.networks.precision import pick_device
 from maskdm.run.processes import is_first
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import owned
-from ..pretraining.curriculum import recipe_names, stages_from, use_recipe
+from maskdm.training.distributed import local_device, process_group
+
+from ..pretraining.pretrain import Run
+from ..pretraining.pretrain import pretrain as train_prior
+from .curriculum import recipe_names, stages_from, use_recipe
 from .evaluate_command import evaluate
 from .experiment_command import experiment
 from .features_command import features
 from .federation_commands import serve_command, simulate
 from .options import Device, LogOption, Out, PrecisionOption, Seed, pixel_policy
-from ..pretraining.pretrain import Run
-from ..pretraining.pretrain import pretrain as train_prior
 from .provision_commands import app as provision_app
 from .report_command import report
 from .sample_command import sample
@@ -119,7 +134,7 @@ def pretrain(
         "recompute": recompute,
         "lr": lr,
         "warmup_images": warmup_images,
-        "betas": cli.pair("--betas", betas),
+        "betas": quantities.pair("--betas", betas),
         "weight_decay": weight_decay,
         "ema": ema,
         "ema_decay": ema_decay,

@@ -14,21 +14,35 @@ from PIL import Image
 from torch import Tensor
 
 from maskdm import __version__
-from maskdm.training.checkpoint import CheckpointMetadata, load_checkpoint, model_from, sha256_of
+from maskdm.commands.image_options import Upscale
+from maskdm.config import DEFAULT_STEPS
 from maskdm.data.batches import class_numbers
 from maskdm.data.corpus import in_both
-from maskdm.commands.image_options import Upscale
+from maskdm.diffusion.sampling import Options
 from maskdm.errors import UsageError
 from maskdm.evaluation.extractors.features import RANDOM, Extractor, open_extractor, random_extractor
 from maskdm.evaluation.measure import Comparison, headline, notes
 from maskdm.evaluation.neighbours import Memorisation, memorisation
 from maskdm.evaluation.real import Real, load_real
-from maskdm.evaluation.record import FOLDER, Evaluation, ExtractorFacts, Pair, ReferenceFacts, SamplingFacts, TrainingFacts, lines, write_record
+from maskdm.evaluation.record import (
+    FOLDER,
+    Evaluation,
+    ExtractorFacts,
+    Pair,
+    ReferenceFacts,
+    SamplingFacts,
+    TrainingFacts,
+    lines,
+    write_record,
+)
 from maskdm.evaluation.samples import StoredSamples, drawn, proportional_classes
-from maskdm.run.pictures import grid_picture, save_png
+from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.precision import pick_device, pick_precision
+from maskdm.run.pictures import grid_picture, save_png
 from maskdm.run.reporting import WorkBar, say
-from maskdm.diffusion.sampling import DEFAULT_STEPS, Options
+from maskdm.run.runfolder import sha256_of
+from maskdm.training.checkpoint import load_checkpoint, model_from
+
 from .options import Device, PrecisionOption, Seed, pixel_policy
 from .sample_command import BatchSize, Eta, Guidance, SamplerOption, Steps, check_steps, classes_in_turn
 

@@ -10,17 +10,19 @@ import numpy as np
 import torch
 import typer
 
+from maskdm import quantities
 from maskdm.commands import command_line as cli
-from maskdm.config import SIZES, DiffusionConfig, LossWeight, MaskConfig, MaskKind, ModelConfig, Prediction, Size
-from maskdm.data.preparation.cache import load_corpus
-from maskdm.data.corpus import Corpus
 from maskdm.commands.image_options import Channels, Upscale, channels_of
+from maskdm.config import SIZES, DiffusionConfig, LossWeight, MaskConfig, MaskKind, ModelConfig, Prediction, Size
+from maskdm.data.corpus import Corpus
+from maskdm.data.preparation.cache import load_corpus
 from maskdm.data.preparation.pack import check_apart, guess_channels
 from maskdm.data.sources.source import open_source
-from maskdm.run.interruption import Interruption
 from maskdm.networks.precision import pick_device
+from maskdm.run.interruption import Interruption
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write, claim, owned, read_lines, write_json
+
 from ..lab.experiment.arms import Arm, arms_named, known_arms
 from ..lab.experiment.budget import ExperimentConfig, spending
 from ..lab.experiment.images import LocalImages, check, make_sites, part, pool
@@ -90,11 +92,11 @@ def experiment(
             "model": cli.configure(ModelConfig, shape),
             "diffusion": DiffusionConfig(prediction=prediction, loss_weight=loss_weight),
             "mask": cli.configure(MaskConfig, {"kind": mask, "ratio": mask_ratio, "block_size": block_size}),
-            "prior_images": cli.count("--prior-images", prior_images),
-            "local_images": cli.count("--local-images", local_images),
+            "prior_images": quantities.count("--prior-images", prior_images),
+            "local_images": quantities.count("--local-images", local_images),
             "batch_size": batch_size,
             "prior_lr": prior_lr,
-            "rates": cli.numbers("--rates", rates),
+            "rates": quantities.numbers("--rates", rates),
             "fraction": fraction,
             "clients": clients,
             "rounds": rounds,

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from maskdm.commands import command_line as cli
-from maskdm.training.checkpoint import load_checkpoint
-from maskdm.config import DiffusionConfig
-from maskdm.data.preparation.cache import load_corpus
-from maskdm.data.corpus import Corpus
 from maskdm.commands.image_options import Upscale
+from maskdm.config import DiffusionConfig
+from maskdm.data.corpus import Corpus
+from maskdm.data.preparation.cache import load_corpus
 from maskdm.data.preparation.pack import check_apart
 from maskdm.data.sources.source import open_source
 from maskdm.errors import UsageError
@@ -22,13 +21,16 @@ from maskdm.federated.policy import SIMULATED, as_toml
 from maskdm.run.processes import Child, free_port
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write, owned
-from ..report.dashboard import Dashboard
+from maskdm.training.checkpoint import load_checkpoint
+
+from ..federation.folder import federation_config
 from ..federation.settings import FederationConfig
-from ..lab.in_process import simulate_inline, write_settings
-from .options import LogOption, Out, Prior, federation_options, pixel_policy, with_options
-from ..flower.serve import address_of, federation_config, serve
+from ..flower.serve import address_of, serve
+from ..lab.in_process import prepare_folders, simulate_inline
 from ..lab.simulate import Rows, split_by_label, split_iid, start_clients, write_shares
+from ..report.dashboard import Dashboard
 from ..tracking.follow import FEDERATION, follow
+from .options import LogOption, Out, Prior, federation_options, pixel_policy, with_options
 
 
 @with_options(federation_options)
@@ -139,7 +141,7 @@ def simulate(
                 settings |= {"features": features}
 
             def prepare_sites() -> list[Path]:
-                return write_settings(paths(), out / "sites", settings)
+                return prepare_folders(paths(), out / "sites", settings)
 
             model = simulate_inline(prior, out, config, prepare_sites, simulation, ray=engine == "ray")
     say(f"model: {model}; samples before and after: {out / 'samples'}")

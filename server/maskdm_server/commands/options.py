@@ -7,13 +7,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from maskdm import quantities
 from maskdm.commands import command_line as cli
-from maskdm.config import Precision
+from maskdm.config import Encoding, Precision, Sampler, Trainable
 from maskdm.data.pixels import PixelPolicy
 from maskdm.evaluation.extractors.features import RANDOM, open_extractor, random_extractor
-from maskdm.diffusion.sampling import Sampler
-from maskdm.networks.trainable import Trainable
-from maskdm.federated.encoding import Encoding
+
 from ..aggregation.optimizers import ServerOptimizer
 from ..aggregation.robust import Rule
 from ..tracking.follow import Log, check_installed
@@ -97,9 +96,9 @@ def federation_options(
     """Everything that FederationConfig takes, as `serve` and `simulate` offer it."""
     values = dict(locals())
     usual = "100M" if local_minutes is not None else "2048"
-    values["local_images"] = cli.count("--local-images", usual if local_images is None else local_images)
-    values["max_upload"] = max_upload and cli.size("--max-upload", max_upload)
-    values["server_betas"] = cli.pair("--server-betas", server_betas)
+    values["local_images"] = quantities.count("--local-images", usual if local_images is None else local_images)
+    values["max_upload"] = max_upload and quantities.size("--max-upload", max_upload)
+    values["server_betas"] = quantities.pair("--server-betas", server_betas)
     values["evaluate_features"] = _digest_of(evaluate_features or RANDOM) if evaluate else None
     return values
 

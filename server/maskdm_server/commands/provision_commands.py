@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from maskdm.training.checkpoint import describe_checkpoint
 from maskdm.errors import UsageError
 from maskdm.federated.kit import fingerprint
 from maskdm.federated.policy import TEMPLATE, UNATTENDED, load_policy
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import owned
+from maskdm.training.checkpoint import describe_checkpoint
+
 from ..kits.provision import provision, renew, revoke
 
 app = typer.Typer(add_completion=False)

@@ -8,6 +8,7 @@ import typer
 
 from maskdm.errors import UsageError
 from maskdm.run.runfolder import atomic_write
+
 from ..report.federation_page import federation_page
 from ..report.files import read_row
 from ..report.gather import FederationFolder, Kind, look_at_run

@@ -8,16 +8,17 @@ import numpy as np
 import torch
 import typer
 
-from maskdm.training.checkpoint import load_checkpoint, model_from
-from maskdm.config import DiffusionConfig, ModelConfig
+from maskdm.config import DiffusionConfig, ModelConfig, Sampler
 from maskdm.data.pixels import decode
+from maskdm.diffusion.sampling import Options, inpaint, interpolate
+from maskdm.diffusion.sampling import sample as draw
 from maskdm.errors import DataError, UsageError
-from maskdm.run.pictures import grid_picture, save_png
 from maskdm.networks.precision import pick_device, pick_precision
+from maskdm.run.pictures import grid_picture, save_png
 from maskdm.run.reporting import WorkBar, say
 from maskdm.run.runfolder import atomic_write
-from maskdm.diffusion.sampling import Options, Sampler, inpaint, interpolate
-from maskdm.diffusion.sampling import sample as draw
+from maskdm.training.checkpoint import load_checkpoint, model_from
+
 from .options import Device, PrecisionOption, Seed, pixel_policy
 
 SamplerOption = Annotated[

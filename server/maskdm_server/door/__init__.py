@@ -1,0 +1,1 @@
+"""What strangers meet: every request to the SuperLink passes here first."""

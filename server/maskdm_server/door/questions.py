@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from maskdm.run.runfolder import append_whole
+
 from .trees import Children
 
 ASKED = "asked.ids"  # a SuperLink that is started again reads what was asked before

@@ -1,0 +1,1 @@
+"""Rounds, exchanges with sites, the journal; knows no Flower."""

@@ -11,6 +11,7 @@ from maskdm.federated.auditlog import NOTHING, Message, message_of
 from maskdm.federated.parcel import NUMBER_NAMES, Outcome, Parcel, outcome_of
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.tensorfile import Stored
+
 from ..aggregation.updates import UpdateRejected
 from .transport import Link, Question, Reply
 

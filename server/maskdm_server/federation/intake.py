@@ -11,8 +11,9 @@ from torch import Tensor
 from maskdm.config import Frozen
 from maskdm.federated.parcel import Parcel, Report
 from maskdm.federated.plan import RoundPlan
-from ..aggregation.updates import LARGEST_WEIGHT, Aggregate, Update, UpdateRejected, check_reply
+
 from ..aggregation.directions import Sketch, cosines
+from ..aggregation.updates import LARGEST_WEIGHT, Aggregate, Update, UpdateRejected, check_reply
 
 # As many updates must be known before one can be called long; the first ones wait on the disk for that.
 ENOUGH = 3

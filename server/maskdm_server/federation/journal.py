@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from maskdm.training.checkpoint import METADATA_KEY, CheckpointMetadata, describe_checkpoint, load_checkpoint, sha256_of
 from maskdm.config import Frozen
 from maskdm.errors import CheckpointError
-from maskdm.run.runfolder import atomic_write, keep_lines, read_lines
-from maskdm.run.tensorfile import Arrays, Stored, chunks, fp32, layout_of
+from maskdm.metadata import METADATA_KEY, CheckpointMetadata
 from maskdm.networks.trainable import expected_shapes
-from .intake import Measured
+from maskdm.run.runfolder import atomic_write, keep_lines, read_lines, sha256_of
+from maskdm.run.tensorfile import Arrays, Stored, chunks, fp32, layout_of
+from maskdm.training.checkpoint import describe_checkpoint, load_checkpoint
+
 from ..aggregation.optimizers import Moments
+from .intake import Measured
 from .selection import Standing
 
 ROUNDS = "rounds"  # folder in FED

@@ -5,8 +5,9 @@ from typing import Any
 
 from maskdm.federated.parcel import QUALITY_NAMES, QualityReport, Report
 from maskdm.federated.plan import QualityPlan
-from ..aggregation.updates import overall_loss
+
 from ..aggregation.robust import Rule
+from ..aggregation.updates import overall_loss
 
 QUALITY = "quality.jsonl"
 

@@ -3,69 +3,19 @@
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
-from torch import Tensor
-
-from maskdm.training.checkpoint import load_checkpoint, model_from
-from maskdm.config import DiffusionConfig, ModelConfig, Precision
 from maskdm.errors import MaskDMError
-from maskdm.run.pictures import grid_picture, save_png
-from maskdm.networks.precision import pick_device, pick_precision
+from maskdm.evaluation.grids import Abandoned, save_samples
 from maskdm.run.reporting import say
-from maskdm.diffusion.sampling import sample
+from maskdm.training.checkpoint import load_checkpoint
+
 from .settings import FederationConfig
-
-
-class Abandoned(Exception):
-    """Nobody waits for the picture any more."""
-
-
-def save_samples(
-    picture: Path,
-    weights: dict[str, Tensor],
-    shape: ModelConfig,
-    diffusion: DiffusionConfig,
-    *,
-    seed: int,
-    count: int = 16,
-    device: str = "auto",
-    precision: Precision = "auto",
-    wanted: Callable[[], bool] = lambda: True,
-) -> None:
-    """Draw a grid of `count` images and write it as PNG.
-
-    The same seed gives the same noise, so that two models can be compared picture by picture.
-
-    Args:
-        wanted: asked before each evaluation of the network.
-
-    Raises:
-        Abandoned: `wanted` said no; nothing was written.
-    """
-
-    def check(*_: Any) -> None:
-        if not wanted():
-            raise Abandoned
-
-    picked = pick_device(device)
-    model = model_from(weights, shape, picked)
-    model.register_forward_pre_hook(check)
-    drawn = sample(model, diffusion, count, seed=seed, precision=pick_precision(precision, picked))
-    save_png(picture, grid_picture(drawn.numpy()))
-
-
-def draw_samples(checkpoint: Path, picture: Path, seed: int, count: int) -> None:
-    """`save_samples` of a checkpoint, unless the picture is there already or `count` is 0."""
-    if picture.exists() or not count:
-        return
-    weights, metadata = load_checkpoint(checkpoint)
-    save_samples(picture, weights, metadata.model, metadata.diffusion, seed=seed, count=count)
 
 
 class RoundPictures:

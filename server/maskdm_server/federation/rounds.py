@@ -15,26 +15,28 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from maskdm.federated import auditlog
-from maskdm.federated.auditlog import Message
-from maskdm.training.checkpoint import CheckpointMetadata, describe_checkpoint
 from maskdm.config import MaskConfig
 from maskdm.errors import FederationError
+from maskdm.federated import auditlog
+from maskdm.federated.auditlog import Message
 from maskdm.federated.parcel import Parcel, Report
 from maskdm.federated.plan import RoundPlan
+from maskdm.metadata import CheckpointMetadata
+from maskdm.networks.trainable import expected_shapes, squared_length
 from maskdm.run.runfolder import append_line, atomic_write, read_lines, write_json
 from maskdm.run.tensorfile import chunks, fp32
-from maskdm.networks.trainable import expected_shapes, squared_length
-from ..aggregation.updates import Aggregate, HeldUpdates, StreamingMean, check_reply, overall_loss
+from maskdm.training.checkpoint import describe_checkpoint
+
 from ..aggregation.directions import AGAINST
+from ..aggregation.optimizers import Moments, step
+from ..aggregation.updates import Aggregate, HeldUpdates, StreamingMean, check_reply, overall_loss
 from .exchange import POLL_SECONDS, Clock, Exchange, new_exchange
-from .settings import FederationConfig, changes_size, update_size
 from .intake import Intake
 from .journal import Journal, Known
-from .transport import Link
-from ..aggregation.optimizers import Moments, step
 from .quality import QUALITY, known_line, new_line
 from .selection import Standing, choose
+from .settings import FederationConfig, changes_size, update_size
+from .transport import Link
 
 # Under-quorum rounds are tried again before the run gives up, after pauses of so many seconds.
 PAUSES = (0.0, 10.0, 30.0)

@@ -5,12 +5,12 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from maskdm.config import Frozen, ModelConfig
+from maskdm.config import Encoding, Frozen, ModelConfig, Sampler, Trainable
+from maskdm.federated.encoding import size
 from maskdm.federated.kit import Digest
 from maskdm.federated.plan import FEWEST_COMPARED, QualityPlan
-from maskdm.diffusion.sampling import Sampler
-from maskdm.networks.trainable import Trainable, changed_weights, expected_shapes, update_shapes
-from maskdm.federated.encoding import Encoding, size
+from maskdm.networks.trainable import changed_weights, expected_shapes, update_shapes
+
 from ..aggregation.optimizers import Decay, ServerOptimizer, ServerStep
 from ..aggregation.robust import Rule, needed
 

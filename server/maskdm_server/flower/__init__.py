@@ -1,0 +1,1 @@
+"""Everything that knows Flower's server: SuperLink, Grid, ServerApp, nodes."""

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskdm.federated.bundle import bundle, bundle_sha256
 from maskdm.errors import FederationError
+from maskdm.federated.bundle import bundle, bundle_sha256
 from maskdm.run.processes import NO_CALLS_HOME, no_proxy_for_loopback
 
 

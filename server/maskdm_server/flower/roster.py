@@ -11,9 +11,10 @@ from pathlib import Path
 from maskdm.errors import FederationError, UsageError
 from maskdm.run.runfolder import write_json
 from maskdm.seeding import derive_seed
-from .control import Control
+
 from ..door.keys import KEYS
 from ..kits.sites import SITES, Site, read_sites
+from .control import Control
 
 NODES = "nodes.json"
 LOOK_SECONDS = 2.0

@@ -1,31 +1,29 @@
 """Serves a prior to a federation: one folder, one SuperLink, all rounds, resumable by the same command."""
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from maskdm.training.checkpoint import describe_checkpoint, load_checkpoint, sha256_of
 from maskdm.errors import FederationError, UsageError
+from maskdm.federated.terms import terms_for
 from maskdm.run.interruption import Interruption
 from maskdm.run.processes import Child
 from maskdm.run.reporting import say
-from maskdm.run.runfolder import LineReader, atomic_write, claim, record_versions
-from maskdm.seeding import derive_seed
-from maskdm.federated.terms import ASKED, terms_for
+from maskdm.run.runfolder import LineReader
+from maskdm.training.checkpoint import describe_checkpoint
+
 from ..federation.events import tell
-from ..federation.settings import MAY_CHANGE, FederationConfig, largest_update, update_size
-from ..federation.round_pictures import RoundPictures, draw_samples
+from ..federation.folder import SAMPLES, begin, conclude
+from ..federation.round_pictures import RoundPictures
+from ..federation.settings import FederationConfig, largest_update
 from ..kits.sites import check_folder, read_server
 from .superlink import SuperLink
 
 LOOPBACK = "127.0.0.1"
 # Sites leave by themselves after the last round; those of a simulation get this long before they are ended.
 LEAVE_SECONDS = 30.0
-SAMPLES = 16  # in each grid
 
 BANNER = """\
 *****************************************************************************************
@@ -34,17 +32,6 @@ BANNER = """\
 *****************************************************************************************"""
 
 StartSites = Callable[[], Sequence[Child]]
-
-
-def federation_config(prior: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Options plus what identifies the federation, ready for FederationConfig.
-
-    One with other terms is another one: sites that agreed to the terms of an earlier try are asked anew.
-    """
-    digest = sha256_of(prior) if prior.is_file() else ""
-    usual = FederationConfig.model_fields
-    keys = [values.get(name, usual[name].default) for name in ("seed", *ASKED)]
-    return {**values, "prior_sha256": digest, "federation": f"{derive_seed('federation', digest, *keys):016x}"}
 
 
 def serve(
@@ -99,52 +86,6 @@ def serve(
         link.close()  # which is what the sites wait for
         _let_leave(sites)
     return conclude(out, config, sample_count)
-
-
-def begin(
-    prior: Path, out: Path, config: FederationConfig, simulation: Mapping[str, Any], sample_count: int = SAMPLES
-) -> bool:
-    """Make FED ready, or see that it goes on with this very federation; returns True where nothing is left to do."""
-    identity = {"federation": config.model_dump(mode="json"), "simulation": dict(simulation)}
-    claim(out, "federation", identity, may_change=MAY_CHANGE)
-    _, metadata = load_checkpoint(prior, "--prior")
-    needed = update_size(config, metadata.model)
-    if config.max_upload and needed > config.max_upload:
-        raise UsageError(
-            f"--max-upload {config.max_upload:,} bytes: an update of this model has {needed:,}: choose --encoding int8 "
-            f"or topk, or --train norm-bias or adapters"
-        )
-    if not (out / "prior.safetensors").exists():
-        atomic_write(out / "prior.safetensors", prior.read_bytes())
-    if _is_done(out, config):
-        say(f"all rounds are done: {out / 'model.safetensors'}")
-        return True
-    record_versions(out, "torch", "flwr")
-    for stale in ("result.json", "samples/after.png"):
-        (out / stale).unlink(missing_ok=True)
-    shape = metadata.model
-    say(
-        f"prior: {shape.image_size}x{shape.image_size} pixels, {shape.channels} channels, "
-        f"{metadata.images_seen:,} images seen"
-    )
-    draw_samples(out / "prior.safetensors", out / "samples" / "before.png", config.seed, sample_count)
-    return False
-
-
-def conclude(out: Path, config: FederationConfig, sample_count: int = SAMPLES) -> Path:
-    """Leave samples of the final model, and no file of Flower's."""
-    draw_samples(out / "model.safetensors", out / "samples" / "after.png", config.seed, sample_count)
-    shutil.rmtree(out / ".flwr", ignore_errors=True)
-    return out / "model.safetensors"
-
-
-def _is_done(out: Path, config: FederationConfig) -> bool:
-    try:
-        result = json.loads((out / "result.json").read_text())
-    except (OSError, ValueError):
-        return False
-    stopped = result.get("stopped_by_patience")
-    return bool(result["rounds"] >= config.rounds or (stopped and stopped == config.patience))
 
 
 def address_of(tls: Path | None, insecure: bool, host: str | None, port: int | None) -> tuple[str, int]:

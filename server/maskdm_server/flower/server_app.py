@@ -1,4 +1,4 @@
-"""The Flower ServerApp: carries parcels over Flower's Grid. The rounds themselves are in `maskdm_server.federation.rounds`.
+"""The Flower ServerApp: carries parcels over Flower's Grid. The rounds themselves are in `maskdm_server.federation`.
 
 Over the network Flower's own push holds every message twice, its pull every reply of a round three times, and both wait
 for the slowest link. `StreamingLink` goes through the same calls of Flower's Runtime API object by object.
@@ -46,18 +46,19 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from httpx import HTTPStatusError
 
-from maskdm.training.checkpoint import describe_checkpoint
 from maskdm.errors import MaskDMError
 from maskdm.federated.parcel import Parcel
 from maskdm.run.runfolder import append_line
 from maskdm.run.tensorfile import Stored, unpack
+from maskdm.training.checkpoint import describe_checkpoint
+
 from ..door.door import CHUNK
+from ..door.traffic import Traffic
+from ..federation.rounds import run_federation
 from ..federation.settings import FederationConfig, largest_update
 from ..federation.transport import Question, Reply
-from .roster import Named
-from ..federation.rounds import run_federation
 from .liveness import alive
-from ..door.traffic import Traffic
+from .roster import Named
 
 PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document
 AT_ONCE = 2  # objects whose bytes are in memory while they are sent

@@ -17,6 +17,7 @@ from maskdm.errors import UsageError
 from maskdm.run.processes import free_port, script
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import LineReader
+
 from .control import Control
 from .superlink import SuperLink
 

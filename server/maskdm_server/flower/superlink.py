@@ -17,13 +17,14 @@ from typing import Any, Self
 from maskdm.errors import FederationError, UsageError
 from maskdm.run.processes import Child, flower_environment, free_port, port_is_taken, script
 from maskdm.run.runfolder import LineReader
-from ..kits.authority import write_private
-from .control import Control
+
 from ..door.door import SECRET
 from ..door.keys import KEYS
 from ..door.questions import ASKED
-from .roster import NODES, Roster
+from ..kits.authority import write_private
+from .control import Control
 from .liveness import is_alive
+from .roster import NODES, Roster
 
 START_SECONDS = 90.0
 POLL_SECONDS = 0.25
@@ -71,7 +72,14 @@ class SuperLink:
 
     def _commands_for(self, host: str, port: int, largest_update: int) -> dict[str, list[str]]:
         home, secret = self._home.resolve(), str(self._home.resolve() / SECRET)
-        link = [sys.executable, "-m", "maskdm_server.door.door", str(home), str(largest_update), _split(self._private)[1]]
+        link = [
+            sys.executable,
+            "-m",
+            "maskdm_server.door.door",
+            str(home),
+            str(largest_update),
+            _split(self._private)[1],
+        ]
         link += ["--host", host, "--port", str(port), "--isolation", "process"]
         link += ["--database", str(home / "superlink.db")]
         link += ["--disable-runtime-dependency-installation", "--superexec-auth-secret-file", secret]

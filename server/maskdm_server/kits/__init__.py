@@ -1,0 +1,1 @@
+"""The federation's authority, its sites, and their startup kits."""

@@ -14,12 +14,22 @@ from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 
-from maskdm.federated.bundle import bundle_sha256
 from maskdm.config import ModelConfig
 from maskdm.errors import UsageError
+from maskdm.federated.bundle import bundle_sha256
 from maskdm.federated.kit import AUTHORITY, KEY, KIT, POLICY, PUBLIC_KEY, README, SIGNATURE, SITE_NAME, Kit, sign
 from maskdm.run.runfolder import atomic_write, close_to_others
-from .authority import key_bytes, load_authority, make_authority, new_key, server_certificate, site_key_bytes, site_public_key, write_private
+
+from .authority import (
+    key_bytes,
+    load_authority,
+    make_authority,
+    new_key,
+    server_certificate,
+    site_key_bytes,
+    site_public_key,
+    write_private,
+)
 from .sites import SITES, Server, Site, read_server, read_sites, write_server, write_sites
 
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")

@@ -1,0 +1,1 @@
+"""Whole federations on one machine: simulations, the demo, experiments."""

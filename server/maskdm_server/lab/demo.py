@@ -7,24 +7,26 @@ from pathlib import Path
 import numpy as np
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, TrainingConfig
-from maskdm.data.preparation.cache import load_corpus
 from maskdm.data.pixels import PixelPolicy
+from maskdm.data.preparation.cache import load_corpus
 from maskdm.data.sources.source import open_source
-from maskdm.run.pictures import grid_picture, save_png
 from maskdm.networks.precision import pick_device
+from maskdm.run.pictures import grid_picture, save_png
 from maskdm.run.processes import free_port
 from maskdm.run.reporting import readable_size, say
 from maskdm.run.runfolder import atomic_write
-from .faces import SITES, Domain, draw_faces
+
+from ..federation.folder import federation_config
 from ..federation.settings import FederationConfig
+from ..flower.serve import serve
 from ..pretraining.pretrain import Run, pretrain
-from ..report.page.blocks import colophon, page, picture, row_of, section, tiles
 from ..report.costs import costs
-from ..report.files import read_picture
 from ..report.gather import FederationFolder
+from ..report.page.blocks import colophon, page, picture, row_of, section, tiles
 from ..report.page.markup import tag
+from ..report.page.pictures import read_picture
 from ..report.page.units import count, figure
-from ..flower.serve import federation_config, serve
+from .faces import SITES, Domain, draw_faces
 from .simulate import start_clients
 
 

@@ -3,7 +3,7 @@
 The public corpus shows bare heads. Each institution sees what the others and the public do not: a clinic surgical
 masks, a laboratory safety glasses, a workshop hard hats.
 
-    python -m maskdm_server.lab.faces DOMAIN COUNT SIZE FOLDER [SEED]     draws them as PNG files, for docker-compose.yml
+    python -m maskdm_server.lab.faces DOMAIN COUNT SIZE FOLDER [SEED]    draws them as PNG files, for docker-compose.yml
 """
 
 import sys

@@ -1,26 +1,25 @@
 """A federation in one process: the same rounds and the same client code, one client after another, no network.
 
 For tests, for hundreds of virtual clients on one machine, and, with Flower's Ray runtime around it, for several at a
-time. The client's code is found by its name, as Flower does it: server and client never import each other.
+time. The client's code is found by its entry point: server and client never import each other.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from maskdm.run.interruption import Interruption
 from maskdm.federated.parcel import Parcel
-from maskdm.run.runfolder import LineReader, write_json
+from maskdm.federated.virtual import folder_of, virtual_site
+from maskdm.run.interruption import Interruption
+from maskdm.run.runfolder import LineReader
 from maskdm.seeding import derive_seed
+
 from ..federation.events import tell
-from ..federation.settings import FederationConfig
-from ..federation.transport import Question, Reply
+from ..federation.folder import SAMPLES, begin, conclude
 from ..federation.round_pictures import RoundPictures
 from ..federation.rounds import run_federation
-from ..flower.serve import SAMPLES, begin, conclude
-
-CLIENT = "maskdm_client.work.in_process"
+from ..federation.settings import FederationConfig
+from ..federation.transport import Question, Reply
 
 Answer = Callable[[str, bytes, Path], Parcel]
 
@@ -55,19 +54,17 @@ class InlineLink:
         return {}
 
 
-def write_settings(data: Sequence[Path], folder: Path, settings: Mapping[str, Any]) -> list[Path]:
-    """The folder of each virtual client, with the settings that `maskdm-client` would write.
+def prepare_folders(data: Sequence[Path], sites: Path, settings: Mapping[str, Any]) -> list[Path]:
+    """The folder of each virtual site, below that of all of them.
 
     Args:
         settings: of all of them, with their `seed`.
     """
     folders = []
     for number, path in enumerate(data, start=1):
-        site = folder / f"site-{number}" / "client"
-        own = {"data": str(path.absolute()), "secret_seed": derive_seed("simulated site", settings["seed"], number)}
-        document = {"threads": 1, **own, **settings}
-        write_json(site / "config.json", {"kind": "client", "site": document})
-        folders.append(site)
+        own = {"data": path.absolute(), "secret_seed": derive_seed("simulated site", settings["seed"], number)}
+        folders.append(folder_of(sites, number))
+        virtual_site().prepare(folders[-1], {"threads": 1, **own, **settings})
     return folders
 
 
@@ -101,7 +98,8 @@ def simulate_inline(
 
             simulate_ray(out, len(folders), interruption.check, hear)
         else:
-            answer: Answer = import_module(CLIENT).answer
-            run_federation(InlineLink(folders, answer, check), out, config, pause=lambda seconds: check())
+            run_federation(
+                InlineLink(folders, virtual_site().answer, check), out, config, pause=lambda seconds: check()
+            )
             check()
     return conclude(out, config)

@@ -1,0 +1,1 @@
+"""A prior from a public corpus."""

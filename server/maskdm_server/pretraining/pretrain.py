@@ -10,22 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskdm.training.checkpoint import CheckpointMetadata, load_state, load_weights, save_checkpoint, save_state, sha256_of
 from maskdm.config import DiffusionConfig, ModelConfig, Stage
 from maskdm.data.batches import batches, class_numbers
 from maskdm.data.corpus import Corpus
-from maskdm.training.distributed import agreed, check_batch, rank, shard, together, whole, world_size
 from maskdm.errors import UsageError
-from maskdm.run.interruption import Interruption
+from maskdm.evaluation.grids import save_samples
+from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.masking import effective_ratio, visible_count
 from maskdm.networks.model import build_model, parameter_count
 from maskdm.networks.precision import pick_precision
+from maskdm.run.interruption import Interruption
 from maskdm.run.processes import is_first
 from maskdm.run.reporting import WorkBar, say
-from maskdm.run.runfolder import append_line, claim, keep_lines, read_lines, record_versions
+from maskdm.run.runfolder import append_line, claim, keep_lines, read_lines, record_versions, sha256_of
 from maskdm.seeding import derive_seed
+from maskdm.training.checkpoint import load_state, load_weights, save_checkpoint, save_state
+from maskdm.training.distributed import agreed, check_batch, rank, shard, together, whole, world_size
 from maskdm.training.loop import Progress, TrainingState, put_weights, train
-from ..federation.round_pictures import save_samples
+
 from ..tracking.follow import PRETRAINING, Log, follow
 
 GRIDS = 8  # of samples through a run

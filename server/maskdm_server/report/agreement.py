@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Sequence
 
 from ..aggregation.directions import AGAINST
-from .page.blocks import note, table
 from .gather import RoundLine, UpdateLine
+from .page.blocks import note, table
 from .page.markup import Markup, tag, together
 from .page.units import count
 

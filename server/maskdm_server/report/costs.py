@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from maskdm.run.reporting import readable_size
+
+from .gather import RoundLine
 from .page.blocks import chart, row_of, table
 from .page.charts import Series, line_chart
-from .gather import RoundLine
 from .page.markup import Markup
 from .page.units import count, duration, figure
 

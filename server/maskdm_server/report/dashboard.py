@@ -19,9 +19,10 @@ from typing import Any, Self
 
 from maskdm.errors import UsageError
 from maskdm.run.reporting import say
-from .page.blocks import colophon, page
+
 from .federation_page import federation_page
 from .gather import FederationFolder
+from .page.blocks import colophon, page
 from .page.markup import SECURITY_POLICY, tag, together
 
 LOOPBACK = "127.0.0.1"

@@ -1,16 +1,17 @@
 """A federation as a page: where it stands, what it learned, who took part, what it cost, what went wrong."""
 
 from maskdm.run.reporting import readable_size
+
 from .agreement import agreement
-from .page.blocks import code, colophon, configuration, facts, page, picture, row_of, section, tiles
 from .costs import costs, round_by_round
-from .files import read_picture
 from .gather import Federation, State
 from .incidents import audit, faults, privacy, rejections
+from .page.blocks import code, colophon, configuration, facts, page, picture, row_of, section, tiles
 from .page.markup import Markup, tag, together
+from .page.pictures import read_picture
+from .page.units import count, duration, figure, moment, percent
 from .participation import participation
 from .quality import quality, quality_at_sites
-from .page.units import count, duration, figure, moment, percent
 
 STATES: dict[State, tuple[str, str]] = {
     "starting": ("warn", "is starting"),

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from maskdm.federated.auditlog import AUDIT, Verdict, verify
-from maskdm.training.checkpoint import CheckpointMetadata, describe_checkpoint, sha256_of
 from maskdm.errors import CheckpointError
-from maskdm.run.runfolder import is_owned
+from maskdm.federated.auditlog import AUDIT, Verdict, verify
+from maskdm.metadata import CheckpointMetadata
+from maskdm.run.runfolder import is_owned, sha256_of
+from maskdm.training.checkpoint import describe_checkpoint
+
 from .files import Followed, Row, read_row, read_rows, read_settings
 from .happened import Happened
 from .sites import Sites

@@ -1,9 +1,10 @@
 """What a reader has to be able to trust: what was rejected, what went wrong, privacy, and the audit log."""
 
 from maskdm.federated.auditlog import AUDIT
-from .page.blocks import code, facts, note, table
+
 from .gather import Federation
 from .happened import KEPT, Fault
+from .page.blocks import code, facts, note, table
 from .page.markup import Markup, tag, together
 from .page.units import count, moment
 

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from maskdm.run.reporting import readable_size
+
 from .page.blocks import note, table
 from .page.markup import Markup, tag, together
-from .sites import Part, Site, Sites
 from .page.units import count, figure
+from .sites import Part, Site, Sites
 
 MOST_COLUMNS, MOST_ROWS = 40, 40
 

@@ -5,9 +5,10 @@ from itertools import groupby
 from pathlib import Path
 
 from maskdm.evaluation.record import Evaluation, Measured, records_of
+
+from .gather import QualityLine
 from .page.blocks import chart, note, row_of, table
 from .page.charts import Series, line_chart
-from .gather import QualityLine
 from .page.markup import Markup, tag, together
 from .page.units import count, figure
 

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from statistics import median
 
+from .gather import MetricsLine, PretrainRun
 from .page.blocks import chart, code, colophon, configuration, facts, note, page, picture, row_of, section, tiles
 from .page.charts import Series, line_chart
-from .files import read_picture
-from .gather import MetricsLine, PretrainRun
 from .page.markup import Markup, tag, together
-from .quality import quality
+from .page.pictures import read_picture
 from .page.units import count, duration, figure, percent
+from .quality import quality
 
 # Above this ratio of the largest to the smallest loss a logarithmic axis shows more.
 LOG_FROM = 5.0

@@ -1,0 +1,1 @@
+"""Lines and samples of a run for TensorBoard and MLflow."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from maskdm.training.checkpoint import METADATA_KEY
 from maskdm.errors import Interrupted, UsageError
+from maskdm.metadata import METADATA_KEY
 from maskdm.run.processes import is_first
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import LineReader

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from maskdm.evaluation import uncertainty
 from maskdm.evaluation.distances import Moments, frechet_distance, kernel_distance, moments
-from maskdm.evaluation.uncertainty import counts, extrapolated_frechet, frechet_influence, frechet_resamples, halves, kernel_resamples, mean_resamples, percentiles
+from maskdm.evaluation.uncertainty import (
+    counts,
+    extrapolated_frechet,
+    frechet_influence,
+    frechet_resamples,
+    halves,
+    kernel_resamples,
+    mean_resamples,
+    percentiles,
+)
 
 
 def drawn(seed: int, count: int, features: int = 6, scale: float = 1.0, shift: float = 0.0) -> Tensor:

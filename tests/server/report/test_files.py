@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm_server.report.files import WIDEST, Followed, Row, read_picture, read_row, read_rows, read_settings
+from maskdm_server.report.files import Followed, Row, read_row, read_rows, read_settings
+from maskdm_server.report.page.pictures import WIDEST, read_picture
 
 
 class Number(Row):

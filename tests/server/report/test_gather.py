@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdm.federated import auditlog
-from maskdm.federated.auditlog import Message
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, TrainingConfig
 from maskdm.errors import FederationError
+from maskdm.federated import auditlog
+from maskdm.federated.auditlog import Message
 from maskdm.federated.parcel import Parcel
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import append_line, owned, write_json

@@ -1,0 +1,1 @@
+"""Sources into packed corpora, sites' slices, and what to know before."""

@@ -6,13 +6,13 @@ import os
 from io import FileIO
 from pathlib import Path
 
-from ..corpus import Corpus, is_corpus
-from .pack import pack
-from ..pixels import PixelPolicy
-from ..sources.source import PackedSource, Source
 from ...errors import DataError
 from ...run.reporting import say
 from ...run.runfolder import open_lock
+from ..corpus import Corpus, is_corpus
+from ..pixels import PixelPolicy
+from ..sources.source import PackedSource, Source
+from .pack import pack
 
 
 def cache_folder() -> Path:

@@ -23,15 +23,15 @@ from types import ModuleType
 
 import numpy as np
 
+from ...errors import DataError, MaskDMError
 from ...run import guard
+from ...run.interruption import Interruption
+from ...run.reporting import WorkBar
 from ..archives import Part
 from ..corpus import RECORD, SPLITS, Corpus, Tally, is_corpus, open_corpus
 from ..pixels import IsColour, PixelPolicy, to_pixels
 from ..sources.source import Entry, Source
 from ..writer import Packed, Writer
-from ...errors import DataError, MaskDMError
-from ...run.interruption import Interruption
-from ...run.reporting import WorkBar
 
 ALONE_SECONDS = 0.5  # work that is done sooner starts no other process
 CHUNK_BYTES = 1 << 21  # of decoded images

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...config import Frozen
-from ..corpus import SKIPPED, Corpus, Manifest, Statistics, content_keys
-from ..duplicates import near_duplicates, thumbnail
-from ..pixels import PixelPolicy
+from ...metadata import Statistics
 from ...run.pictures import grid_picture, save_png
 from ...run.runfolder import write_json
 from ...seeding import derive_seed
+from ..corpus import SKIPPED, Corpus, Manifest, content_keys
+from ..duplicates import near_duplicates, thumbnail
+from ..pixels import PixelPolicy
 
 if TYPE_CHECKING:
-    from ...training.checkpoint import CheckpointMetadata
+    from ...metadata import CheckpointMetadata
 
 REPORT, CONTACT_SHEET = "preflight.json", "contact-sheet.png"
 SHEET_IMAGES = 64

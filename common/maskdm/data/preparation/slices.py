@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import DataError
+from ...seeding import derive_seed
 from ..duplicates import near_duplicates, thumbnail
 from ..pixels import PixelPolicy, to_pixels
 from ..sources.source import Source
-from ...errors import DataError
-from ...seeding import derive_seed
 
 TOP = 2.0**63  # of `derive_seed`
 # What near-duplicates are looked for on; DICOM, colour and small pictures included.

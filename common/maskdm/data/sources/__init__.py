@@ -1,0 +1,1 @@
+"""Images as they lie on disks: folders, archives, arrays, tables, public layouts."""

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .source import SPLIT_FOLDERS, Entry, FolderSource, Split, of_file
 from ...errors import DataError
+from .source import SPLIT_FOLDERS, Entry, FolderSource, Split, of_file
 
 LSUN_FOLDER = re.compile(r"(?:(.+)_(train|val)|(test))(?:_lmdb)?")
 # Values of `split` by which torchvision's datasets call their parts; the first that one knows is used. Others have

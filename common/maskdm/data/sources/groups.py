@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from .source import ArraySource, MappedSource, PackedSource, Source, group_of
-from .tables import Table
 from ...errors import DataError
 from ...run.reporting import say
+from .source import ArraySource, MappedSource, PackedSource, Source, group_of
+from .tables import Table
 
 
 def with_groups(source: Source, regex: str | None = None, table: str | None = None) -> Source:

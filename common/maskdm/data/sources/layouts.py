@@ -6,13 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from ...errors import DataError
 from ..archives import is_zip, zip_members
 from ..corpus import SPLITS
-from .external import LmdbSource, TorchvisionSource, scene_of
 from ..pixels import Box
-from .source import SPLIT_FOLDERS, ArchiveSource, Entry, FolderSource, MappedSource, Source, Split, group_of, open_source
+from .external import LmdbSource, TorchvisionSource, scene_of
+from .source import (
+    SPLIT_FOLDERS,
+    ArchiveSource,
+    Entry,
+    FolderSource,
+    MappedSource,
+    Source,
+    Split,
+    group_of,
+    open_source,
+)
 from .tables import Table, read_table
-from ...errors import DataError
 
 LAYOUTS = ("auto", "vggface2", "celeba", "celebahq", "lsun", "torchvision:NAME")
 

@@ -16,10 +16,10 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import DataError
 from ..archives import MAX_FILE_BYTES, Part, is_tar, is_zip, read, tar_members, zip_members
 from ..corpus import Corpus, is_corpus, open_corpus
 from ..pixels import Box
-from ...errors import DataError
 
 PICTURE_SUFFIXES = frozenset(
     f".{kind}"

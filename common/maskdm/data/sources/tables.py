@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .source import group_of
 from ...errors import DataError
+from .source import group_of
 
 # First fields of the lines that name columns; where files were joined they stand in the middle too.
 HEADERS = ("NAME_ID", "image_id", "idx")

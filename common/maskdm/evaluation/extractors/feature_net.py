@@ -18,9 +18,9 @@ from torch.nn import functional
 from ...config import Frozen
 from ...data.batches import batch_rows
 from ...errors import UsageError
-from .mobilenet import resized
 from ...run.runfolder import atomic_write
 from ...seeding import generator
+from .mobilenet import resized
 
 KEY = "maskdm.features"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...training.checkpoint import sha256_of
 from ...errors import UsageError
+from ...run.runfolder import sha256_of
 from . import inception
 from .feature_net import FeatureNet, FeatureNetConfig, is_feature_net, load_feature_net
 from .mobilenet import MOBILENET_SHA256, load_mobilenet

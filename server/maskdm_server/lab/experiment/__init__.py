@@ -1,0 +1,1 @@
+"""Arms of an experiment beside each other, at equal cost."""

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from maskdm.config import DiffusionConfig, Frozen, MaskConfig, ModelConfig, Precision
 from maskdm.networks.flops import training_flops
 from maskdm.networks.masking import visible_count
+
 from .arms import UNMASKED, Arm
 
 # Where a curve is measured, as shares of the local budget; arms without a prior go on past it.

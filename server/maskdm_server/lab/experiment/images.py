@@ -5,10 +5,8 @@ label skew other images come to the sites, and as many of them.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,13 @@ from maskdm.data.pixels import Pixels
 from maskdm.data.preparation.slices import units
 from maskdm.errors import UsageError
 from maskdm.federated.policy import SIMULATED
+from maskdm.federated.virtual import virtual_site
 from maskdm.seeding import derive_seed
+
+from ..in_process import prepare_folders
+from ..simulate import Rows, split_by_label, split_iid, write_shares
 from .arms import Arm, Sites
 from .budget import ExperimentConfig
-from ..in_process import CLIENT, write_settings
-from ..simulate import Rows, split_by_label, split_iid, write_shares
 
 MOST_TRIES = 1000  # a small concentration may leave a site with next to nothing
 
@@ -104,10 +104,9 @@ def make_sites(images: LocalImages, config: ExperimentConfig, sites: Sites, fold
         "threads": 0,
     }
     settings |= {"policy": SIMULATED.model_dump(mode="json")}
-    folders = write_settings(paths, folder, settings)
-    join: Callable[[Path], None] = import_module(CLIENT).join
+    folders = prepare_folders(paths, folder, settings)
     for site in folders:
-        join(site)
+        virtual_site().join(site)
     return folders
 
 
@@ -115,7 +114,7 @@ def pool(folders: list[Path]) -> Pixels:
     """Pixels that the sites of these folders train on, all together (n, C, S, S)."""
     found = []
     for folder in folders:
-        chosen = json.loads((folder / "slice.json").read_text())["train"]
+        chosen = virtual_site().join(folder)
         with np.load(folder.parent / "images.npz", allow_pickle=False) as stored:
             found += [image for image in stored["images"] if hashlib.sha256(image.tobytes()).hexdigest() in chosen]
     return np.ascontiguousarray(np.moveaxis(np.stack(found), 3, 1))

@@ -5,14 +5,15 @@ from pathlib import Path
 from statistics import fmean
 
 from maskdm.run.runfolder import flatten
+
+from ...report.page.blocks import chart, colophon, configuration, facts, note, page, picture, row_of, section, table
+from ...report.page.charts import Series, line_chart, picture_of
+from ...report.page.markup import Markup, tag, together
+from ...report.page.pictures import read_picture
+from ...report.page.units import compact, count, figure
 from .arms import Arm
 from .budget import ExperimentConfig
 from .summary import Run
-from ...report.page.blocks import chart, colophon, configuration, facts, note, page, picture, row_of, section, table
-from ...report.page.charts import Series, line_chart, picture_of
-from ...report.files import read_picture
-from ...report.page.markup import Markup, tag, together
-from ...report.page.units import compact, count, figure
 
 BY_IMAGES = ("masked", "unmasked", "scratch-short", "scratch")
 BY_COMPUTE = ("masked", "unmasked", "scratch", "everything")

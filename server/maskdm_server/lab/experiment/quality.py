@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskdm.training.checkpoint import model_from
+from maskdm.diffusion.sampling import sample
 from maskdm.diffusion.targets import denoising_loss
 from maskdm.evaluation.distances import Moments, frechet_distance, kernel_distance, moments
 from maskdm.evaluation.extractors.features import Extractor, open_extractor
 from maskdm.networks.layers import patchify
 from maskdm.networks.precision import arithmetic, pick_precision
-from maskdm.diffusion.sampling import sample
+from maskdm.training.checkpoint import model_from
+
 from .budget import ExperimentConfig
 from .images import LocalImages
 

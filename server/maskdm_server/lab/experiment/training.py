@@ -13,28 +13,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskdm.training.checkpoint import CheckpointMetadata, describe_checkpoint, load_checkpoint, load_state, model_from, save_checkpoint, save_state, sha256_of
 from maskdm.config import MaskConfig, Stage, TrainingConfig
 from maskdm.data.batches import batches
 from maskdm.data.corpus import Corpus
 from maskdm.data.pixels import Pixels
+from maskdm.diffusion.sampling import sample
+from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.masking import effective_ratio
 from maskdm.networks.model import build_model
-from maskdm.run.pictures import grid_picture, save_png
 from maskdm.networks.precision import pick_precision
+from maskdm.run.pictures import grid_picture, save_png
 from maskdm.run.reporting import say
-from maskdm.run.runfolder import append_line, keep_lines, read_lines
-from maskdm.diffusion.sampling import sample
+from maskdm.run.runfolder import append_line, keep_lines, read_lines, sha256_of
 from maskdm.seeding import derive_seed
+from maskdm.training.checkpoint import (
+    describe_checkpoint,
+    load_checkpoint,
+    load_state,
+    model_from,
+    save_checkpoint,
+    save_state,
+)
 from maskdm.training.loop import TrainingState, train
+
+from ...federation.folder import federation_config
+from ...federation.journal import ROUNDS, published_after
+from ...federation.settings import FederationConfig
+from ...pretraining.pretrain import Run, pretrain
+from ..in_process import simulate_inline
 from .arms import UNMASKED, Arm
 from .budget import ExperimentConfig, rounds_of, spending
 from .quality import Judge
-from ...federation.settings import FederationConfig
-from ..in_process import simulate_inline
-from ...federation.journal import ROUNDS, published_after
-from ...pretraining.pretrain import Run, pretrain
-from ...flower.serve import federation_config
 
 BETAS = (0.9, 0.95)  # runs are short beside the published ones
 CURVE, PICTURE, MODEL = "curve.jsonl", "samples.png", "model.safetensors"

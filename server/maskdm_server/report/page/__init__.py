@@ -1,0 +1,1 @@
+"""Markup, tables, charts and pictures of pages."""

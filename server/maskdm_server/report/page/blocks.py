@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maskdm import __version__
-from ..files import Picture
+
 from .markup import Markup, document, tag, together
+from .pictures import Picture
 from .units import moment
 
 MOST_SETTINGS = 300

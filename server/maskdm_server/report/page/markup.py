@@ -64,4 +64,4 @@ def document(title: str, *body: str) -> str:
 @cache
 def stylesheet() -> Markup:
     """What all pages look like."""
-    return Markup(files("maskdm_server.report").joinpath("report.css").read_text("utf-8"))
+    return Markup(files("maskdm_server.report.page").joinpath("report.css").read_text("utf-8"))

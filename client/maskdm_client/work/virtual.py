@@ -1,0 +1,44 @@
+"""A site without processes of its own, for simulations: the same work, called as a function.
+
+The entry point `maskdm.site`, see `maskdm.federated.virtual.VirtualSite`.
+"""
+
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from maskdm.federated.auditlog import AUDIT
+from maskdm.federated.parcel import Parcel
+from maskdm.federated.policy import SitePolicy
+from maskdm.run.runfolder import write_json
+
+from ..folder.settings import SiteSettings, load_settings
+from ..gate.gate import release
+from ..gate.record_incoming import record_plan
+from .answer import answer as answer_plan
+from .local_data import SLICE, choose_slice, read_slice
+
+
+def prepare(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a site, as `maskdm-client` does."""
+    found = SiteSettings.model_validate(settings)
+    write_json(folder / "config.json", {"kind": "client", "site": found.model_dump(mode="json")})
+
+
+def join(folder: Path) -> Set[str]:
+    """Choose the slice of the site of a folder, unless that is done; sha256 of what is trained on."""
+    if not (folder / SLICE).exists():
+        choose_slice(load_settings(folder), folder)
+    return read_slice(folder).train.keys()
+
+
+def answer(document: str, weights: bytes, folder: Path) -> Parcel:
+    """Do what a plan asks at the site of a folder; its slice is chosen at the first time."""
+    join(folder)
+    audit = folder / AUDIT
+    record_plan(audit, 0, document, weights)
+    parcel = answer_plan(document, weights, folder)
+    failed = bool(parcel.scalars["outcome"])  # a code leaves whatever the policy says, and where it cannot be read
+    return release(
+        parcel, int(parcel.scalars["round"]), SitePolicy() if failed else load_settings(folder).policy, audit
+    )

@@ -1,0 +1,76 @@
+"""A federation's folder: begun, taken up again, concluded."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from maskdm.errors import UsageError
+from maskdm.evaluation.grids import draw_samples
+from maskdm.federated.terms import ASKED
+from maskdm.run.reporting import say
+from maskdm.run.runfolder import atomic_write, claim, record_versions, sha256_of
+from maskdm.seeding import derive_seed
+from maskdm.training.checkpoint import load_checkpoint
+
+from .settings import MAY_CHANGE, FederationConfig, update_size
+
+SAMPLES = 16  # in each grid
+
+
+def federation_config(prior: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Options plus what identifies the federation, ready for FederationConfig.
+
+    One with other terms is another one: sites that agreed to the terms of an earlier try are asked anew.
+    """
+    digest = sha256_of(prior) if prior.is_file() else ""
+    usual = FederationConfig.model_fields
+    keys = [values.get(name, usual[name].default) for name in ("seed", *ASKED)]
+    return {**values, "prior_sha256": digest, "federation": f"{derive_seed('federation', digest, *keys):016x}"}
+
+
+def begin(
+    prior: Path, out: Path, config: FederationConfig, simulation: Mapping[str, Any], sample_count: int = SAMPLES
+) -> bool:
+    """Make FED ready, or see that it goes on with this very federation; returns True where nothing is left to do."""
+    identity = {"federation": config.model_dump(mode="json"), "simulation": dict(simulation)}
+    claim(out, "federation", identity, may_change=MAY_CHANGE)
+    _, metadata = load_checkpoint(prior, "--prior")
+    needed = update_size(config, metadata.model)
+    if config.max_upload and needed > config.max_upload:
+        raise UsageError(
+            f"--max-upload {config.max_upload:,} bytes: an update of this model has {needed:,}: choose --encoding int8 "
+            f"or topk, or --train norm-bias or adapters"
+        )
+    if not (out / "prior.safetensors").exists():
+        atomic_write(out / "prior.safetensors", prior.read_bytes())
+    if _is_done(out, config):
+        say(f"all rounds are done: {out / 'model.safetensors'}")
+        return True
+    record_versions(out, "torch", "flwr")
+    for stale in ("result.json", "samples/after.png"):
+        (out / stale).unlink(missing_ok=True)
+    shape = metadata.model
+    say(
+        f"prior: {shape.image_size}x{shape.image_size} pixels, {shape.channels} channels, "
+        f"{metadata.images_seen:,} images seen"
+    )
+    draw_samples(out / "prior.safetensors", out / "samples" / "before.png", config.seed, sample_count)
+    return False
+
+
+def conclude(out: Path, config: FederationConfig, sample_count: int = SAMPLES) -> Path:
+    """Leave samples of the final model, and no file of Flower's."""
+    draw_samples(out / "model.safetensors", out / "samples" / "after.png", config.seed, sample_count)
+    shutil.rmtree(out / ".flwr", ignore_errors=True)
+    return out / "model.safetensors"
+
+
+def _is_done(out: Path, config: FederationConfig) -> bool:
+    try:
+        result = json.loads((out / "result.json").read_text())
+    except (OSError, ValueError):
+        return False
+    stopped = result.get("stopped_by_patience")
+    return bool(result["rounds"] >= config.rounds or (stopped and stopped == config.patience))
