@@ -76,8 +76,8 @@ def training_at(policy: str) -> AbstractContextManager[None]:
 def attacks(public: Images) -> dict[str, tuple[ModelConfig, Attack]]:
     """Those that give pictures: name → network, and what it does."""
 
-    def one_of(batch: int, train: Any) -> Attack:
-        return lambda asker: picks.one_of_many(asker, batch, latest(asker, batch), train, tries(asker))
+    def one_of(batch: int, train: Any, wide: bool = False) -> Attack:
+        return lambda asker: picks.one_of_many(asker, batch, latest(asker, batch), train, tries(asker), wide)
 
     def own(model: ModelConfig) -> Attack:
         return lambda asker: gradients.single_image(asker, gradients.quiet(fresh_weights(model)), tries(asker))
@@ -88,6 +88,8 @@ def attacks(public: Images) -> dict[str, tuple[ModelConfig, Attack]]:
         "gate by time": (SMALL, one_of(1, "all")),
         "gate by time, norm-bias": (SMALL, one_of(1, "norm-bias")),
         "gate by time, adapters": (SMALL, one_of(1, "adapters")),
+        "gate by time, few weights next to zero": (SMALL, one_of(1, "all", wide=True)),
+        "gate by time, few weights next to zero, adapters": (SMALL, one_of(1, "adapters", wide=True)),
         "gate by time, batch 512": (SMALL, one_of(512, "all")),
         "gates by brightness, batch 512": (SMALL, lambda asker: picks.by_brightness(asker, 512, 60, public)),
         "gate by time behind vectors, norm-bias": (SMALL, lambda asker: picks.behind_vectors(asker, 3, BLIND)),

@@ -19,7 +19,7 @@ from maskdm.config import ModelConfig
 from maskdm.federated.plan import RoundPlan
 from maskdm.metadata import CheckpointMetadata
 
-from .gates import LEVEL, codes_of, early_detector
+from .gates import LEVEL, codes_of, early_detector, filled
 from .gradients import decay
 from .site import Coordinator, as_images, fresh_weights
 
@@ -30,7 +30,6 @@ NOISE, FAINT = 1e-2, 1e-7  # on all weights; rows that serve the gates alone hav
 SLOW = 1e-6  # learning rate that leaves the gates as they are
 SAME, EARLY, TIME = 8.0, 25.0, 20.0  # of scores
 UNIT_SIZE, WEIGH, OPEN = 0.1, 0.02, 3.0
-FILLER = 0.105  # beside the root mean square of a weight; below a tenth counts as zero
 UNIT = "out_blocks.0.mlp.fc1.weight"
 
 
@@ -101,32 +100,7 @@ def hiding(config: ModelConfig, latest: int, timesteps: int, seed: int = 0) -> d
         weights["out_blocks.0.mlp.fc2.weight"][out, token] += UNIT_SIZE
     weights["head.weight"][:, out] += 0.05
     weights["head.bias"] += 2.0
-    return filled(weights, config, randomness)
-
-
-def filled(weights: dict[str, Tensor], config: ModelConfig, randomness: torch.Generator) -> dict[str, Tensor]:
-    """The same, and values ±a little in all that only reaches the upper half of the channels, or comes from there."""
-    dim, head, used = config.dim, config.dim // config.heads, config.dim // 2 - 2  # more than half is to be filled
-    table = weights["position.table"]
-    for row in (0, *range(2, len(table))):  # as loud as the others, so that norms see nothing; not the time's
-        order = torch.randperm(dim - used, generator=randomness)
-        table[row, used:] += torch.where(order % 2 == 0, 1.0, -1.0) * table[row, :used].square().mean().sqrt()
-    for name, tensor in weights.items():
-        size = tensor.square().mean().sqrt()
-        if tensor.dim() == 1 or name == "position.table" or (tensor.abs() < 0.1 * size).float().mean() < 0.45:
-            continue
-        idle = torch.zeros_like(tensor, dtype=torch.bool)
-        if name == "head.weight":
-            idle[:, used:] = True
-        elif "qkv" in name:
-            idle.view(3, dim, dim)[:, head:] = True  # all heads but the first
-        elif "fc1" in name:
-            idle[config.grid**2 :] = True
-        else:
-            idle[used:] = True
-        signs = torch.where(torch.rand(tensor.shape, generator=randomness) < 0.5, 1.0, -1.0)
-        tensor += FILLER * size * signs * idle
-    return weights
+    return filled(weights, config, randomness, loud=True)
 
 
 def beside_a_background(coordinator: Coordinator, latest: int, questions: int, batch: int = 1) -> Iterator[Tensor]:

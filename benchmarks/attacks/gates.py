@@ -23,6 +23,7 @@ LEVEL = 2.0  # of constant channels, in units of the images' range
 SHARP, STEEP = 9.0, 2.7  # how far a shut door is shut: of a norm, which may be 10 at most, and of the units
 GAIN = 0.05  # of the head
 FAINT = 1e-12  # beside all else
+FILLER = 0.105  # beside the root mean square of a weight; below a tenth a site counts it as zero
 
 
 @dataclass(frozen=True)
@@ -205,3 +206,40 @@ def early_detector(config: ModelConfig, latest: int, timesteps: int, mark: int) 
     if (sides * (inputs @ plane)).min() < 0.8 * LEVEL:
         raise ValueError(f"no plane separates times up to {latest} from the others")
     return plane.float()
+
+
+def filled(
+    weights: dict[str, Tensor], config: ModelConfig, randomness: torch.Generator, loud: bool
+) -> dict[str, Tensor]:
+    """The same, and values ±a little in all that only reaches the upper half of the channels, or comes from there.
+
+    Args:
+        loud: patches' positions are as loud there as in the lower half, so that norms see little of the latter.
+    """
+    dim, head, used = config.dim, config.dim // config.heads, config.dim // 2 - 2  # more than half is to be filled
+    table = weights["position.table"]
+    for row in (0, *range(2, len(table))) if loud else ():  # not the time's
+        order = torch.randperm(dim - used, generator=randomness)
+        table[row, used:] += torch.where(order % 2 == 0, 1.0, -1.0) * table[row, :used].square().mean().sqrt()
+    for name, tensor in weights.items():
+        size = tensor.square().mean().sqrt()
+        if (
+            tensor.dim() == 1
+            or (loud and name == "position.table")
+            or (tensor.abs() < 0.1 * size).float().mean() < 0.45
+        ):
+            continue
+        idle = torch.zeros_like(tensor, dtype=torch.bool)
+        if tensor is table:
+            idle[-(config.grid**2) :, used:] = True
+        elif name == "head.weight":
+            idle[:, used:] = True
+        elif "qkv" in name:
+            idle.view(3, dim, dim)[:, head:] = True  # all heads but the first
+        elif "fc1" in name:
+            idle[config.grid**2 :] = True
+        else:
+            idle[used:] = True
+        signs = torch.where(torch.rand(tensor.shape, generator=randomness) < 0.5, 1.0, -1.0)
+        tensor[idle] = (FILLER * size * signs)[idle]
+    return weights

@@ -11,7 +11,7 @@ from maskdm.federated.plan import RoundPlan
 from maskdm.networks.layers import patchify
 from maskdm.training.checkpoint import model_from
 
-from .gates import LEVEL, Channels, Gates, blocks_of, imprinting
+from .gates import LEVEL, Channels, Gates, blocks_of, filled, imprinting
 from .gradients import cleaned, plans, responses, steps_of, summed_gradient
 from .site import Coordinator, Images, as_images
 
@@ -40,14 +40,30 @@ def seen_patches(gradient: Tensor, config: ModelConfig) -> Tensor:
 
 
 def one_of_many(
-    coordinator: Coordinator, batch: int, latest: int, train: Trainable = "all", questions: int = 1
+    coordinator: Coordinator,
+    batch: int,
+    latest: int,
+    train: Trainable = "all",
+    questions: int = 1,
+    wide: bool = False,
 ) -> Iterator[Tensor]:
-    """Reconstructions (S, S, C) of whichever image comes at an early time, among all of a plan."""
+    """Reconstructions (S, S, C) of whichever image comes at an early time, among all of a plan.
+
+    Args:
+        wide: in a network that is twice as wide, whose other half keeps a site from counting weights next to zero.
+    """
     prior = coordinator.prior
+    if wide:
+        twice = {"dim": 2 * prior.model.dim, "heads": 2 * prior.model.heads}
+        prior = prior.model_copy(update={"model": prior.model.model_copy(update=twice)})
     config, process = prior.model, prior.diffusion
     gates = Gates(latest, pixels=train == "norm-bias")
-    usual = coordinator.plan(lr=SLOW, train=train, adapter_rank=8 * config.dim, **coordinator.limits.plan(batch))
+    usual = coordinator.plan(
+        model=prior, lr=SLOW, train=train, adapter_rank=8 * config.dim, **coordinator.limits.plan(batch)
+    )
     weights = imprinting(config, gates, process.timesteps, size=small(usual))
+    if wide:
+        weights = filled(weights, config, torch.Generator().manual_seed(0), loud=False)
     units = len(gates.units(config))
     for plan in plans(coordinator, usual, weights, latest, questions):
         update = coordinator.update(plan, weights)

@@ -41,6 +41,16 @@ def test_no_gate_by_time_gives_an_image(outsider: Make, images: Images, free: fl
     assert batch > 1 or was_refused(asker)
 
 
+@pytest.mark.parametrize("train", ["all", pytest.param("adapters", marks=pytest.mark.slow)])
+def test_no_gate_by_time_gives_an_image_where_few_weights_are_next_to_zero(
+    outsider: Make, images: Images, free: float, train: Any
+) -> None:
+    """They pass the look at weights; the look at gradients finds the rows that one image moved."""
+    asker = outsider()
+    assert not leaks(picks.one_of_many(asker, 1, 3, train, questions=8, wide=True), images, free)
+    assert Outcome.GATE_REFUSED in asker.refusals
+
+
 def test_no_gate_by_brightness_gives_an_image(outsider: Make, images: Images, public: Images, free: float) -> None:
     asker = outsider()
     assert not leaks(picks.by_brightness(asker, 1, 60, public), images, free)

@@ -33,6 +33,11 @@ def test_a_gate_by_time_takes_one_image_out_of_512(attacker: Make, images: Image
     assert best_psnr(picks.one_of_many(attacker(), 512, 1, train), images) > least
 
 
+@pytest.mark.parametrize("train", ["all", "adapters"])
+def test_so_does_one_in_a_network_with_few_weights_next_to_zero(attacker: Make, images: Images, train: Any) -> None:
+    assert best_psnr(picks.one_of_many(attacker(), 16, 1, train, wide=True), images) > 55
+
+
 def test_some_steps_of_batches_are_no_defence(attacker: Make, images: Images) -> None:
     assert best_psnr(picks.one_of_many(attacker(limits=Limits(16, 48, 3)), 16, 1), images) > 55
 
