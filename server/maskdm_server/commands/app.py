@@ -43,11 +43,12 @@ from .curriculum import recipe_names, stages_from, use_recipe
 from .evaluate_command import evaluate
 from .experiment_command import experiment
 from .features_command import features
-from .federation_commands import serve_command, simulate
 from .options import Device, LogOption, Out, PrecisionOption, Seed, pixel_policy
 from .provision_commands import app as provision_app
 from .report_command import report
 from .sample_command import sample
+from .serve_command import serve_command
+from .simulate_command import simulate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The coordinator of a MaskDM federation.")
 

@@ -18,7 +18,7 @@ from maskdm.commands.image_options import Upscale
 from maskdm.config import DEFAULT_STEPS
 from maskdm.data.batches import class_numbers
 from maskdm.data.corpus import in_both
-from maskdm.diffusion.sampling import Options
+from maskdm.diffusion.sampling import Options, check_steps, classes_in_turn
 from maskdm.errors import UsageError
 from maskdm.evaluation.extractors.features import RANDOM, Extractor, open_extractor, random_extractor
 from maskdm.evaluation.measure import Comparison, headline, notes
@@ -44,7 +44,7 @@ from maskdm.run.runfolder import sha256_of
 from maskdm.training.checkpoint import load_checkpoint, model_from
 
 from .options import Device, PrecisionOption, Seed, pixel_policy
-from .sample_command import BatchSize, Eta, Guidance, SamplerOption, Steps, check_steps, classes_in_turn
+from .sample_command import BatchSize, Eta, Guidance, SamplerOption, Steps
 
 PAIRS = 16  # most similar ones, for a person to look at
 
