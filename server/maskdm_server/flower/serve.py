@@ -8,6 +8,7 @@ from typing import Any
 
 from maskdm.errors import FederationError, UsageError
 from maskdm.federated.terms import terms_of
+from maskdm.run.address import host_and_port
 from maskdm.run.interruption import Interruption
 from maskdm.run.processes import Child
 from maskdm.run.reporting import say
@@ -108,7 +109,7 @@ def address_of(tls: Path | None, insecure: bool, host: str | None, port: int | N
     check_folder(tls)
     known = read_server(tls)
     assert known is not None
-    return host or "0.0.0.0", port or int(known.server.rpartition(":")[2])
+    return host or "0.0.0.0", port or host_and_port("--server", known.server)[1]
 
 
 def _let_leave(sites: Sequence[Child]) -> None:
