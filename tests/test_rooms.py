@@ -37,7 +37,7 @@ ARROWS = {
     "maskdm_server.report": "aggregation federation report.page",
     "maskdm_server.lab": "federation flower pretraining report report.page",
     "maskdm_server.lab.experiment": "federation lab pretraining report.page",
-    "maskdm_server.commands": "aggregation federation flower kits lab lab.experiment pretraining report tracking",
+    "maskdm_server.commands": "federation flower kits lab lab.experiment pretraining report tracking",
     "maskdm_client": "commands",
     "maskdm_client.folder": "",
     "maskdm_client.gate": "folder",

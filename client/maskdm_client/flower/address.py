@@ -4,6 +4,7 @@ from ipaddress import ip_address
 
 from maskdm.errors import UsageError
 from maskdm.federated.kit import OpenedKit
+from maskdm.run.address import host_and_port
 
 USUAL = "127.0.0.1:8000"
 BANNER = """\
@@ -20,16 +21,13 @@ def address_of(server: str | None, kit: OpenedKit | None, insecure: bool) -> tup
         UsageError: not HOST:PORT; or another machine without a kit, which must be asked for.
     """
     given = server or (kit.kit.server if kit else USUAL)
-    host, _, port = given.rpartition(":")
-    host = host.strip("[]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"--server {given}: give HOST:PORT, e.g. maskdm.example.org:8000")
+    host, port = host_and_port("--server", given)
     if not kit and not insecure and not _is_loopback(host):
         raise UsageError(
             f"--server {given} is another machine: give the --kit that its coordinator made for you, or --insecure to "
             f"connect in the clear"
         )
-    return host, int(port)
+    return host, port
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ Precedence: default < `--config FILE` (TOML) < environment (`MASKDM_…`) < flag
 import sys
 import tomllib
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> i
     command = typer.main.get_command(app)
     _prepare(command)
     try:
-        result = command.main(args=arguments, prog_name=program, standalone_mode=False, obj=arguments)
+        result = command.main(args=arguments, prog_name=program, standalone_mode=False)
         if result == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt, without a word
             return _fail(program, "interrupted", INTERRUPTED)
         return result if isinstance(result, int) else 0
@@ -81,13 +82,12 @@ def _prepare(command: click.Command) -> None:
             parameter.show_envvar = True
     if not isinstance(command, click.Group) or command.invoke_without_command:
         command.params.append(
-            click.Option(
+            _Config(
                 ["--config"],
                 type=click.Path(path_type=Path),
                 envvar="MASKDM_CONFIG",
                 is_eager=True,
                 expose_value=False,
-                callback=_read_config,
                 help="TOML file of options, e.g. batch-size = 64; the environment and flags come first.",
             )
         )
@@ -97,23 +97,26 @@ def _prepare(command: click.Command) -> None:
             _prepare(child)
 
 
-def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-    if path is None:
-        return
-    if context.get_parameter_source("config") is ParameterSource.ENVIRONMENT and _subcommand(context):
-        return  # MASKDM_CONFIG is meant for the subcommand
+class _Config(click.Option):
+    """--config. MASKDM_CONFIG is meant for the subcommand, where a command that also works alone has been given one."""
+
+    def handle_parse_result(
+        self, context: click.Context, options: Mapping[str, Any], rest: list[str]
+    ) -> tuple[Any, list[str]]:
+        path, rest = super().handle_parse_result(context, options, rest)
+        in_environment = context.get_parameter_source("config") is ParameterSource.ENVIRONMENT
+        if isinstance(path, Path) and not (in_environment and rest and isinstance(context.command, click.Group)):
+            use_defaults(context, _read(path), f"--config {path}", over=True)
+        return path, rest
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"--config {path} is not TOML: {error}") from error
-    use_defaults(context, document, f"--config {path}", over=True)
-
-
-def _subcommand(context: click.Context) -> bool:
-    """Whether a command that also works alone was called with one of its subcommands."""
-    return isinstance(context.command, click.Group) and any(name in context.command.commands for name in context.obj)
 
 
 def use_defaults(context: click.Context, document: dict[str, Any], origin: str, *, over: bool) -> None:

@@ -1,9 +1,10 @@
 """Generated images in blocks, so that however many are wanted, few are in memory: drawn from a model, or read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Unpack
+from typing import Self, Unpack
 
 import numpy as np
 import torch
@@ -14,8 +15,11 @@ from ..config import DiffusionConfig
 from ..data.sources.source import ArraySource, open_source
 from ..diffusion.sampling import Options, sample
 from ..errors import DataError
+from ..metadata import CheckpointMetadata
 from ..networks.model import Network
+from ..run.runfolder import sha256_of
 from ..seeding import derive_seed, generator
+from .record import SamplingFacts
 
 BLOCK = 256
 
@@ -46,8 +50,57 @@ def proportional_classes(classes: Tensor, count: int, seed: int) -> Tensor:
     return shuffled
 
 
+@dataclass(frozen=True)
+class DrawnSamples:
+    """Images that a model draws."""
+
+    path: Path
+    metadata: CheckpointMetadata
+    network: Network
+    count: int
+    options: Options
+
+    @property
+    def channels(self) -> int:
+        return self.metadata.model.channels
+
+    @property
+    def image_size(self) -> int:
+        return self.metadata.model.image_size
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.metadata.class_names
+
+    def in_proportions_of(self, classes: Tensor, seed: int) -> Self:
+        """The same with as many images of each class as real ones have, (M,) int64, M ≥ 1."""
+        return replace(self, options={**self.options, "classes": proportional_classes(classes, self.count, seed)})
+
+    def blocks(self, progress: Callable[[int], None]) -> Iterator[Tensor]:
+        """uint8 (B, C, S, S) at a time; `progress` is told how many there are."""
+        options: Options = {**self.options, "progress": progress}
+        return drawn(self.network, self.metadata.diffusion, self.count, **options)
+
+    def facts(self, seed: int) -> SamplingFacts:
+        """For the record."""
+        given, classes = self.options, self.options.get("classes")
+        counts = {} if classes is None else {n: int((classes == i).sum()) for i, n in enumerate(self.class_names)}
+        return SamplingFacts(
+            count=self.count,
+            sampler=given.get("sampler"),
+            steps=given.get("steps"),
+            eta=given.get("eta"),
+            guidance=given.get("guidance"),
+            classes=counts,
+            precision=given.get("precision"),
+            seed=seed,
+        )
+
+
 class StoredSamples:
     """Images made elsewhere: square uint8 (N, H, W[, C]) or (N, C, H, W) in an `.npz` or `.npy`."""
+
+    class_names: tuple[str, ...] = ()  # nobody knows them
 
     def __init__(self, path: Path, option: str = "--samples") -> None:
         """Look at the file; its images are read later.
@@ -67,11 +120,17 @@ class StoredSamples:
         if width != self.image_size:
             raise DataError(f"{option} {path}: images of {width}x{self.image_size} pixels; give square ones")
 
-    def blocks(self) -> Iterator[Tensor]:
-        """uint8 (B, C, S, S) at a time."""
-        entries = self._source.entries()
+    def blocks(self, progress: Callable[[int], None]) -> Iterator[Tensor]:
+        """uint8 (B, C, S, S) at a time; `progress` is told how many were used."""
+        entries, done = self._source.entries(), 0
         while block := [_planes(entry.content) for entry in islice(entries, BLOCK)]:
             yield torch.from_numpy(np.stack(block))
+            done += len(block)
+            progress(done)
+
+    def facts(self, seed: int) -> SamplingFacts:
+        """For the record."""
+        return SamplingFacts(count=self.count, seed=seed, file=str(self.path), sha256=sha256_of(self.path))
 
 
 def _planes(content: object) -> NDArray[np.uint8]:

@@ -16,6 +16,17 @@ PROTOCOL_VERSION: Literal[2] = 2
 ADDED_LATER = ("quality", "keep_moments")
 # Figures of fewer images say little of the model, and much of each image.
 FEWEST_COMPARED = 10
+MOST_IMAGES = 100_000_000
+
+Action = Literal["train", "measure", "evaluate", "finish"]
+RoundNumber = Annotated[int, Field(ge=1, le=100_000)]
+Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
+Minutes = Annotated[float, Field(gt=0, le=100_000)]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+AdapterRank = Annotated[int, Field(ge=1, le=4096)]
+Share = Annotated[float, Field(gt=0, le=1)]
+SamplingSteps = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class QualityPlan(Frozen):
@@ -24,7 +35,7 @@ class QualityPlan(Frozen):
     images: Annotated[int, Field(ge=FEWEST_COMPARED, le=100_000)]
     features: Digest  # of the network that the site must have; none is ever sent
     sampler: Sampler = "dpmpp"
-    steps: Annotated[int, Field(ge=1, le=10_000)] | None = None  # None: the sampler's usual number
+    steps: SamplingSteps | None = None  # None: the sampler's usual number
 
 
 class RoundPlan(Frozen):
@@ -33,19 +44,19 @@ class RoundPlan(Frozen):
     protocol: Literal[2] = PROTOCOL_VERSION
     federation: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     exchange: Annotated[int, Field(ge=0, lt=2**63)]  # of one question and its answers, never used twice
-    action: Literal["train", "measure", "evaluate", "finish"]
-    round: Annotated[int, Field(ge=1, le=100_000)]
-    rounds: Annotated[int, Field(ge=1, le=100_000)]
-    local_images: Annotated[int, Field(ge=1, le=100_000_000)]
-    local_minutes: Annotated[float, Field(gt=0, le=100_000)] | None = None  # whichever of the two comes first
-    batch_size: Annotated[int, Field(ge=1, le=65_536)]
-    lr: Annotated[float, Field(gt=0, le=1)]
+    action: Action
+    round: RoundNumber
+    rounds: RoundNumber
+    local_images: Images
+    local_minutes: Minutes | None = None  # whichever of the two comes first
+    batch_size: BatchSize
+    lr: LearningRate
     proximal: Annotated[float, Field(ge=0)] = 0.0  # μ of FedProx
     keep_moments: bool = False  # of the optimiser, from round to round; they stay at the site
     train: Trainable = "all"
-    adapter_rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    adapter_rank: AdapterRank = 8
     encoding: Encoding = "bf16"
-    topk_share: Annotated[float, Field(gt=0, le=1)] = 0.01
+    topk_share: Share = 0.01
     seed: Annotated[int, Field(ge=0)]
     model: CheckpointMetadata
     quality: QualityPlan | None = None  # of evaluate

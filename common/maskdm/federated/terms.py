@@ -2,18 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 from ..config import DiffusionConfig, Encoding, Frozen, ModelConfig, Trainable
 from ..errors import plain
-from ..metadata import CheckpointMetadata
 from ..run.runfolder import flatten
 from .kit import Digest
 from .plan import RoundPlan
 
 LONGEST_LINE = 2000  # characters
-# What is asked of sites, by the names of a plan and of the coordinator's options.
-ASKED = ("train", "adapter_rank", "encoding", "local_images", "local_minutes", "batch_size")
 AT_LEAST = ("local_images", "batch_size")  # more of them tell less of each image
 
 
@@ -63,17 +59,17 @@ class Terms(Frozen):
 
 
 def terms_of(plan: RoundPlan) -> Terms:
-    """The terms that a plan is under."""
-    return terms_for(plan, plan.model, plan.model.prior_sha256)
-
-
-def terms_for(asked: Any, about: CheckpointMetadata, prior_sha256: str | None) -> Terms:
-    """The terms of a federation.
-
-    Args:
-        asked: has its name and what is asked of sites: a plan, or the coordinator's settings.
-        about: what a model of the federation says about itself.
-    """
-    shared: dict[str, Any] = {name: getattr(asked, name) for name in ("federation", *ASKED)}
-    shared |= {name: getattr(about, name) for name in ("model", "diffusion", "class_names")}
-    return Terms(**shared, prior_sha256=prior_sha256)
+    """The terms that a plan is under: every plan of a federation is under the same ones."""
+    return Terms(
+        federation=plan.federation,
+        prior_sha256=plan.model.prior_sha256,
+        model=plan.model.model,
+        diffusion=plan.model.diffusion,
+        class_names=plan.model.class_names,
+        train=plan.train,
+        adapter_rank=plan.adapter_rank,
+        encoding=plan.encoding,
+        local_images=plan.local_images,
+        local_minutes=plan.local_minutes,
+        batch_size=plan.batch_size,
+    )

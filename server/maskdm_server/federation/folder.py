@@ -8,26 +8,30 @@ from typing import Any
 
 from maskdm.errors import UsageError
 from maskdm.evaluation.grids import draw_samples
-from maskdm.federated.terms import ASKED
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write, claim, record_versions, sha256_of
 from maskdm.seeding import derive_seed
-from maskdm.training.checkpoint import load_checkpoint
+from maskdm.training.checkpoint import describe_checkpoint, load_checkpoint
 
-from .settings import MAY_CHANGE, FederationConfig, update_size
+from .settings import MAY_CHANGE, FederationConfig, FederationOptions, update_size
 
 SAMPLES = 16  # in each grid
 
 
-def federation_config(prior: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Options plus what identifies the federation, ready for FederationConfig.
+def federation_config(prior: Path, options: FederationOptions) -> FederationConfig:
+    """Options plus what identifies the federation.
 
     One with other terms is another one: sites that agreed to the terms of an earlier try are asked anew.
+
+    Raises:
+        UsageError: the prior is no checkpoint.
     """
-    digest = sha256_of(prior) if prior.is_file() else ""
-    usual = FederationConfig.model_fields
-    keys = [values.get(name, usual[name].default) for name in ("seed", *ASKED)]
-    return {**values, "prior_sha256": digest, "federation": f"{derive_seed('federation', digest, *keys):016x}"}
+    describe_checkpoint(prior, "--prior")
+    digest = sha256_of(prior)
+    sent = (options.seed, options.train, options.adapter_rank, options.encoding)
+    seen = (options.local_images, str(options.local_minutes), options.batch_size)
+    name = derive_seed("federation", digest, *sent, *seen)
+    return FederationConfig(**dict(options), prior_sha256=digest, federation=f"{name:016x}")
 
 
 def begin(

@@ -20,7 +20,7 @@ from maskdm.errors import FederationError
 from maskdm.federated import auditlog
 from maskdm.federated.auditlog import Message
 from maskdm.federated.parcel import Parcel, Report
-from maskdm.federated.plan import RoundPlan
+from maskdm.federated.plan import Action, RoundPlan
 from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.trainable import expected_shapes, squared_length
 from maskdm.run.runfolder import append_line, atomic_write, read_lines, write_json
@@ -35,7 +35,7 @@ from .intake import Intake
 from .journal import Journal, Known
 from .quality import QUALITY, known_line, new_line
 from .selection import Standing, choose
-from .settings import FederationConfig, changes_size, update_size
+from .settings import FederationConfig, changes_size, round_plan, update_size
 from .transport import Link
 
 # Under-quorum rounds are tried again before the run gives up, after pauses of so many seconds.
@@ -346,19 +346,9 @@ class Rounds:
         shared = {"say": self.say, "record": self._record, "clock": self._clock, "pause": self._pause}
         return Exchange(self._link, plan, weights or self.journal.model_path(), **(usual | shared | more))
 
-    def _plan(self, action: Literal["train", "measure", "evaluate", "finish"], number: int) -> RoundPlan:
-        config, self._number = self._config, number
-        shared = RoundPlan.model_fields.keys() & FederationConfig.model_fields.keys()
-        return RoundPlan.model_validate(
-            {
-                **{name: getattr(config, name) for name in shared},
-                "exchange": new_exchange(),
-                "action": action,
-                "round": number,
-                "model": self.journal.metadata,
-                "quality": config.quality_plan() if action == "evaluate" else None,
-            }
-        )
+    def _plan(self, action: Action, number: int) -> RoundPlan:
+        self._number = number
+        return round_plan(self._config, action, number, self.journal.metadata, new_exchange())
 
     def _everybody(self) -> int:
         return max(self._config.min_clients, self._config.min_replies)

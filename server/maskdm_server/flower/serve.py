@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from maskdm.errors import FederationError, UsageError
-from maskdm.federated.terms import terms_for
+from maskdm.federated.terms import terms_of
+from maskdm.run.address import host_and_port
 from maskdm.run.interruption import Interruption
 from maskdm.run.processes import Child
 from maskdm.run.reporting import say
@@ -17,7 +18,7 @@ from maskdm.training.checkpoint import describe_checkpoint
 from ..federation.events import tell
 from ..federation.folder import SAMPLES, begin, conclude
 from ..federation.round_pictures import RoundPictures
-from ..federation.settings import FederationConfig, largest_update
+from ..federation.settings import FederationConfig, largest_update, round_plan
 from ..kits.sites import check_folder, read_server
 from .superlink import SuperLink
 
@@ -60,8 +61,8 @@ def serve(
         return conclude(out, config, sample_count)
     if tls is None and not simulation:
         say(BANNER)
-    about = describe_checkpoint(prior, "--prior")
-    largest, terms = largest_update(config, about.model), terms_for(config, about, config.prior_sha256)
+    about = describe_checkpoint(prior, "--prior").model_copy(update={"prior_sha256": config.prior_sha256})
+    largest, terms = largest_update(config, about.model), terms_of(round_plan(config, "train", 1, about, exchange=0))
     say(f"fingerprint of the terms, for sites to approve: {terms.fingerprint()}")
     pictures = RoundPictures(out, config, sample_count)
     with pictures, Interruption() as interruption, ExitStack() as children:
@@ -108,7 +109,7 @@ def address_of(tls: Path | None, insecure: bool, host: str | None, port: int | N
     check_folder(tls)
     known = read_server(tls)
     assert known is not None
-    return host or "0.0.0.0", port or int(known.server.rpartition(":")[2])
+    return host or "0.0.0.0", port or host_and_port("--server", known.server)[1]
 
 
 def _let_leave(sites: Sequence[Child]) -> None:

@@ -18,6 +18,7 @@ from maskdm.config import ModelConfig
 from maskdm.errors import UsageError
 from maskdm.federated.bundle import bundle_sha256
 from maskdm.federated.kit import AUTHORITY, KEY, KIT, POLICY, PUBLIC_KEY, README, SIGNATURE, SITE_NAME, Kit, sign
+from maskdm.run.address import host_and_port
 from maskdm.run.runfolder import atomic_write, close_to_others
 
 from .authority import (
@@ -126,9 +127,9 @@ def _address(server: str | None, before: Server | None, out: Path) -> str:
     if server and before and server != before.server:
         raise UsageError(f"--server {server}: the kits in --out {out} are for {before.server}: choose another --out")
     address = server or (before.server if before else "")
-    host, _, port = address.rpartition(":")
-    if not HOST.fullmatch(host) or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"--server {address}: give HOST:PORT, e.g. maskdm.example.org:8000")
+    host, _ = host_and_port("--server", address)
+    if not HOST.fullmatch(host):
+        raise UsageError(f"--server {address}: give a host name or an IPv4 address, which serve listens on")
     return address
 
 
@@ -138,7 +139,7 @@ def _certify(out: Path, server: Server, days: int) -> None:
         if not HOST.fullmatch(name):
             raise UsageError(f"--san {name}: give a host name or an IPv4 address")
     folder, authority, key = out / "server", load_authority(out / "authority"), new_key()
-    certificate = server_certificate(authority, key, [server.server.rpartition(":")[0], *server.names], days)
+    certificate = server_certificate(authority, key, [host_and_port("--server", server.server)[0], *server.names], days)
     write_private(folder / "server.key", key_bytes(key))
     atomic_write(folder / "server.crt", certificate)
     atomic_write(folder / "ca.crt", (out / "authority" / "ca.crt").read_bytes())

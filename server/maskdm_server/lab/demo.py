@@ -17,7 +17,7 @@ from maskdm.run.reporting import readable_size, say
 from maskdm.run.runfolder import atomic_write
 
 from ..federation.folder import federation_config
-from ..federation.settings import FederationConfig
+from ..federation.settings import FederationOptions
 from ..flower.serve import serve
 from ..pretraining.pretrain import Run, pretrain
 from ..report.costs import costs
@@ -66,21 +66,21 @@ def demo(out: Path, seed: int = 0, budget: Budget | None = None) -> Path:
     run = Run(MODEL, DIFFUSION, (Stage(mask=MASK, training=training),))
     prior = pretrain(images, out / "run", run, device=pick_device())
     say("3/4  federation: a Flower server and three institutions, each using about 10 % of its images")
-    values = {
-        "rounds": budget.rounds,
-        "min_clients": len(sites),
-        "min_replies": len(sites),
-        "local_images": budget.local_images,
-        "batch_size": 32,
-        "lr": 5e-4,
-        "seed": seed,
-    }
+    options = FederationOptions(
+        rounds=budget.rounds,
+        min_clients=len(sites),
+        min_replies=len(sites),
+        local_images=budget.local_images,
+        batch_size=32,
+        lr=5e-4,
+        seed=seed,
+    )
     federation, port = out / "federation", free_port()
     federation.mkdir(exist_ok=True)
     serve(
         prior,
         federation,
-        FederationConfig.model_validate(federation_config(prior, values)),
+        federation_config(prior, options),
         host="127.0.0.1",
         port=port,
         tls=None,

@@ -113,6 +113,38 @@ def test_a_program_without_subcommands_reads_its_options_from_a_file_too(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--name", "child"], ("join", "child", 7)),  # a value that looks like a subcommand is none
+        (["--name=x", "child"], ("child", 7)),
+        (["child", "--rounds", "3"], ("child", 3)),
+        (["child", "--name", "child"], ("child", 7)),
+        (["--name", "child", "child"], ("child", 7)),
+    ],
+)
+def test_a_file_named_in_the_environment_is_for_the_subcommand_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: tuple[Any, ...]
+) -> None:
+    app = typer.Typer(add_completion=False)
+    seen: list[tuple[Any, ...]] = []
+
+    @app.callback(invoke_without_command=True)
+    def join(context: typer.Context, name: str = "", rounds: int = 1) -> None:
+        if not context.invoked_subcommand:
+            seen.append(("join", name, rounds))
+        else:
+            assert rounds == 1
+
+    @app.command()
+    def child(name: str = "", rounds: int = 1) -> None:
+        seen.append(("child", rounds))
+
+    monkeypatch.setenv("MASKDM_CONFIG", config_file(tmp_path, "rounds = 7"))
+    assert cli.run(app, "program", arguments) == 0
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("batch-sise = 2", "unknown key 'batch-sise'"),

@@ -62,7 +62,9 @@ def test_files_of_images_are_read_in_blocks(
     stored = StoredSamples(tmp_path / "a.npz")
     channels = 1 if len(shape) == 3 or shape[3] == 1 else 3
     assert (stored.count, stored.channels, stored.image_size) == (5, channels, 8)
-    blocks = list(stored.blocks())
+    used: list[int] = []
+    blocks = list(stored.blocks(used.append))
+    assert used == [2, 4, 5]
     assert [tuple(block.shape) for block in blocks] == [(n, channels, 8, 8) for n in (2, 2, 1)]
     wanted = images if shape[1] == 3 else np.moveaxis(images.reshape(5, 8, 8, channels), 3, 1)
     assert np.array_equal(torch.cat(blocks).numpy(), wanted)

@@ -13,13 +13,11 @@ from maskdm import quantities
 from maskdm.commands import command_line as cli
 from maskdm.errors import UsageError
 from maskdm.evaluation.extractors.features import random_extractor
-from maskdm_server.commands import federation_commands
+from maskdm_server.commands import serve_command, simulate_command
 from maskdm_server.commands.app import app
-from maskdm_server.commands.options import federation_options, with_options
-from maskdm_server.federation.settings import MAY_CHANGE, FederationConfig
+from maskdm_server.federation.settings import MAY_CHANGE, FederationConfig, FederationOptions
 
-IDENTITY = {"prior_sha256", "federation"}  # follow from the prior and the seed
-FIELDS = {name: field for name, field in FederationConfig.model_fields.items() if name not in IDENTITY}
+FIELDS = FederationOptions.model_fields
 
 # A value for every field that is not its default, as one would write it.
 OTHER: dict[str, tuple[str, Any]] = {
@@ -87,7 +85,7 @@ def serve(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         found.append(config)
         return out
 
-    monkeypatch.setattr(federation_commands, "serve", keep)
+    monkeypatch.setattr(serve_command, "serve", keep)
 
     def run(*options: str) -> FederationConfig:
         arguments = ["serve", "--prior", str(folder / "prior.safetensors"), "--out", str(tmp_path / "out")]
@@ -107,12 +105,13 @@ def test_every_field_of_a_federation_is_an_option_with_an_explanation(command: s
     assert getattr(found[field], "help", None)
 
 
-def test_every_option_that_is_shared_is_a_field_of_a_federation() -> None:
-    assert federation_options().keys() == FIELDS.keys()
-
-
-def test_the_defaults_of_the_options_are_those_of_a_federation() -> None:
-    assert federation_options() == {name: field.get_default() for name, field in FIELDS.items()}
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("field", set(FIELDS) - {"rounds"})
+def test_an_option_has_the_text_and_the_default_of_its_field(command: str, field: str) -> None:
+    found, declared = parameters(command)[field], FIELDS[field]
+    assert getattr(found, "help", None) == declared.description
+    usual = {"local_images": "2048", "server_betas": "0.9,0.99"}  # as people write them
+    assert found.default == usual.get(field, declared.default)
 
 
 def test_the_defaults_reach_the_federation(serve: Callable[..., FederationConfig]) -> None:
@@ -216,7 +215,7 @@ def test_images_that_are_given_count_also_where_they_are_as_many_as_usual(
         (("--evaluate", "9"), "--evaluate 9: 10 images are the fewest"),
         (("--evaluate", "200", "--evaluate-features", "nowhere"), "--evaluate-features nowhere does not exist"),
         (("--evaluate-sampler", "magic"), "--evaluate-sampler"),
-        (("--insecure", "--evaluate", "20", "--evaluate-steps", "51"), "--evaluate-steps 51 is more than the prior's"),
+        (("--insecure", "--evaluate", "20", "--evaluate-steps", "51"), "--evaluate-steps 51 is more than the"),
         (("--unknown", "1"), "--unknown"),
     ],
 )
@@ -234,7 +233,7 @@ def test_a_mistake_is_one_line_that_names_the_option(
 def test_decay_rates_out_of_range_are_refused_before_anything_is_served(
     folder: Path, tmp_path: Path, betas: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(federation_commands, "serve", lambda prior, out, config, **_: out)
+    monkeypatch.setattr(serve_command, "serve", lambda prior, out, config, **_: out)
     common = ["serve", "--prior", str(folder / "prior.safetensors"), "--out", str(tmp_path / "out")]
     assert cli.run(app, "maskdm-server", [*common, "--server-optimizer", "fedadam", f"--server-betas={betas}"]) == 2
 
@@ -248,25 +247,55 @@ def test_help_lists_every_option(command: str, capsys: pytest.CaptureFixture[str
     assert "MASKDM_SERVER_EMA" in printed
 
 
-def test_a_command_gets_its_own_options_and_what_the_shared_ones_make() -> None:
-    def shared(first: int = 1, second: str = "b") -> dict[str, Any]:
-        return {"first": 10 * first, "second": second}
+@pytest.fixture
+def simulate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FederationConfig]:
+    """What `simulate` makes of options; nothing is run."""
+    found: list[FederationConfig] = []
 
-    @with_options(shared, second="other")
-    def command(own: int, more: dict[str, Any] = {}) -> Any:  # noqa: B006  what with_options gives
-        return own, more
+    def keep(prior: Path, data: list[Path], out: Path, config: FederationConfig, **_: Any) -> Path:
+        found.append(config)
+        return out
 
-    assert command(own=3, first=2, second="c") == (3, {"first": 20, "second": "c"})
-    program = typer.Typer(add_completion=False)
-    program.command()(command)
-    defaults = {parameter.name: parameter.default for parameter in typer.main.get_command(program).params}
-    assert {name: defaults[name] for name in ("first", "second")} == {"first": 1, "second": "other"}
-    assert "more" not in defaults
+    monkeypatch.setattr(simulate_command, "run", keep)
+
+    def run(*options: str) -> FederationConfig:
+        arguments = ["simulate", "--prior", str(folder / "prior.safetensors"), "--out", str(tmp_path / "out")]
+        assert cli.run(app, "maskdm-server", [*arguments, "--data", str(tmp_path), *options]) == 0
+        return found.pop()
+
+    return run
 
 
-def test_simulations_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulations_are_shorter_and_wait_for_everybody(simulate: Callable[..., FederationConfig]) -> None:
     assert parameters("simulate")["rounds"].default == 5
     assert parameters("serve")["rounds"].default == 10
+    found = simulate("--clients", "4")
+    assert (found.rounds, found.min_clients, found.min_replies) == (5, 4, 4)
+    assert simulate("--clients", "4", "--clients-per-round", "2").min_replies == 2
+
+
+def test_who_waits_for_a_turn_in_a_simulation_is_not_given_up(simulate: Callable[..., FederationConfig]) -> None:
+    assert simulate().round_deadline == 3600
+    assert simulate("--engine", "inline").round_deadline == 86_400
+    assert simulate("--engine", "inline", "--round-limit", "50").round_deadline == 50
+    assert simulate("--engine", "inline", "--round-deadline", "7").round_deadline == 7
+
+
+@pytest.mark.parametrize("how", ["flag", "environment", "file"])
+def test_what_is_asked_of_a_simulation_holds_however_it_is_given(
+    simulate: Callable[..., FederationConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    options: tuple[str, ...] = ()
+    if how == "flag":
+        options = ("--min-clients", "2", "--min-replies", "1", "--rounds", "10")
+    elif how == "environment":
+        for name, value in {"MIN_CLIENTS": "2", "MIN_REPLIES": "1", "ROUNDS": "10"}.items():
+            monkeypatch.setenv(f"MASKDM_{name}", value)
+    else:
+        (tmp_path / "mine.toml").write_text("min-clients = 2\nmin-replies = 1\nrounds = 10\n")
+        options = ("--config", str(tmp_path / "mine.toml"))
+    found = simulate("--clients", "4", *options)
+    assert (found.min_clients, found.min_replies, found.rounds) == (2, 1, 10)
 
 
 @pytest.mark.parametrize(("text", "number"), [("200", 200), ("200K", 200_000), ("1.5m", 1_500_000), ("1e3", 1000)])

@@ -154,6 +154,8 @@ def test_a_renewal_gives_new_keys_and_leaves_the_old_ones_until_they_expire(tmp_
         ("example.org", "a", "HOST:PORT"),
         ("example.org:0", "a", "HOST:PORT"),
         ("exa mple:80", "a", "HOST:PORT"),
+        ("::1", "a", r"brackets, e\.g\. \[::1\]:8000"),
+        ("[::1]:8000", "a", "give a host name or an IPv4 address, which serve listens on"),
         (SERVER, "../a", "--client"),
         (SERVER, "", "--client"),
         (SERVER, "a/b", "--client"),

@@ -38,7 +38,7 @@ from maskdm.training.loop import TrainingState, train
 
 from ...federation.folder import federation_config
 from ...federation.journal import ROUNDS, published_after
-from ...federation.settings import FederationConfig
+from ...federation.settings import FederationOptions
 from ...pretraining.pretrain import Run, pretrain
 from ..in_process import simulate_inline
 from .arms import UNMASKED, Arm
@@ -132,20 +132,20 @@ def run_federated(place: Place, arm: Arm, prior: Path, sites: list[Path], seed: 
     measured = _measured(folder)
     federation = folder / "federation"
     federation.mkdir(parents=True, exist_ok=True)
-    values = {
-        "rounds": rounds,
-        "min_clients": config.clients,
-        "min_replies": config.clients,
-        "local_images": config.round_images(),
-        "batch_size": config.site_batch(),
-        "lr": lr,
-        "seed": seed,
-        "keep_every": 1,
-        "keep_moments": config.keep_moments,
-        "server_ema": config.server_ema,
-        "sample_every": 0,
-    }
-    wanted = FederationConfig.model_validate(federation_config(prior, values))
+    options = FederationOptions(
+        rounds=rounds,
+        min_clients=config.clients,
+        min_replies=config.clients,
+        local_images=config.round_images(),
+        batch_size=config.site_batch(),
+        lr=lr,
+        seed=seed,
+        keep_every=1,
+        keep_moments=config.keep_moments,
+        server_ema=config.server_ema,
+        sample_every=0,
+    )
+    wanted = federation_config(prior, options)
     say(f"{arm.name}, seed {seed}, rate {lr:g}: {rounds} rounds at {config.clients} sites")
     simulate_inline(prior, federation, wanted, lambda: sites, {"sites": [str(site) for site in sites]})
     a_round = config.round_images() * config.clients
