@@ -1,14 +1,15 @@
 """What a federation was asked to be; FED/config.json holds it, so that the same command continues it."""
 
 import math
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from maskdm.config import Encoding, Frozen, ModelConfig, Sampler, Trainable
 from maskdm.federated.encoding import size
 from maskdm.federated.kit import Digest
-from maskdm.federated.plan import FEWEST_COMPARED, QualityPlan
+from maskdm.federated.plan import FEWEST_COMPARED, QualityPlan, RoundPlan
+from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.trainable import changed_weights, expected_shapes, update_shapes
 
 from ..aggregation.optimizers import Decay, ServerOptimizer, ServerStep
@@ -99,6 +100,27 @@ class FederationConfig(Frozen):
         return ServerStep(
             optimizer=self.server_optimizer, lr=self.server_lr, betas=self.server_betas, epsilon=self.server_epsilon
         )
+
+
+def round_plan(
+    config: FederationConfig,
+    action: Literal["train", "measure", "evaluate", "finish"],
+    number: int,
+    model: CheckpointMetadata,
+    exchange: int,
+) -> RoundPlan:
+    """What sites are asked to do in a round, with a model."""
+    shared = RoundPlan.model_fields.keys() & FederationConfig.model_fields.keys()
+    return RoundPlan.model_validate(
+        {
+            **{name: getattr(config, name) for name in shared},
+            "exchange": exchange,
+            "action": action,
+            "round": number,
+            "model": model,
+            "quality": config.quality_plan() if action == "evaluate" else None,
+        }
+    )
 
 
 def update_size(config: FederationConfig, model: ModelConfig) -> int:
