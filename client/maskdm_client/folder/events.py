@@ -1,12 +1,11 @@
 """What happens at a site: the kinds of lines of its events.jsonl, and what each says to people."""
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from maskdm.run.events import Event, append_event, parsed
 
@@ -262,15 +261,13 @@ AnyEvent = Annotated[
 ]
 
 
-@functools.cache
-def _kinds() -> TypeAdapter[AnyEvent]:
-    """Made when it is first needed: a ClientApp, which only writes events, should start fast."""
-    return TypeAdapter(AnyEvent)
+# Made when it is first needed: a ClientApp, which only writes events, should start fast.
+KINDS: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent, config=ConfigDict(defer_build=True))
 
 
 def known(lines: Iterable[Mapping[str, Any]]) -> Iterator[Event]:
     """Those lines of a site's events.jsonl whose kind this version knows."""
-    return (event for line in lines if (event := parsed(_kinds(), line)))
+    return (event for line in lines if (event := parsed(KINDS, line)))
 
 
 def note(site: Path, event: Event) -> None:

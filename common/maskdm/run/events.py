@@ -13,8 +13,8 @@ from .runfolder import append_line
 EVENTS = "events.jsonl"
 
 
-class Event(Frozen, extra="ignore"):
-    """A class for each kind of event; what a newer version adds to one is passed over."""
+class Event(Frozen, extra="ignore", defer_build=True):
+    """A class for each kind, made ready when one first happens; what a newer version adds to it is passed over."""
 
     event: str  # its kind
 
