@@ -41,7 +41,7 @@ from maskdm.run.runfolder import read_lines, write_json
 from maskdm.run.tensorfile import pack, unpack
 from maskdm.training.checkpoint import save_checkpoint
 from maskdm_server.aggregation.updates import StreamingMean, Update
-from maskdm_server.federation.intake import Intake, Measured
+from maskdm_server.federation.intake import Intake, UpdateNorm
 from maskdm_server.lab.faces import draw_faces
 
 REPEATS = 5
@@ -92,7 +92,7 @@ def packed_update(plan: RoundPlan, seed: int) -> bytes:
 
 def ours(plan: RoundPlan, updates: list[bytes], clients: int) -> None:
     """What the coordinator does with bytes as they come: parse, check, judge, add; and the mean at the end."""
-    known = [Measured(norm=0.7, images=64)] * 3
+    known = [UpdateNorm(norm=0.7, images=64)] * 3
     numbers = {
         **{"outcome": 0, "round": 1, "exchange": 1, "examples": 10, "images_seen": 64, "loss_before": 1.0},
         **{"loss_after": 1.0, "seconds": 1.0, "skipped_steps": 0},

@@ -4,13 +4,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from maskdm.errors import DataError, FederationError
 from maskdm.federated.parcel import Outcome
+from maskdm.run.events import EVENTS
 from maskdm.run.processes import Child
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import LineReader
+
+from ..folder.events import RoundAnswered, SiteFinished, WorkFailed, known
 
 POLL_SECONDS = 0.25
 # Without a reply between them, so many deaths of the worker are no accident.
@@ -25,7 +28,7 @@ class Caretaker:
 
     def __init__(self, folder: Path, check: Callable[[], None]) -> None:
         """Start the worker; `check` raises when the user asked to stop."""
-        self._check, self._events = check, LineReader(folder / "events.jsonl")
+        self._check, self._events = check, LineReader(folder / EVENTS)
         self._worker = Worker(folder)
         self.finished = False
 
@@ -38,14 +41,20 @@ class Caretaker:
         """
         self._check()
         self._worker.look_after()
-        for event in self._events.new():
-            tell(event)
-            if event["event"] in ("round", "failed", "finished"):
-                self._worker.has_worked()
-            if event["event"] == "failed" and event["outcome"] in FATAL:
-                time.sleep(FATAL_SECONDS)
-                raise DataError(event["reason"])
-            self.finished = self.finished or event["event"] == "finished"
+        for event in known(self._events.new()):
+            if words := event.words():
+                say(words)
+            match event:
+                case WorkFailed():
+                    self._worker.has_worked()
+                    if event.outcome in FATAL:
+                        time.sleep(FATAL_SECONDS)
+                        raise DataError(event.reason)
+                case RoundAnswered():
+                    self._worker.has_worked()
+                case SiteFinished():
+                    self._worker.has_worked()
+                    self.finished = True
 
     def pause(self, seconds: float) -> None:
         """Look for so long."""
@@ -93,60 +102,3 @@ class Worker:
     def _start(self) -> Child:
         command = [sys.executable, "-m", "maskdm_client.agent.worker", str(self._folder.resolve())]
         return Child(command, log=self._folder / "logs" / "worker.log")
-
-
-def tell(event: dict[str, Any]) -> None:
-    """Say what an event means."""
-    kind = event["event"]
-    if kind == "superseded":
-        say(f"round {event['round']}: the server asks for something newer; this work is dropped")
-    elif kind == "data":
-        say(f"{event['summary']}; training on {event['train']:,}, held out {event['held_out']:,}")
-    elif kind == "data warning":
-        say(f"WARNING: {event['reason']}")
-    elif kind == "measured":
-        say(f"round {event['round']}/{event['rounds']}: held-out loss {event['loss']:.4f} with the model that came")
-        if event.get("images"):
-            say(f"round {event['round']}: going on at {event['images']:,} images")
-    elif kind == "training":
-        say(f"round {event['round']}: {event['images']:,}/{event['of']:,} images")
-    elif kind == "drawing":
-        say(f"evaluating a model: {event['images']:,}/{event['of']:,} images drawn")
-    elif kind == "evaluated":
-        found = ", ".join(f"{name} {value:g}" for name, value in event["quality"].items())
-        say(f"a model was evaluated with {event['drawn']:,} images that it drew: {found}")
-    elif kind == "not evaluated":
-        say(f"the coordinator wanted a model evaluated, which gets only its held-out loss: {event['reason']}")
-    elif kind == "waiting":
-        say(f"WARNING: {event['reason']}; trying again until it can be written")
-    elif kind == "code refused":
-        say(f"WARNING: {event['reason']}; it was not unpacked, and the server is told only CODE_REFUSED")
-    elif kind == "loss kept":
-        say(f"round {event['round']}: one held-out image's loss is unlike all others', so no loss leaves")
-    elif kind == "joined late":
-        say(f"round {event['round']}: this site has not seen the prior itself, only what became of it")
-    elif kind == "agreed":
-        say(f"the terms of this federation were agreed to {event['how']}; their fingerprint is {event['fingerprint']}")
-    elif kind == "asks":
-        say(
-            f"round {event['round']}: the terms of this federation wait for your approval, nothing leaves before: "
-            f"maskdm-client approve --out {event['folder']} (fingerprint {event['fingerprint']})"
-        )
-    elif kind == "held":
-        what = "the first update" if event["action"] == "train" else "a measurement"
-        say(
-            f"round {event['round']}: {what} waits for your approval: maskdm-client approve --out "
-            f"{event['folder']} (or --deny); the terms have the fingerprint {event['fingerprint']}"
-        )
-    elif kind == "round":
-        say(
-            f"round {event['round']}/{event['rounds']}: held-out loss {event['loss_before']:.4f} → "
-            f"{event['loss_after']:.4f}, {event['images_seen']:,} images in {event['seconds']:.0f} s, "
-            f"{event['bytes'] / 1e6:.1f} MB sent"
-        )
-    elif kind == "finished" and "loss" in event:
-        say(f"the federation ended; held-out loss of the final model {event['loss']:.4f}")
-    elif kind == "finished":
-        say(f"the federation ended; the final model was not measured: {event['reason']}")
-    elif kind == "failed":
-        say(f"round {event['round']}: {event['reason']} (the server is told only {event['outcome']})")

@@ -12,8 +12,9 @@ from maskdm.federated.parcel import Outcome
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import write_json
 
+from ..folder.events import DiskRefused, WorkFailed, note
 from ..folder.job import Superseded
-from ..folder.mailbox import POLL_SECONDS, Mailbox, note
+from ..folder.mailbox import POLL_SECONDS, Mailbox
 from ..folder.settings import load_settings
 from ..folder.unfinished import STARTS, saved_at
 from ..gate.allowance import PolicyRefused
@@ -47,7 +48,7 @@ def work(folder: Path) -> None:
             continue
         except OSError as error:  # a full disk, or an audit log that cannot be written: that may pass
             if not waiting:
-                note(folder, {"event": "waiting", "reason": f"{error.strerror or error}: {error.filename or folder}"})
+                note(folder, DiskRefused(reason=f"{error.strerror or error}: {error.filename or folder}"))
             waiting = True
             time.sleep(RETRY_SECONDS)
 
@@ -70,7 +71,7 @@ def _answer(box: Mailbox, done: str, folder: Path) -> None:
 def _give_up(box: Mailbox, exchange: int, folder: Path) -> None:
     box.reply(exchange, "", code(Outcome.FAILED, 1, exchange))
     reason = f"the process that trains ended {MOST_STARTS} times over this work, perhaps for want of memory"
-    note(folder, {"event": "failed", "round": 1, "outcome": Outcome.FAILED.name, "reason": reason})
+    note(folder, WorkFailed(round=1, outcome=Outcome.FAILED.name, reason=reason))
 
 
 def _starts(folder: Path, exchange: int) -> int:

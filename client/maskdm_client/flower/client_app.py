@@ -15,7 +15,8 @@ from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.parcel import Outcome, Parcel
 from maskdm.run.tensorfile import pack
 
-from ..folder.mailbox import Mailbox, note
+from ..folder.events import WorkFailed, note
+from ..folder.mailbox import Mailbox
 from ..folder.settings import load_settings
 from ..gate.gate import release, release_outcome, release_progress
 from ..gate.record_incoming import record_foreign, record_plan, record_progress_question, round_in
@@ -94,7 +95,7 @@ def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
         outcome, reason = Outcome.GATE_REFUSED, str(error)
     except Exception as error:
         outcome, reason = Outcome.FAILED, f"unexpected {type(error).__name__}: {error}"
-    note(folder, {"event": "failed", "round": round_number, "outcome": outcome.name, "reason": plain(reason)})
+    note(folder, WorkFailed(round=round_number, outcome=outcome.name, reason=plain(reason)))
     return release_outcome(outcome, round_number, exchange, audit)
 
 

@@ -21,7 +21,7 @@ from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.bundle import PROJECT
 from maskdm.federated.parcel import Outcome
 
-from ..folder.mailbox import note
+from ..folder.events import CodeRefused, note
 from ..folder.settings import load_settings
 from ..gate.gate import release_outcome
 from ..gate.record_incoming import record_foreign
@@ -66,7 +66,7 @@ def run_supernode(site: Path) -> None:
         run.primary_task_type = TaskType.SERVER_APP  # of an ordinary run; others start programs that no site needs
         problem = problem_of_bundle(content, allowed_by(site))
         if problem:
-            note(site, {"event": "code refused", "reason": problem})
+            note(site, CodeRefused(reason=problem))
         return {} if problem else fused(content, run)
 
     internal.get_fused_config_from_fab = fused_if_allowed

@@ -4,9 +4,9 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from maskdm.federated.plan import RoundPlan
+from maskdm.run.events import Event
 from maskdm.run.runfolder import atomic_write
 from maskdm.seeding import Key, derive_seed
 
@@ -28,7 +28,7 @@ class Job:
     key: str  # of plan and weights: the same work asked for again has the same
     settings: SiteSettings
     folder: Path  # of the site
-    say: Callable[[dict[str, Any]], None]
+    say: Callable[[Event], None]
     superseded: Callable[[], bool]
 
     def seed(self, purpose: str, *keys: Key) -> int:

@@ -9,17 +9,16 @@ import json
 import os
 import struct
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from maskdm.federated.parcel import Outcome, Parcel
-from maskdm.run.runfolder import append_line, atomic_write, write_json
+from maskdm.run.runfolder import atomic_write, write_json
 from maskdm.run.tensorfile import Arrays, Document, chunks, layout_of, unpack
 
 POLL_SECONDS = 0.1
@@ -120,12 +119,6 @@ class Mailbox:
             return (found["round"], found["images"]) if found["exchange"] == exchange else (1, 0)
         except (OSError, ValueError, KeyError):
             return 1, 0
-
-
-def note(site: Path, event: Mapping[str, Any]) -> None:
-    """Say in a site's events what happens; where the disk is full, the work goes on unsaid."""
-    with suppress(OSError):
-        append_line(site / "events.jsonl", {"time": time.time(), **event})
 
 
 class _Found(NamedTuple):

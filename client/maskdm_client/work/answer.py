@@ -24,13 +24,32 @@ from maskdm.federated.terms import terms_of
 from maskdm.metadata import first_problem
 from maskdm.networks.model import Network
 from maskdm.networks.precision import pick_device
+from maskdm.run.events import Event
 from maskdm.run.runfolder import write_json
 from maskdm.run.tensorfile import Document, bytes_of
 from maskdm.training.checkpoint import model_from, save_checkpoint
 
 from ..folder.carried_over import Kept, forget_others
+from ..folder.events import (
+    ApprovalWanted,
+    DataDoubtful,
+    DataFound,
+    DrawingGoesOn,
+    LossMeasured,
+    LossWithheld,
+    QualityMeasured,
+    QualityWithheld,
+    ReplyHeld,
+    RoundAnswered,
+    SiteFinished,
+    TermsAgreed,
+    TrainingGoesOn,
+    WorkFailed,
+    WorkSuperseded,
+    note,
+)
 from ..folder.job import Job, Superseded
-from ..folder.mailbox import Mailbox, note
+from ..folder.mailbox import Mailbox
 from ..folder.settings import SiteSettings, load_settings
 from ..folder.unfinished import STARTS, Saved
 from ..gate.allowance import FAILURES, MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
@@ -76,14 +95,15 @@ def answer(
         OSError: the audit log cannot be written, or the disk is full: it may be tried again.
     """
     round_number, ends, kept = 1, False, False
+    event: RoundAnswered | LossMeasured | WorkFailed
     key = key or key_of(document, weights)
     job: Job | None = None
 
-    def say(event: dict[str, Any]) -> None:
+    def say(event: Event) -> None:
         note(folder, event)
-        if box and event["event"] in ("training", "drawing") and job and not _is_undecided(job):
+        if box and isinstance(event, TrainingGoesOn | DrawingGoesOn) and job and not _is_undecided(job):
             with suppress(OSError):
-                box.progressed(exchange, event["round"], event["images"])
+                box.progressed(exchange, event.round, event.images)
 
     def superseded() -> bool:
         return box is not None and box.asked() != exchange
@@ -107,14 +127,14 @@ def answer(
             kept = True
         released, event = _work(job, received, weights, saved)
     except Superseded:
-        say({"event": "superseded", "round": round_number})
+        say(WorkSuperseded(round=round_number))
         raise
     except Exception as error:
         if box and not kept and isinstance(error, OSError) and error.errno in FULL:
             raise
         outcome = _outcome(error)
         reason = str(error) if isinstance(error, MaskDMError) else plain(f"unexpected {type(error).__name__}: {error}")
-        event = {"event": "failed", "round": round_number, "outcome": outcome.name, "reason": reason}
+        event = WorkFailed(round=round_number, outcome=outcome.name, reason=reason)
         released = code(outcome, round_number, exchange)
     finally:
         if ends:
@@ -125,11 +145,13 @@ def answer(
         box.reply(exchange, key if done else "", released)
     if done and job:
         Saved(folder / "work", job.key).forget()
-    say({**event, "event": "finished"} if kept else event)
+    say(SiteFinished(**event.model_dump(exclude={"event"}, exclude_unset=True)) if kept else event)
     return released
 
 
-def _work(job: Job, weights: dict[str, Tensor], packed: Document, saved: Saved) -> tuple[Parcel, dict[str, Any]]:
+def _work(
+    job: Job, weights: dict[str, Tensor], packed: Document, saved: Saved
+) -> tuple[Parcel, RoundAnswered | LossMeasured]:
     """Train or measure; what a failure tells of the images waits for approval like everything else."""
     _begin(job, weights, packed)
     try:
@@ -143,7 +165,7 @@ def _work(job: Job, weights: dict[str, Tensor], packed: Document, saved: Saved) 
         raise
 
 
-def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, dict[str, Any]]:
+def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, RoundAnswered]:
     plan, policy, work = job.plan, job.settings.policy, job.folder / "work"
     problem = problem_of_size(size(plan.shapes(), plan.encoding, plan.topk_share), policy)
     if problem:
@@ -161,12 +183,11 @@ def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, 
     forget_others(plan, work)
     residual.keep(update, released.arrays)
     moments.keep({name: tuple(t.shape) for name, t in done.moments.items()}, lambda name: done.moments[name].cpu())
-    losses = {"loss_before": done.before.loss, "loss_after": done.after.loss}
-    event = {"event": "round", "rounds": plan.rounds, "bytes": released.size(), **report.model_dump(mode="json")}
-    return released, event | losses
+    told = report.model_dump() | {"loss_before": done.before.loss, "loss_after": done.after.loss}
+    return released, RoundAnswered(rounds=plan.rounds, bytes=released.size(), **told)
 
 
-def _measure(job: Job, weights: dict[str, Tensor]) -> tuple[Parcel, dict[str, Any]]:
+def _measure(job: Job, weights: dict[str, Tensor]) -> tuple[Parcel, LossMeasured]:
     started, plan = time.monotonic(), job.plan
     model, images = _prepare(job, weights)
     found = held_out_loss(model, job, images)
@@ -175,13 +196,13 @@ def _measure(job: Job, weights: dict[str, Tensor]) -> tuple[Parcel, dict[str, An
         try:
             quality = measure_quality(model, job, images)
         except (NotEvaluated, PolicyRefused) as reason:
-            job.say({"event": "not evaluated", "round": plan.round, "reason": str(reason)})
+            job.say(QualityWithheld(round=plan.round, reason=str(reason)))
     nine = _report(job, images, found, found, 0, time.monotonic() - started, 0)
     report = QualityReport.model_validate(nine.model_dump() | quality)
     released = check_numbers(report, job.settings.policy, job.folder / AUDIT)
     if plan.quality and quality:
-        job.say({"event": "evaluated", "round": plan.round, "drawn": plan.quality.images, "quality": quality})
-    return released, {"event": "measured", "round": plan.round, "rounds": plan.rounds, "loss": found.loss}
+        job.say(QualityMeasured(round=plan.round, drawn=plan.quality.images, quality=quality))
+    return released, LossMeasured(loss=found.loss, round=plan.round, rounds=plan.rounds)
 
 
 def _report(
@@ -198,7 +219,7 @@ def _report(
     tells = policy.share_loss and len(images.held_out) >= policy.min_held_out
     if before.one_stands_out or after.one_stands_out:
         tells = False
-        job.say({"event": "loss kept", "round": job.plan.round})
+        job.say(LossWithheld(round=job.plan.round))
     return Report(
         round=job.plan.round,
         exchange=job.plan.exchange,
@@ -232,7 +253,7 @@ def _hold(job: Job, released: Parcel | None = None, lengths: tuple[float, float]
         }
     write_json(folder / HELD, summary)
     record(folder / AUDIT, "out", plan.round, "held until somebody here approves it", released)
-    job.say({"event": "held", "action": plan.action, **_for_people(job)})
+    job.say(ReplyHeld(action=plan.action, **_for_people(job)))
     (folder / "work" / STARTS).unlink(missing_ok=True)  # whoever waits has survived the work, however often it waits
     if not wait_for_decision(folder, terms_of(plan), job.superseded):
         raise Superseded
@@ -281,7 +302,7 @@ def _begin(job: Job, weights: dict[str, Tensor], packed: Document) -> None:
     plan = job.plan
     how = check_policy(job.settings, plan, job.folder)
     if how:
-        job.say({"event": "agreed", "how": how, "fingerprint": terms_of(plan).fingerprint()})
+        job.say(TermsAgreed(how=how, fingerprint=terms_of(plan).fingerprint()))
     check_weights(job, weights, packed)
     if not _is_undecided(job):
         return
@@ -289,7 +310,7 @@ def _begin(job: Job, weights: dict[str, Tensor], packed: Document) -> None:
         raise NotApproved("nobody here approved this federation before it ended (approve-first-round)")
     if plan.action == "train":  # which may take longer than the coordinator waits: a person can decide meanwhile
         write_json(job.folder / HELD, _waiting(plan))
-        job.say({"event": "asks", **_for_people(job)})
+        job.say(ApprovalWanted(**_for_people(job)))
     else:
         _hold(job)
 
@@ -306,10 +327,10 @@ def _prepare(job: Job, weights: dict[str, Tensor]) -> tuple[Network, LocalImages
     kind = UPDATES if plan.action == "train" else MEASUREMENTS
     (check_allowance if _is_undecided(job) else use_allowance)(job, kind)
     if (plan.round == 1 and plan.action != "evaluate") or plan.action == "finish":
-        counts = {"train": len(images.train), "held_out": len(images.held_out)}
-        job.say({"event": "data", "summary": images.corpus.summary(), **counts})
+        summary = images.corpus.summary()
+        job.say(DataFound(summary=summary, train=len(images.train), held_out=len(images.held_out)))
         for warning in compare(images.corpus, plan.model):
-            job.say({"event": "data warning", "reason": warning})
+            job.say(DataDoubtful(reason=warning))
     return model_from(weights, shape, pick_device(settings.device)), images
 
 

@@ -27,6 +27,7 @@ from maskdm.training.loop import (
 )
 
 from ..folder.carried_over import Kept
+from ..folder.events import LossMeasured, TrainingGoesOn
 from ..folder.job import Job, Superseded
 from ..folder.unfinished import Saved, Unfinished
 from .concentration import HALVES, Concentration, without_faint
@@ -109,14 +110,13 @@ def fine_tune(
         concentration.restore(resumed.halves)
     before = HeldOut(*resumed[:2]) if resumed else held_out_loss(model, job, images)
     spent = resumed.seconds if resumed else 0.0
-    where = {"round": plan.round, "rounds": plan.rounds, "images": state.images_seen}
-    job.say({"event": "measured", "loss": before.loss, **where})
+    job.say(LossMeasured(loss=before.loss, round=plan.round, rounds=plan.rounds, images=state.images_seen))
 
     def seconds() -> float:
         return spent + time.monotonic() - started
 
     def on_progress(progress: Progress) -> None:
-        job.say({"event": "training", "round": plan.round, "images": progress.images, "of": training.images})
+        job.say(TrainingGoesOn(round=plan.round, images=progress.images, of=training.images))
         saved.keep(state, training, Unfinished(*before, seconds(), concentration.tensors()))
 
     order = batches(

@@ -20,6 +20,7 @@ from maskdm.federated.policy import SitePolicy
 from maskdm.run.runfolder import atomic_write
 from maskdm.run.tensorfile import Arrays, Document, Stored, fp32, layout_of
 
+from ..folder.events import JoinedLate
 from ..folder.job import Job
 from ..gate.allowance import PolicyRefused
 from .weights import PlanRefused
@@ -93,7 +94,7 @@ def check_weights(job: Job, weights: Mapping[str, Tensor], packed: Document) -> 
     if plan.action == "train" and not first:
         _remember_first(folder, plan, packed)
         if plan.round > 1:
-            job.say({"event": "joined late", "round": plan.round})
+            job.say(JoinedLate(round=plan.round))
 
 
 def _is_prior(packed: Document, plan: RoundPlan) -> bool:

@@ -24,6 +24,7 @@ from maskdm.federated.plan import FEWEST_COMPARED, QualityPlan
 from maskdm.networks.model import Network, device_of
 from maskdm.networks.precision import pick_precision
 
+from ..folder.events import DrawingGoesOn
 from ..folder.job import Job, Superseded
 from ..folder.settings import SiteSettings
 from ..gate.allowance import EVALUATIONS, use_allowance
@@ -115,7 +116,7 @@ def _features_of_drawn(
             raise Superseded
         if time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
-            job.say({"event": "drawing", "round": plan.round, "images": done, "of": wanted.images})
+            job.say(DrawingGoesOn(round=plan.round, images=done, of=wanted.images))
 
     blocks = drawn(
         model,

@@ -1,86 +1,315 @@
-"""What FED/events.jsonl tells, in words: for the terminal while a federation runs, and for its report."""
+"""What happens in a federation: the kinds of lines of FED/events.jsonl, and what each says to people.
 
-from collections.abc import Mapping
-from typing import Any
+Some of them are also lines of rounds.jsonl and quality.jsonl, and result.json. Defaults are for folders of older
+versions, which did not write the key.
+"""
 
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from maskdm.config import Frozen
+from maskdm.run import events
+from maskdm.run.events import Event
 from maskdm.run.reporting import say
 
 
-def tell(event: Mapping[str, Any]) -> None:
+class Compared(Frozen, extra="ignore"):
+    """How an update that was let in lies to the others of its round."""
+
+    norm_ratio: float  # its length by the usual one
+    cosine: float | None = None  # to the mean direction of the others; None where there are none
+
+
+class RoundLine(Frozen, extra="ignore"):
+    """Of rounds.jsonl: what came of a round, and what all attempts at it cost."""
+
+    round: int
+    clients: int
+    examples: int
+    images_seen: int
+    loss_before: float | None
+    loss_after: float | None
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    rejected: int
+    silent: int = 0
+    late: int = 0
+    attempts: int = 1
+    updates: Mapping[str, Compared] = {}  # by site
+
+
+class QualityLine(Frozen, extra="ignore"):
+    """Of quality.jsonl: what sites found of the images that a model draws, compared with their own."""
+
+    round: int  # 0: the prior
+    images: int = 0  # that each site draws
+    features: str = ""
+    sampler: str = ""
+    steps: int | None = None
+    sites: int
+    quality_images: int  # of all sites
+    quality: Mapping[str, float]
+    by_site: Mapping[str, Mapping[str, int | float | None]] = {}
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class Result(Frozen, extra="ignore"):
+    """Of result.json."""
+
+    rounds: int
+    model_of_round: int
+    stopped_by_patience: int = 0
+    clients: int
+    loss_prior: float | None
+    loss_final: float | None
+    quality_prior: Mapping[str, Any] | None = None  # lines of quality.jsonl
+    quality_final: Mapping[str, Any] | None = None
+    bytes_down: int
+    bytes_up: int
+
+
+class RoundsBegun(Event):
+    """The rounds begin, or begin again."""
+
+    event: Literal["start"] = "start"
+    round: int  # done before
+    bytes_down: int  # to a site at first
+    bytes_down_later: int
+    bytes_up: int
+
+    def words(self) -> str:
+        first = f"{self.bytes_down / 1e6:.1f} MB to a client at first, then "
+        return (
+            f"each round sends {first if self.bytes_down_later < self.bytes_down else ''}"
+            f"{self.bytes_down_later / 1e6:.1f} MB to a client and gets {self.bytes_up / 1e6:.1f} MB back; "
+            f"{self.round} rounds done before"
+        )
+
+
+class SitesAwaited(Event):
+    """Too few sites are there."""
+
+    event: Literal["waiting"] = "waiting"
+    clients: int
+    needed: int
+
+    def words(self) -> str:
+        return f"{self.clients} of {self.needed} clients are there; waiting"
+
+
+class PlanSent(Event):
+    """Sites were asked, these or more of them."""
+
+    event: Literal["sent"] = "sent"
+    round: int
+    rounds: int
+    exchange: int = 0
+    clients: int  # that were asked until now
+    action: str
+
+    def words(self) -> str:
+        if self.action == "train":
+            return f"round {self.round}/{self.rounds}: {self.clients} clients at work"
+        return f"{self.clients} clients evaluate a model" if self.action == "evaluate" else ""
+
+
+class ModelEvaluated(QualityLine, Event):
+    """Sites evaluated a model."""
+
+    event: Literal["quality"] = "quality"
+
+    def words(self) -> str:
+        """Headed by the kernel distance, which small numbers of images do not bias."""
+        model = f"the model of round {self.round}" if self.round else "the prior"
+        if not self.sites:
+            return f"WARNING: no site evaluated {model}: each one's own log says why"
+        figures = dict(self.quality)
+        headline = f"kernel distance {figures.pop('kernel'):.4g}, " if "kernel" in figures else ""
+        rest = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        return (
+            f"{model}: {headline}{rest} between {self.images:,} drawn images and "
+            f"{self.quality_images:,} held out at {self.sites} sites"
+        )
+
+
+class ReplyRejected(Event):
+    """A site's reply does not count."""
+
+    event: Literal["rejected"] = "rejected"
+    round: int
+    site: str
+    reason: str
+
+    def words(self) -> str:
+        return f"round {self.round}: the reply of site {self.site} was rejected: {self.reason}"
+
+
+class ReplyLate(Event):
+    """A reply to an earlier exchange came."""
+
+    event: Literal["late"] = "late"
+    round: int
+    site: str
+
+    def words(self) -> str:
+        return f"round {self.round}: a reply of site {self.site} to an earlier question was dropped"
+
+
+class SiteAtWork(Event):
+    """A site says how far it is."""
+
+    event: Literal["working"] = "working"
+    round: int
+    site: str
+    images: int
+    all: int  # of all sites in this exchange
+
+    def words(self) -> str:
+        return f"round {self.round}: site {self.site} is at {self.images:,} images, all at {self.all:,}"
+
+
+class SiteSilent(Event):
+    """A site made no progress, or is gone."""
+
+    event: Literal["silent"] = "silent"
+    round: int
+    site: str
+    reason: str
+
+    def words(self) -> str:
+        return f"round {self.round}: site {self.site} is not waited for any more: {self.reason}"
+
+
+class SiteRests(Event):
+    """A site failed too often to be asked in the next rounds."""
+
+    event: Literal["rests"] = "rests"
+    round: int
+    site: str
+    until: int  # the first round in which it is asked again
+
+    def words(self) -> str:
+        return f"site {self.site} failed again and again; it is left alone until round {self.until}"
+
+
+class UpdateAgainst(Event):
+    """An update that was let in points against the others."""
+
+    event: Literal["against"] = "against"
+    round: int
+    site: str
+    norm_ratio: float
+    cosine: float
+
+    def words(self) -> str:
+        return (
+            f"round {self.round}: the update of site {self.site} points against those of the others "
+            f"(cosine {self.cosine:.2f}, {self.norm_ratio:.2g} times the usual length) and was let in"
+        )
+
+
+class RoundRepeated(Event):
+    """Too few updates came in an attempt at a round."""
+
+    event: Literal["retry"] = "retry"
+    round: int
+    attempt: int
+    accepted: int
+    needed: int
+
+    def words(self) -> str:
+        return f"round {self.round}: {self.accepted} usable updates, {self.needed} needed; trying again"
+
+
+class RoundDone(RoundLine, Event):
+    """A round counts."""
+
+    event: Literal["round"] = "round"
+    rounds: int
+
+    def words(self) -> str:
+        return (
+            f"round {self.round}/{self.rounds}: held-out loss {_loss(self.loss_before)} → {_loss(self.loss_after)} "
+            f"at {self.clients} clients, {self.images_seen:,} images, {self.seconds:.0f} s, "
+            f"{self.bytes_up / 1e6:.1f} MB up"
+        )
+
+
+class FederationFinished(Result, Event):
+    """All rounds are done, and the sites have the final model."""
+
+    event: Literal["finished"] = "finished"
+
+    def words(self) -> str:
+        if not self.clients:
+            return "WARNING: no client was there at the end: the final model was not measured, and none of them has it"
+        return f"held-out loss: prior {_loss(self.loss_prior)} → final {_loss(self.loss_final)}"
+
+
+class DiskFull(Event):
+    """Room is waited for."""
+
+    event: Literal["disk full"] = "disk full"
+    round: int
+    seconds: float
+
+    def words(self) -> str:
+        return f"round {self.round}: the disk is full; make room within {self.seconds / 60:.0f} minutes"
+
+
+class RoundsCrashed(Event):
+    """The process that runs the rounds ended by a fault of its own, and is started again."""
+
+    event: Literal["crashed"] = "crashed"
+    reason: str
+
+    def words(self) -> str:
+        return f"the process that runs the rounds failed: {self.reason}"
+
+
+class RoundsFailed(Event):
+    """The federation cannot go on; whoever watches raises it as an error, so that it has no words here."""
+
+    event: Literal["failed"] = "failed"
+    reason: str
+
+
+AnyEvent = Annotated[
+    RoundsBegun
+    | SitesAwaited
+    | PlanSent
+    | ModelEvaluated
+    | ReplyRejected
+    | ReplyLate
+    | SiteAtWork
+    | SiteSilent
+    | SiteRests
+    | UpdateAgainst
+    | RoundRepeated
+    | RoundDone
+    | FederationFinished
+    | DiskFull
+    | RoundsCrashed
+    | RoundsFailed,
+    Field(discriminator="event"),
+]
+KINDS: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
+
+
+def known(lines: Iterable[Mapping[str, Any]]) -> Iterator[Event]:
+    """Those lines of events.jsonl whose kind this version knows."""
+    return (event for line in lines if (event := events.parsed(KINDS, line)))
+
+
+def tell(event: Event) -> None:
     """Say what happened, if it is worth a line."""
-    if line := described(event):
+    if line := event.words():
         say(line)
-
-
-def described(event: Mapping[str, Any]) -> str:
-    """One event as a line for a person; nothing where it is none for people.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is none that this program writes.
-    """
-    kind = event["event"]
-    if kind == "start":
-        down, later, up = (event[name] / 1e6 for name in ("bytes_down", "bytes_down_later", "bytes_up"))
-        first = f"{down:.1f} MB to a client at first, then " if later < down else ""
-        return (
-            f"each round sends {first}{later:.1f} MB to a client and gets {up:.1f} MB back; "
-            f"{event['round']} rounds done before"
-        )
-    if kind == "waiting":
-        return f"{event['clients']} of {event['needed']} clients are there; waiting"
-    if kind == "sent" and event["action"] == "train":
-        return f"round {event['round']}/{event['rounds']}: {event['clients']} clients at work"
-    if kind == "sent" and event["action"] == "evaluate":
-        return f"{event['clients']} clients evaluate a model"
-    if kind == "quality":
-        return _quality(event)
-    if kind == "rejected":
-        return f"round {event['round']}: the reply of site {event['site']} was rejected: {event['reason']}"
-    if kind == "round":
-        return (
-            f"round {event['round']}/{event['rounds']}: held-out loss {_loss(event['loss_before'])} → "
-            f"{_loss(event['loss_after'])} at {event['clients']} clients, {event['images_seen']:,} images, "
-            f"{event['seconds']:.0f} s, {event['bytes_up'] / 1e6:.1f} MB up"
-        )
-    if kind == "against":
-        return (
-            f"round {event['round']}: the update of site {event['site']} points against those of the others "
-            f"(cosine {event['cosine']:.2f}, {event['norm_ratio']:.2g} times the usual length) and was let in"
-        )
-    if kind == "working":
-        return f"round {event['round']}: site {event['site']} is at {event['images']:,} images, all at {event['all']:,}"
-    if kind == "silent":
-        return f"round {event['round']}: site {event['site']} is not waited for any more: {event['reason']}"
-    if kind == "late":
-        return f"round {event['round']}: a reply of site {event['site']} to an earlier question was dropped"
-    if kind == "rests":
-        return f"site {event['site']} failed again and again; it is left alone until round {event['until']}"
-    if kind == "disk full":
-        return f"round {event['round']}: the disk is full; make room within {event['seconds'] / 60:.0f} minutes"
-    if kind == "crashed":
-        return f"the process that runs the rounds failed: {event['reason']}"
-    if kind == "retry":
-        return f"round {event['round']}: {event['accepted']} usable updates, {event['needed']} needed; trying again"
-    if kind == "finished" and event["clients"]:
-        return f"held-out loss: prior {_loss(event['loss_prior'])} → final {_loss(event['loss_final'])}"
-    if kind == "finished":
-        return "WARNING: no client was there at the end: the final model was not measured, and none of them has it"
-    return ""
 
 
 def _loss(value: float | None) -> str:
     return "untold" if value is None else f"{value:.4f}"
-
-
-def _quality(event: Mapping[str, Any]) -> str:
-    """An evaluation, headed by the kernel distance, which small numbers of images do not bias."""
-    model = f"the model of round {event['round']}" if event["round"] else "the prior"
-    if not event["sites"]:
-        return f"WARNING: no site evaluated {model}: each one's own log says why"
-    figures = dict(event["quality"])
-    headline = f"kernel distance {figures.pop('kernel'):.4g}, " if "kernel" in figures else ""
-    rest = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    return (
-        f"{model}: {headline}{rest} between {event['images']:,} drawn images and "
-        f"{event['quality_images']:,} held out at {event['sites']} sites"
-    )

@@ -3,51 +3,31 @@
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from maskdm.federated.auditlog import NOTHING, Message, message_of
 from maskdm.federated.parcel import NUMBER_NAMES, Outcome, Parcel, outcome_of
 from maskdm.federated.plan import RoundPlan
+from maskdm.run.events import Event
 from maskdm.run.tensorfile import Stored
 
 from ..aggregation.updates import UpdateRejected
+from .events import PlanSent, ReplyLate, ReplyRejected, SiteAtWork, SiteSilent
+from .progress import SiteProgress
 from .transport import Link, Question, Reply
+from .writing import Clock, Pause
 
 # Each question costs the SuperLink several ms of CPU; a round lasts many seconds.
 POLL_SECONDS = 0.5
 # A site that is at work says so this often.
 HEARTBEAT_SECONDS = 30.0
-# A site that went away gets this long to come back before it is not waited for any more. It may still answer.
-LOST_SECONDS = 30.0
-# A site that comes back, or forgot what it was asked, is asked anew this often in one exchange.
-MOST_QUESTIONS = 5
-# A site that has said nothing for so many times as long as it may work in silence is asked how far it is: what it was
-# asked, or its answer, may be lost. A ClientApp that starts, a poll and a slow machine take their time too. Next time
-# twice as long: each of these that comes when the site has its answer ready has it sent once more.
-QUIET = 2
 # How many times as long as news the weights may be under way.
 DOWNLOAD = 4
 
-Say = Callable[[dict[str, Any]], None]
+Say = Callable[[Event], None]
 Record = Callable[[str, str, int, str, Message], None]  # direction, peer, round, verdict, what was sent
-Clock = Callable[[], float]
-
-
-@dataclass
-class Asked:
-    """Where a site stands in an exchange."""
-
-    heard: float  # when it last made progress
-    told: float  # when it last said or carried anything, or was asked
-    latest: Question  # that it was asked
-    unanswered: int = 0  # questions since it last said anything
-    questions: int = 1
-    images: int = 0
-    carried: int = 0
-    gone_since: float | None = None
-    over: bool = False  # answered, failed, or given up
+Take = Callable[[int, Parcel], None]
 
 
 def new_exchange() -> int:
@@ -69,7 +49,7 @@ class Exchange:
         say: Say,
         record: Record,
         clock: Clock = time.monotonic,
-        pause: Callable[[float], None] = time.sleep,
+        pause: Pause = time.sleep,
         changes: Path | None = None,
         have_rest: Iterable[int] = (),
     ) -> None:
@@ -85,7 +65,7 @@ class Exchange:
         self._record = record
         self._wait = min(HEARTBEAT_SECONDS, deadline / 3)
         self._document = plan.model_dump_json()
-        self._asked: dict[int, Asked] = {}
+        self._asked: dict[int, SiteProgress] = {}
         self._sent: dict[Path, Message] = {}  # by the file of the weights
         self._started = clock()
         self.failed: dict[int, str] = {}
@@ -93,7 +73,7 @@ class Exchange:
         self.silent: set[int] = set()
         self.late = self.bytes_up = self.bytes_down = 0
 
-    def run(self, choose: Callable[[], Sequence[int]], take: Callable[[int, Parcel], None]) -> None:
+    def run(self, choose: Callable[[], Sequence[int]], take: Take) -> None:
         """Ask whoever `choose` names, also those who come later, until nobody is waited for.
 
         Args:
@@ -107,13 +87,13 @@ class Exchange:
             for reply in self._link.receive():
                 self._hear(reply, take)
             self._give_up()
-            if self._clock() - self._started >= self._limit or all(asked.over for asked in self._asked.values()):
+            if self._clock() - self._started >= self._limit or all(site.over for site in self._asked.values()):
                 break
             self._pause(POLL_SECONDS)
             self._invite(choose())
-        for site, asked in self._asked.items():
-            if not asked.over:
-                self._silence(site, asked, f"the round reached its limit of {self._limit:.0f} s")
+        for site, progress in self._asked.items():
+            if not progress.over:
+                self._silence(site, f"the round reached its limit of {self._limit:.0f} s")
 
     def seconds(self) -> float:
         """Since the exchange began."""
@@ -123,15 +103,15 @@ class Exchange:
         new = [site for site in sites if site not in self._asked]
         if new:
             self._ask(new)
+            plan = self._plan
             self._say(
-                {
-                    "event": "sent",
-                    "round": self._plan.round,
-                    "rounds": self._plan.rounds,
-                    "exchange": self._plan.exchange,
-                    "clients": len(self._asked),
-                    "action": self._plan.action,
-                }
+                PlanSent(
+                    round=plan.round,
+                    rounds=plan.rounds,
+                    exchange=plan.exchange,
+                    clients=len(self._asked),
+                    action=plan.action,
+                )
             )
 
     def _ask(self, sites: Sequence[int]) -> None:
@@ -144,19 +124,14 @@ class Exchange:
                 self._link.ask(those, question, DOWNLOAD * self._patience())
                 self.bytes_down += len(those) * ((changes or self._weights).stat().st_size + len(self._document))
                 for site in those:
-                    self._expect(site, question)
+                    now = self._clock()
+                    self._asked.setdefault(site, SiteProgress(question, now, now)).was_asked(question, now)
                     self._note("out", site, f"sent: {self._plan.action}", self._message_with(changes or self._weights))
 
-    def _expect(self, site: int, question: Question) -> None:
-        now = self._clock()
-        asked = self._asked.setdefault(site, Asked(now, now, question, questions=0))
-        asked.questions += 1
-        asked.heard = asked.told = now
-        asked.latest, asked.unanswered, asked.over = question, 0, False
-
-    def _ask_how_far(self, site: int, asked: Asked) -> None:
-        asked.latest, asked.told = Question(self._plan.exchange, self._wait), self._clock()
-        self._link.ask([site], asked.latest, self._patience())
+    def _ask_how_far(self, site: int) -> None:
+        question = Question(self._plan.exchange, self._wait)
+        self._asked[site].was_asked_how_far(question, self._clock())
+        self._link.ask([site], question, self._patience())
         self._note("out", site, "how far", message_of(Parcel({}, {"exchange": self._plan.exchange})))
 
     def _patience(self) -> float:
@@ -173,104 +148,104 @@ class Exchange:
     def _note(self, direction: str, site: int, verdict: str, message: Message = NOTHING) -> None:
         self._record(direction, self._link.name(site), self._plan.round, verdict, message)
 
-    def _hear(self, reply: Reply, take: Callable[[int, Parcel], None]) -> None:
-        site, asked, parcel = reply.site, self._asked.get(reply.site), reply.parcel
-        ours = self._plan.exchange
-        answered = (reply.question and reply.question.exchange) if parcel is None else parcel.scalars.get("exchange")
-        message = described(parcel) if parcel is not None else NOTHING  # before its arrays are taken elsewhere
+    def _hear(self, reply: Reply, take: Take) -> None:
+        site, parcel, progress = reply.site, reply.parcel, self._asked.get(reply.site)
+        message = message_about(parcel) if parcel is not None else NOTHING  # before its arrays are taken elsewhere
         unchecked = replace(message, arrays={})  # whose names a stranger chose
         if parcel is not None:
             self.bytes_up += parcel.size()
-        if asked is None or (answered is not None and answered != ours):
+        if progress is None or self._is_of_another(reply):
             self.late += 1
             self._note("in", site, "late", unchecked)
-            self._say({"event": "late", "round": self._plan.round, "site": self._link.name(site)})
+            self._say(ReplyLate(round=self._plan.round, site=self._link.name(site)))
             return
-        asked.told, asked.unanswered = self._clock(), 0
-        newest = reply.question is asked.latest  # of several that are under way only one has a successor
+        progress.said_something(self._clock())
+        newest = reply.question is progress.latest  # of several that are under way only one has a successor
         if site in self.accepted:
             self._note("in", site, "accepted before", unchecked)
         elif parcel is None:
-            if reply.lost and asked.questions < MOST_QUESTIONS:
+            if reply.lost and progress.may_be_asked():
                 self._note("in", site, f"lost: {reply.problem}")
-                asked.gone_since = asked.gone_since or self._clock()
+                progress.is_gone(self._clock())
             else:
-                self._fail(site, asked, reply.problem)
+                self._fail(site, reply.problem)
         elif outcome_of(parcel.scalars) == Outcome.WORKING:
             self._note("in", site, "working", unchecked)
-            self._take_note(site, asked, parcel)
+            self._take_note(site, progress, parcel)
             if newest:
-                self._ask_how_far(site, asked)
-        elif outcome_of(parcel.scalars) == Outcome.UNKNOWN and not newest:
+                self._ask_how_far(site)
+        elif outcome_of(parcel.scalars) == Outcome.UNKNOWN and (not newest or progress.may_be_asked()):
             self._note("in", site, "unknown", unchecked)
-        elif outcome_of(parcel.scalars) == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
-            self._note("in", site, "unknown", unchecked)
-            self._have_rest.discard(site)
-            self._ask([site])
+            if newest:
+                self._have_rest.discard(site)
+                self._ask([site])
         else:
             try:
                 take(site, parcel)
             except UpdateRejected as reason:
-                self._fail(site, asked, str(reason), unchecked)
+                self._fail(site, str(reason), unchecked)
             else:
                 self._note("in", site, "accepted", message)
-                asked.over = True
+                progress.over = True
                 self.accepted.add(site)
                 self.silent.discard(site)
                 self.failed.pop(site, None)
 
-    def _take_note(self, site: int, asked: Asked, parcel: Parcel) -> None:
+    def _is_of_another(self, reply: Reply) -> bool:
+        """Whether a reply says that it belongs to another exchange."""
+        if reply.parcel is None:
+            return reply.question is not None and reply.question.exchange != self._plan.exchange
+        return reply.parcel.scalars.get("exchange", self._plan.exchange) != self._plan.exchange
+
+    def _take_note(self, site: int, progress: SiteProgress, parcel: Parcel) -> None:
         images = parcel.scalars.get("images_seen", 0)
-        if isinstance(images, int) and asked.images < images <= self._plan.largest_images():
-            asked.images, asked.heard, asked.gone_since = images, self._clock(), None
+        if progress.has_seen(images, self._plan.largest_images(), self._clock()):
             total = sum(other.images for other in self._asked.values())
             name = self._link.name(site)
-            self._say({"event": "working", "round": self._plan.round, "site": name, "images": images, "all": total})
+            self._say(SiteAtWork(round=self._plan.round, site=name, images=progress.images, all=total))
 
     def _give_up(self) -> None:
         """Stop waiting for those who made no progress for too long, and for those who went away."""
         there, now = set(self._link.sites()), self._clock()
         carried = self._link.carried()
-        for site, asked in self._asked.items():
-            if asked.over:
+        for site, progress in self._asked.items():
+            if progress.over:
                 continue
-            if carried.get(site, 0) != asked.carried:  # a SuperLink that was started again counts from 0
-                asked.carried, asked.heard, asked.told = carried.get(site, 0), now, now
-            if site in there and asked.gone_since is not None:  # it is back: what it was asked may be lost
-                asked.gone_since = None
-                if asked.questions < MOST_QUESTIONS:
+            progress.has_carried(carried.get(site, 0), now)
+            if site not in there:
+                progress.is_gone(now)
+                if progress.is_lost(now):
+                    self._silence(site, "the connection to it was lost")
+            elif progress.gone_since is not None:  # it is back: what it was asked may be lost
+                progress.gone_since = None
+                if progress.may_be_asked():
                     self._ask([site])
-            elif site not in there:
-                asked.gone_since = asked.gone_since or now
-                if now - asked.gone_since > LOST_SECONDS:
-                    self._silence(site, asked, "the connection to it was lost")
-            if not asked.over and now - asked.heard > self._deadline:
-                self._silence(site, asked, f"no progress for {self._deadline:.0f} s")
-            quiet = now - asked.told > QUIET * self._wait * 2**asked.unanswered
-            if quiet and self._link.may_lose and site in there and not asked.over:
-                asked.unanswered += 1
-                self._ask_how_far(site, asked)
+            if not progress.over and now - progress.heard > self._deadline:
+                self._silence(site, f"no progress for {self._deadline:.0f} s")
+            if self._link.may_lose and site in there and not progress.over and progress.is_quiet(self._wait, now):
+                progress.unanswered += 1
+                self._ask_how_far(site)
 
-    def _silence(self, site: int, asked: Asked, reason: str) -> None:
-        asked.over = True
+    def _silence(self, site: int, reason: str) -> None:
+        self._asked[site].over = True
         self.silent.add(site)
         self._note("in", site, f"silent: {reason}")
-        self._say({"event": "silent", "round": self._plan.round, "site": self._link.name(site), "reason": reason})
+        self._say(SiteSilent(round=self._plan.round, site=self._link.name(site), reason=reason))
 
     def reject(self, site: int, reason: str) -> None:
         """Take back what was taken in."""
         self.accepted.discard(site)
-        self._fail(site, self._asked[site], reason)
+        self._fail(site, reason)
 
-    def _fail(self, site: int, asked: Asked, reason: str, message: Message = NOTHING) -> None:
-        asked.over = True
+    def _fail(self, site: int, reason: str, message: Message = NOTHING) -> None:
+        self._asked[site].over = True
         self.silent.discard(site)
         self.failed[site] = reason
         self._note("in", site, f"rejected: {reason}", message)
-        self._say({"event": "rejected", "round": self._plan.round, "site": self._link.name(site), "reason": reason})
+        self._say(ReplyRejected(round=self._plan.round, site=self._link.name(site), reason=reason))
 
 
-def described(parcel: Parcel) -> Message:
+def message_about(parcel: Parcel) -> Message:
     """A stranger's reply, of whose numbers those are written down that JSON and a reader can bear."""
     known = {name: parcel.scalars[name] for name in NUMBER_NAMES if name in parcel.scalars}
     readable = {name: value for name, value in known.items() if isinstance(value, int | float) and abs(value) < 2**63}

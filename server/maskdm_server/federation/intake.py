@@ -14,24 +14,18 @@ from maskdm.federated.plan import RoundPlan
 
 from ..aggregation.directions import Sketch, cosines
 from ..aggregation.updates import LARGEST_WEIGHT, Aggregate, Update, UpdateRejected, check_reply
+from .events import Compared
 
 # As many updates must be known before one can be called long; the first ones wait on the disk for that.
 ENOUGH = 3
 REMEMBERED = 64
 
 
-class Measured(Frozen):
+class UpdateNorm(Frozen):
     """What later updates are compared with."""
 
     norm: float
     images: int
-
-
-class Compared(Frozen):
-    """How an update that was let in lies to the others of its round."""
-
-    norm_ratio: float  # its length by the usual one
-    cosine: float | None  # to the mean direction of the others; None where there are none
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class Waiting:
     """An update on the disk that is not judged yet."""
 
     report: Report
-    measured: Measured
+    measured: UpdateNorm
     path: Path
 
 
@@ -50,7 +44,7 @@ class Intake:
         self,
         plan: RoundPlan,
         aggregate: Aggregate,
-        before: list[Measured],
+        before: list[UpdateNorm],
         max_norm_ratio: float,
         model_norm: float,
         seed: int,
@@ -67,7 +61,7 @@ class Intake:
         self.known = list(before)
         self.reports: dict[int, tuple[Report, float]] = {}  # accepted ones with their weights
         self.rejected: dict[int, UpdateRejected] = {}  # of those that waited
-        self._reference: list[Measured] | None = None  # of those that waited
+        self._reference: list[UpdateNorm] | None = None  # of those that waited
         self._waiting: dict[int, Waiting] = {}
         self._sketches: dict[int, Tensor] = {}
         self._norms: dict[int, float] = {}  # of accepted ones
@@ -81,7 +75,7 @@ class Intake:
         """
         report = check_reply(parcel, self._plan, declared)
         update, sketch = Update(parcel.arrays, self._plan), Sketch(self._seed)
-        measured = Measured(norm=update.norm(sketch), images=report.images_seen)
+        measured = UpdateNorm(norm=update.norm(sketch), images=report.images_seen)
         # What a lone reply is held against. Honest ones had 0.03 to 0.06 of the model's length at usual rates, and 0.29
         # after 64 steps at 2e-3; what is longer than the model replaces it.
         if measured.norm > self._longest:
@@ -122,7 +116,9 @@ class Intake:
         usual = statistics.median_low([entry.norm for entry in self.known])
         return {site: Compared(norm_ratio=norm / usual, cosine=found[site]) for site, norm in self._norms.items()}
 
-    def _judge(self, site: int, report: Report, update: Update, measured: Measured, reference: list[Measured]) -> None:
+    def _judge(
+        self, site: int, report: Report, update: Update, measured: UpdateNorm, reference: list[UpdateNorm]
+    ) -> None:
         usual = statistics.median_low([entry.norm for entry in reference])
         images = statistics.median_low([entry.images for entry in reference])
         weight = min(measured.images, LARGEST_WEIGHT * images)

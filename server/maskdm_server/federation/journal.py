@@ -27,7 +27,7 @@ from maskdm.run.tensorfile import Arrays, Stored, chunks, fp32, layout_of
 from maskdm.training.checkpoint import describe_checkpoint, load_checkpoint
 
 from ..aggregation.optimizers import Moments
-from .intake import Measured
+from .intake import UpdateNorm
 from .selection import Standing
 
 ROUNDS = "rounds"  # folder in FED
@@ -39,7 +39,7 @@ class Known(Frozen):
 
     line: dict[str, Any] = Field(default_factory=dict)  # of rounds.jsonl
     standings: dict[int, Standing] = Field(default_factory=dict)
-    measured: list[Measured] = Field(default_factory=list)  # of updates that were let in lately
+    measured: list[UpdateNorm] = Field(default_factory=list)  # of updates that were let in lately
     best_round: int = 0  # whose model had the lowest held-out loss
     best_loss: float | None = None
 

@@ -3,18 +3,19 @@
 import os
 import sys
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from maskdm.errors import MaskDMError
 from maskdm.evaluation.grids import Abandoned, save_samples
+from maskdm.run.events import Event
 from maskdm.run.reporting import say
 from maskdm.training.checkpoint import load_checkpoint
 
+from .events import RoundDone
 from .settings import FederationConfig
 
 
@@ -47,9 +48,9 @@ class RoundPictures:
             self._leaving.set()
             self._thread.join()
 
-    def hear(self, event: Mapping[str, Any]) -> None:
-        """Of events.jsonl: after some rounds a picture is due. That of the last one is drawn anyway, as after.png."""
-        if event["event"] == "round" and self._every and event["round"] % self._every == 0:
+    def hear(self, event: Event) -> None:
+        """After some rounds a picture is due. That of the last one is drawn anyway, as after.png."""
+        if isinstance(event, RoundDone) and self._every and event.round % self._every == 0:
             self._due.put(True)
 
     def _run(self) -> None:

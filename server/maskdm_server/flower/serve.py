@@ -9,6 +9,7 @@ from typing import Any
 from maskdm.errors import FederationError, UsageError
 from maskdm.federated.terms import terms_of
 from maskdm.run.address import host_and_port
+from maskdm.run.events import EVENTS, Event
 from maskdm.run.interruption import Interruption
 from maskdm.run.processes import Child
 from maskdm.run.reporting import say
@@ -66,7 +67,7 @@ def serve(
     say(f"fingerprint of the terms, for sites to approve: {terms.fingerprint()}")
     pictures = RoundPictures(out, config, sample_count)
     with pictures, Interruption() as interruption, ExitStack() as children:
-        events = LineReader(out / "events.jsonl")
+        events = LineReader(out / EVENTS)
         link = children.enter_context(SuperLink(out, host, port, tls, largest, say))
         link.submit(interruption.check)
         way = "--kit NAME.zip" if tls else f"--server {host}:{port}"
@@ -79,7 +80,7 @@ def serve(
                 if site.exit_code():
                     raise FederationError(f"a client ended: {site.last_lines(3)} (details: {site.log})")
 
-        def hear(event: dict[str, Any]) -> None:
+        def hear(event: Event) -> None:
             tell(event)
             pictures.hear(event)
 

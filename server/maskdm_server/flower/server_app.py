@@ -48,12 +48,13 @@ from httpx import HTTPStatusError
 
 from maskdm.errors import MaskDMError
 from maskdm.federated.parcel import Parcel
-from maskdm.run.runfolder import append_line
+from maskdm.run.events import append_event
 from maskdm.run.tensorfile import Stored, unpack
 from maskdm.training.checkpoint import describe_checkpoint
 
 from ..door.door import CHUNK
 from ..door.traffic import Traffic
+from ..federation.events import RoundsCrashed, RoundsFailed
 from ..federation.rounds import run_federation
 from ..federation.settings import FederationConfig, largest_update
 from ..federation.transport import Question, Reply
@@ -80,21 +81,21 @@ def main(grid: Grid, context: Context) -> None:
         with alive(folder):
             run_federation(link, folder, config)
     except MaskDMError as error:
-        _tell(folder, "failed", str(error))
+        _tell(folder, RoundsFailed(reason=str(error)))
         raise
     except Exception as error:  # whoever watches starts it again
-        _tell(folder, "crashed", f"unexpected {type(error).__name__}: {error}")
+        _tell(folder, RoundsCrashed(reason=f"unexpected {type(error).__name__}: {error}"))
         with suppress(OSError), (folder / "logs" / "rounds.log").open("a") as log:
             traceback.print_exc(file=log)
         raise
 
 
-def _tell(folder: Path, event: str, reason: str) -> None:
+def _tell(folder: Path, event: RoundsFailed | RoundsCrashed) -> None:
     """Say why the rounds end; where the disk is so full that this cannot be written, on standard error."""
     try:
-        append_line(folder / "events.jsonl", {"time": time.time(), "event": event, "reason": reason})
+        append_event(folder, event)
     except OSError:
-        print(f"{event}: {reason}", file=sys.stderr)
+        print(f"{event.event}: {event.reason}", file=sys.stderr)
 
 
 class Asked(NamedTuple):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from maskdm.errors import UsageError
+from maskdm.run.events import EVENTS, Event
 from maskdm.run.processes import free_port, script
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import LineReader
@@ -22,11 +22,11 @@ from .control import Control
 from .superlink import SuperLink
 
 
-def simulate_ray(out: Path, clients: int, check: Callable[[], None], hear: Callable[[dict[str, Any]], None]) -> None:
+def simulate_ray(out: Path, clients: int, check: Callable[[], None], hear: Callable[[Event], None]) -> None:
     """Run the federation of a prepared folder, one client for each core (or GPU) at a time.
 
     Args:
-        hear: is told each line of events.jsonl.
+        hear: is told each event.
 
     Raises:
         UsageError: Ray is not installed.
@@ -53,7 +53,7 @@ def simulate_ray(out: Path, clients: int, check: Callable[[], None], hear: Calla
             "http_proxy": "http://127.0.0.1:9",  # it looks for a cloud's metadata service otherwise
             "no_proxy": "127.0.0.1,localhost,::1",
         }
-        events = LineReader(out / "events.jsonl")
+        events = LineReader(out / EVENTS)
         with Simulation(out, resources, around) as link:
             link.submit(check)
             say(f"{clients} virtual clients, {slots} at a time")

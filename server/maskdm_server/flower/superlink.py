@@ -12,15 +12,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from maskdm.errors import FederationError, UsageError
+from maskdm.run.events import Event
 from maskdm.run.processes import Child, flower_environment, free_port, port_is_taken, script
 from maskdm.run.runfolder import LineReader
 
 from ..door.door import SECRET
 from ..door.keys import KEYS
 from ..door.questions import ASKED
+from ..federation.events import FederationFinished, RoundDone, RoundsFailed, known
 from ..kits.authority import write_private
 from .control import Control
 from .liveness import is_alive
@@ -125,7 +127,7 @@ class SuperLink:
         self._submitted = time.monotonic()
         self._lived = False
 
-    def follow(self, on_event: Callable[[dict[str, Any]], None], check: Callable[[], None], events: LineReader) -> None:
+    def follow(self, hear: Callable[[Event], None], check: Callable[[], None], events: LineReader) -> None:
         """Follow the run until it ends, and start again what dies on the way.
 
         Raises:
@@ -133,14 +135,15 @@ class SuperLink:
         """
         while True:
             check()
-            for event in events.new():
-                on_event(event)
-                if event["event"] == "failed":
-                    raise FederationError(event["reason"])
-                if event["event"] == "finished":
-                    return
-                if event["event"] == "round":
-                    self._restarts = 0
+            for event in known(events.new()):
+                hear(event)
+                match event:
+                    case RoundsFailed():
+                        raise FederationError(event.reason)
+                    case FederationFinished():
+                        return
+                    case RoundDone():
+                        self._restarts = 0
             for name, process in list(self._processes.items()):
                 if process.exit_code() is not None:
                     self._count_restart(f"Flower's {name} ended unexpectedly", process)

@@ -10,11 +10,12 @@ from typing import Any
 
 from maskdm.federated.parcel import Parcel
 from maskdm.federated.virtual import folder_of, virtual_site
+from maskdm.run.events import EVENTS, Event
 from maskdm.run.interruption import Interruption
 from maskdm.run.runfolder import LineReader
 from maskdm.seeding import derive_seed
 
-from ..federation.events import tell
+from ..federation.events import known, tell
 from ..federation.folder import SAMPLES, begin, conclude
 from ..federation.round_pictures import RoundPictures
 from ..federation.rounds import run_federation
@@ -81,16 +82,16 @@ def simulate_inline(
     if begin(prior, out, config, simulation):
         return conclude(out, config)
     folders = prepare_sites()
-    events = LineReader(out / "events.jsonl")
+    events = LineReader(out / EVENTS)
     with RoundPictures(out, config, SAMPLES) as pictures, Interruption() as interruption:
 
-        def hear(event: dict[str, Any]) -> None:
+        def hear(event: Event) -> None:
             tell(event)
             pictures.hear(event)
 
         def check() -> None:
             interruption.check()
-            for event in events.new():
+            for event in known(events.new()):
                 hear(event)
 
         if ray:

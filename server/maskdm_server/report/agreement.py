@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from ..aggregation.directions import AGAINST
-from .gather import RoundLine, UpdateLine
+from ..federation.events import Compared, RoundLine
 from .page.blocks import note, table
 from .page.markup import Markup, tag, together
 from .page.units import count
@@ -14,7 +14,7 @@ MOST_ROWS = 40
 
 def agreement(rounds: Sequence[RoundLine]) -> Markup:
     """Each site's lengths and cosines over all rounds; of many sites, those with the lowest cosines."""
-    by_site: dict[str, list[UpdateLine]] = {}
+    by_site: dict[str, list[Compared]] = {}
     for line in rounds:
         for name, update in line.updates.items():
             by_site.setdefault(name, []).append(update)
@@ -39,7 +39,7 @@ def agreement(rounds: Sequence[RoundLine]) -> Markup:
     )
 
 
-def _cells(updates: Sequence[UpdateLine]) -> list[str]:
+def _cells(updates: Sequence[Compared]) -> list[str]:
     lengths = [update.norm_ratio for update in updates]
     cosines = [update.cosine for update in updates if update.cosine is not None]
     against = sum(cosine < AGAINST for cosine in cosines)
@@ -55,7 +55,7 @@ def _cells(updates: Sequence[UpdateLine]) -> list[str]:
     ]
 
 
-def _lowest(updates: Sequence[UpdateLine]) -> float:
+def _lowest(updates: Sequence[Compared]) -> float:
     return min((update.cosine for update in updates if update.cosine is not None), default=1.0)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from maskdm.run.reporting import readable_size
 
-from .gather import RoundLine
+from ..federation.events import RoundLine
 from .page.blocks import chart, row_of, table
 from .page.charts import Series, line_chart
 from .page.markup import Markup

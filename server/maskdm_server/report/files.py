@@ -5,20 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from maskdm.config import Frozen
 from maskdm.run.runfolder import flatten
 
 LONGEST_LINE = 2**26  # bytes
 
 
-class Row(BaseModel):
+class Row(Frozen, extra="ignore"):
     """What is known of a line or a document; what a newer version added to it is passed over."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=Frozen)
 
 
 def parsed(kind: type[R], content: bytes) -> R | None:

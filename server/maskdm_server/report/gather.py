@@ -8,9 +8,11 @@ from typing import Any, Literal
 from maskdm.errors import CheckpointError
 from maskdm.federated.auditlog import AUDIT, Verdict, verify
 from maskdm.metadata import CheckpointMetadata
+from maskdm.run.events import EVENTS
 from maskdm.run.runfolder import is_owned, sha256_of
 from maskdm.training.checkpoint import describe_checkpoint
 
+from ..federation.events import QualityLine, Result, RoundLine
 from .files import Followed, Row, read_row, read_rows, read_settings
 from .happened import Happened
 from .sites import Sites
@@ -25,55 +27,6 @@ class Kind(Row):
     """What config.json says that its folder holds."""
 
     kind: str
-
-
-class UpdateLine(Row):
-    """Of an update that was let in: its length by the usual one, and its cosine to the others' mean direction."""
-
-    norm_ratio: float
-    cosine: float | None = None
-
-
-class RoundLine(Row):
-    """Of rounds.jsonl."""
-
-    round: int
-    clients: int
-    examples: int
-    images_seen: int
-    loss_before: float | None
-    loss_after: float | None
-    bytes_down: int
-    bytes_up: int
-    seconds: float
-    rejected: int
-    silent: int = 0
-    late: int = 0
-    attempts: int = 1
-    updates: Mapping[str, UpdateLine] = {}  # by site
-
-
-class QualityLine(Row):
-    """Of quality.jsonl: what sites found of the images that a model draws, compared with their own."""
-
-    round: int  # 0: the prior
-    sites: int
-    quality_images: int
-    quality: Mapping[str, float]
-    by_site: Mapping[str, Mapping[str, float | None]] = {}
-
-
-class Result(Row):
-    """Of result.json."""
-
-    rounds: int
-    model_of_round: int
-    stopped_by_patience: int = 0
-    clients: int
-    loss_prior: float | None
-    loss_final: float | None
-    bytes_down: int
-    bytes_up: int
 
 
 class MetricsLine(Row):
@@ -133,7 +86,7 @@ class FederationFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._happened = Followed(folder / "events.jsonl", Happened)
+        self._happened = Followed(folder / EVENTS, Happened)
         self._sites = Followed(folder / AUDIT, Sites)
 
     def look(self, *, thorough: bool = True) -> Federation | None:
@@ -153,7 +106,7 @@ class FederationFolder:
         model, audit = self.folder / "model.safetensors", self.folder / AUDIT
         unreadable = {
             "rounds.jsonl": bad_rounds,
-            "events.jsonl": happened.unreadable,
+            EVENTS: happened.unreadable,
             AUDIT: sites.unreadable,
             "quality.jsonl": bad_quality,
             "versions.jsonl": bad_versions,

@@ -1,16 +1,42 @@
 """FED/events.jsonl → what went wrong and when, and where the federation stands now."""
 
-import json
 import re
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Any
 
-from ..federation.events import described
+from pydantic import ValidationError
 
-FAULTS = ("rejected", "against", "silent", "late", "rests", "retry", "disk full", "crashed", "failed")
+from maskdm.run.events import parsed
+
+from ..federation.events import (
+    KINDS,
+    AnyEvent,
+    DiskFull,
+    FederationFinished,
+    PlanSent,
+    ReplyLate,
+    ReplyRejected,
+    RoundDone,
+    RoundRepeated,
+    RoundsBegun,
+    RoundsCrashed,
+    RoundsFailed,
+    SiteAtWork,
+    SiteRests,
+    SitesAwaited,
+    SiteSilent,
+    UpdateAgainst,
+)
+from .files import Row
+
 KEPT = 200  # of the newest faults
 MOST_REASONS = 1000  # different ones that are counted
+
+
+class When(Row):
+    """Of any line of the file, seconds since 1970."""
+
+    time: float
 
 
 @dataclass(frozen=True)
@@ -41,33 +67,46 @@ class Happened:
     def take(self, line: bytes) -> None:
         """Count one line of the file."""
         try:
-            event = json.loads(line)
-            self._take(str(event["event"]), float(event["time"]), event)
-        except (ValueError, KeyError, TypeError, RecursionError, AttributeError, OverflowError):
+            time, event = When.model_validate_json(line).time, parsed(KINDS, line)
+            if event:
+                self._take(event, event.words(), time)
+        except (ValidationError, OverflowError):
             self.unreadable += bool(line.strip())
-
-    def _take(self, kind: str, time: float, event: dict[str, Any]) -> None:
-        words = event["reason"] if kind == "failed" else described(event)
-        if kind in FAULTS:
-            self._count(kind, time, str(words))
-        if kind == "rejected" and len(self.reasons) < MOST_REASONS:
-            self.reasons[re.sub(r"\d[\d.,e+-]*", "…", str(event["reason"]))] += 1
-        if kind == "start":
-            self.starts += 1
-            self.failure = self.waiting = self.at_work = None
-            if self.starts > 1:
-                self._count("began again", time, f"the rounds began again after round {int(event['round'])}")
-        elif kind == "failed":
-            self.failure = str(words)
-        elif kind == "waiting":
-            self.waiting = int(event["clients"]), int(event["needed"])
-        elif kind == "sent" and event["action"] == "train":
-            self.waiting, self.at_work = None, (int(event["round"]), int(event["clients"]), 0)
-        elif kind == "working" and self.at_work:
-            self.at_work = *self.at_work[:2], int(event["all"])
-        elif kind in ("round", "finished"):
-            self.waiting = self.at_work = None
+            return
         self.begun, self.ended = self.begun or time, time
+
+    def _take(self, event: AnyEvent, words: str, time: float) -> None:
+        match event:
+            case RoundsBegun():
+                self.starts += 1
+                self.failure = self.waiting = self.at_work = None
+                if self.starts > 1:
+                    self._count("began again", time, f"the rounds began again after round {event.round}")
+            case SitesAwaited():
+                self.waiting = event.clients, event.needed
+            case PlanSent(action="train"):
+                self.waiting, self.at_work = None, (event.round, event.clients, 0)
+            case SiteAtWork() if self.at_work:
+                self.at_work = *self.at_work[:2], event.all
+            case RoundDone() | FederationFinished():
+                self.waiting = self.at_work = None
+            case RoundsFailed():
+                self.failure = event.reason
+                self._count(event.event, time, event.reason)
+            case ReplyRejected():
+                if len(self.reasons) < MOST_REASONS:
+                    self.reasons[re.sub(r"\d[\d.,e+-]*", "…", event.reason)] += 1
+                self._count(event.event, time, words)
+            case (
+                UpdateAgainst()
+                | SiteSilent()
+                | ReplyLate()
+                | SiteRests()
+                | RoundRepeated()
+                | DiskFull()
+                | RoundsCrashed()
+            ):
+                self._count(event.event, time, words)
 
     def _count(self, kind: str, time: float, words: str) -> None:
         self.counted[kind] += 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from maskdm.evaluation.record import Evaluation, Measured, records_of
 
-from .gather import QualityLine
+from ..federation.events import QualityLine
 from .page.blocks import chart, note, row_of, table
 from .page.charts import Series, line_chart
 from .page.markup import Markup, tag, together

@@ -17,8 +17,8 @@ from maskdm.federated.plan import RoundPlan
 from maskdm.federated.policy import SitePolicy
 from maskdm.federated.terms import Terms, terms_of
 from maskdm.run.runfolder import read_lines
-from maskdm_client.agent import caretaker
 from maskdm_client.commands.app import app
+from maskdm_client.folder.events import known
 from maskdm_client.folder.job import Superseded
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.gate import approval
@@ -111,15 +111,12 @@ def test_what_would_leave_is_described_without_anything_of_the_images(
     assert str(held.parent) not in json.dumps(summary)
 
 
-def test_the_user_is_told_what_to_do(
-    held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_user_is_told_what_to_do(held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     while_waiting(monkeypatch, lambda: decide(held))
     outcome(held, ask(local_images=8, exchange=1), 1)
-    (event,) = events(held, "held")
-    caretaker.tell(event)
-    said = capsys.readouterr().err
-    assert f"the first update waits for your approval: maskdm-client approve --out {held} (or --deny)" in said
+    (event,) = known(events(held, "held"))
+    wanted = f"the first update waits for your approval: maskdm-client approve --out {held} (or --deny)"
+    assert wanted in event.words()
 
 
 def test_what_is_denied_stays_as_do_later_rounds_until_somebody_approves(
@@ -274,9 +271,8 @@ def test_the_first_terms_are_taken_where_nobody_is_to_be_asked_and_others_are_re
 ) -> None:
     folder = make_site()
     assert outcome(folder, ask(local_images=8, exchange=1), 1) == Outcome.DONE
-    (agreed,) = events(folder, "agreed")
-    caretaker.tell(agreed)
-    assert "as the first terms that came" in capsys.readouterr().err
+    (agreed,) = known(events(folder, "agreed"))
+    assert "as the first terms that came" in agreed.words()
     changed = ask(local_images=8, exchange=2, round=2, train="norm-bias")
     assert outcome(folder, changed, 2) == Outcome.NOT_APPROVED
     assert "train was all, is norm-bias" in events(folder, "failed")[0]["reason"]
@@ -311,7 +307,7 @@ def test_a_denial_that_cannot_be_read_is_no_agreement(make_site: Callable[..., P
 
 
 def test_a_person_can_decide_while_the_first_training_goes_on(
-    held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    held: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
     def meanwhile(*given: Any) -> Any:
@@ -322,8 +318,8 @@ def test_a_person_can_decide_while_the_first_training_goes_on(
     assert outcome(held, ask(local_images=8, exchange=1), 1) == Outcome.DONE
     assert not events(held, "held")
     assert len(json.loads((held / "updates.json").read_text())) == 1
-    caretaker.tell(events(held, "asks")[0])
-    assert "wait for your approval, nothing leaves before" in capsys.readouterr().err
+    asked = next(known(events(held, "asks")))
+    assert "wait for your approval, nothing leaves before" in asked.words()
 
 
 def test_only_the_terms_that_are_meant_are_approved(

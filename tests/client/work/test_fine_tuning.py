@@ -17,6 +17,7 @@ from maskdm.federated.encoding import check, decode
 from maskdm.federated.parcel import LARGEST_LOSS, rounded
 from maskdm.federated.plan import RoundPlan, work_key
 from maskdm.networks.trainable import delta
+from maskdm.run.events import Event
 from maskdm.run.runfolder import read_lines
 from maskdm.run.tensorfile import bytes_of
 from maskdm.training import loop as training
@@ -24,6 +25,7 @@ from maskdm.training.checkpoint import model_from, save_state
 from maskdm.training.loop import TrainingState
 from maskdm_client.folder import unfinished as saved
 from maskdm_client.folder.carried_over import Kept
+from maskdm_client.folder.events import LossMeasured, TrainingGoesOn
 from maskdm_client.folder.job import Job, Superseded
 from maskdm_client.folder.settings import SiteSettings, load_settings
 from maskdm_client.folder.unfinished import Saved
@@ -34,7 +36,7 @@ from maskdm_client.work.local_data import LocalImages, local_images
 
 MakePlan = Callable[..., RoundPlan]
 MakeSite = Callable[..., Path]
-Say = Callable[[dict[str, Any]], None]
+Say = Callable[[Event], None]
 Asked = Callable[[], bool]
 
 TRAIN = ("all", "norm-bias", "adapters")
@@ -52,7 +54,7 @@ class Site:
         self.folder, self.weights = folder, weights
         self.settings: SiteSettings = load_settings(folder)
         self.images: LocalImages = local_images(self.settings, folder, 8, 1)
-        self.said: list[dict[str, Any]] = []
+        self.said: list[Event] = []
 
     def loss(self, plan: RoundPlan, weights: dict[str, Tensor], key: str) -> float:
         return held_out_loss(model_from(weights, plan.model.model), self.job(plan, key), self.images).loss
@@ -73,7 +75,7 @@ class Site:
         work.mkdir(exist_ok=True)
         self.said = []
 
-        def say(event: dict[str, Any]) -> None:
+        def say(event: Event) -> None:
             self.said.append(event)
             on(event)
 
@@ -85,7 +87,7 @@ class Site:
         return done
 
     def images_at_start(self) -> int:
-        return int(next(event["images"] for event in self.said if event["event"] == "measured"))
+        return next(event.images for event in self.said if isinstance(event, LossMeasured))
 
     def left(self) -> list[str]:
         """What was saved, each state with what its halves showed."""
@@ -108,8 +110,8 @@ def saves_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dies_at(images: int) -> Say:
-    def on(event: dict[str, Any]) -> None:
-        if event["event"] == "training" and event["images"] == images:
+    def on(event: Event) -> None:
+        if isinstance(event, TrainingGoesOn) and event.images == images:
             raise Killed
 
     return on
@@ -227,7 +229,7 @@ def test_a_newer_request_ends_the_work_between_two_steps_and_what_was_saved_can_
     whole = site.train(make_plan(), folder="elsewhere")
 
     def steps() -> int:
-        return sum(event["event"] == "training" for event in site.said)
+        return sum(isinstance(event, TrainingGoesOn) for event in site.said)
 
     with pytest.raises(Superseded):
         site.train(make_plan(), superseded=lambda: steps() >= 5)
@@ -238,7 +240,7 @@ def test_a_newer_request_ends_the_work_between_two_steps_and_what_was_saved_can_
 
 def test_a_request_that_comes_with_the_last_step_supersedes_the_work_too(site: Site, make_plan: MakePlan) -> None:
     def done() -> bool:
-        return any(event["event"] == "training" and event["images"] == 160 for event in site.said)
+        return any(isinstance(event, TrainingGoesOn) and event.images == 160 for event in site.said)
 
     with pytest.raises(Superseded):
         site.train(make_plan(), superseded=done)
@@ -264,8 +266,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def passing(clock: Clock, seconds: float, event_kind: str = "training") -> Say:
-    def on(event: dict[str, Any]) -> None:
-        if event["event"] == event_kind:
+    def on(event: Event) -> None:
+        if event.event == event_kind:
             clock.now += seconds
 
     return on
@@ -276,7 +278,7 @@ def test_minutes_end_the_work_and_the_images_really_seen_are_reported(
 ) -> None:
     done = site.train(make_plan(local_minutes=1), on=passing(clock, 10))
     assert (done.images_seen, done.seconds) == (48, 60)
-    assert [event["images"] for event in site.said if event["event"] == "training"] == [8, 16, 24, 32, 40, 48]
+    assert [event.images for event in site.said if isinstance(event, TrainingGoesOn)] == [8, 16, 24, 32, 40, 48]
     short = site.train(make_plan(local_images=48), folder="elsewhere")
     assert length(short.update) > 0
     assert all(torch.equal(done.update[name], short.update[name]) for name in short.update)
@@ -301,7 +303,7 @@ def test_minutes_count_what_was_spent_before_an_interruption(
     monkeypatch.setattr(saved, "SAVE_SECONDS", 0.0)
     plan = make_plan(local_minutes=1)
 
-    def dies(event: dict[str, Any]) -> None:
+    def dies(event: Event) -> None:
         passing(clock, 10)(event)
         dies_at(40)(event)
 

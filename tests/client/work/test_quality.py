@@ -23,8 +23,8 @@ from maskdm.metadata import CheckpointMetadata
 from maskdm.run.runfolder import read_lines, write_json
 from maskdm.seeding import derive_seed
 from maskdm.training.checkpoint import model_from
-from maskdm_client.agent.caretaker import tell
 from maskdm_client.commands.app import app
+from maskdm_client.folder.events import known
 from maskdm_client.folder.job import Superseded, site_secret
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.folder.settings import load_settings
@@ -113,7 +113,7 @@ def test_the_numbers_are_those_of_images_that_the_model_draws_and_of_the_ones_he
 
 
 def test_what_left_is_in_the_audit_log_and_what_was_done_in_the_events(
-    site: Callable[..., Path], evaluation: MakePlan, capsys: pytest.CaptureFixture[str]
+    site: Callable[..., Path], evaluation: MakePlan
 ) -> None:
     folder = site()
     parcel = answer(*evaluation(), folder)
@@ -122,8 +122,8 @@ def test_what_left_is_in_the_audit_log_and_what_was_done_in_the_events(
     assert audit[1]["scalars"] == dict(parcel.scalars)
     (event,) = [line for line in read_lines(folder / "events.jsonl") if line["event"] == "evaluated"]
     assert event["quality"] == {name: parcel.scalars[name] for name in QUALITY_NAMES}
-    tell(event)
-    assert f"evaluated with {DRAWN} images that it drew: quality_images 12, kernel" in capsys.readouterr().err
+    (told,) = (event.words() for event in known([event]))
+    assert f"evaluated with {DRAWN} images that it drew: quality_images 12, kernel" in told
 
 
 def test_only_what_the_policy_lists_leaves(site: Callable[..., Path], evaluation: MakePlan) -> None:

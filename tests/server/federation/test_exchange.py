@@ -15,17 +15,13 @@ from hypothesis import strategies as st
 from maskdm.federated.auditlog import Message, digest_of, message_of
 from maskdm.federated.parcel import Outcome, Parcel
 from maskdm.federated.plan import RoundPlan
+from maskdm.run.events import Event
 from maskdm.run.tensorfile import pack, unpack
 from maskdm_server.aggregation.updates import UpdateRejected
 from maskdm_server.federation import exchange as under_test
-from maskdm_server.federation.exchange import (
-    HEARTBEAT_SECONDS,
-    LOST_SECONDS,
-    MOST_QUESTIONS,
-    QUIET,
-    Exchange,
-    new_exchange,
-)
+from maskdm_server.federation.events import PlanSent, ReplyLate, ReplyRejected, SiteAtWork, SiteSilent
+from maskdm_server.federation.exchange import HEARTBEAT_SECONDS, Exchange, new_exchange
+from maskdm_server.federation.progress import LOST_SECONDS, MOST_QUESTIONS, QUIET
 from maskdm_server.federation.transport import Question, Reply
 
 from ..conftest import Time, numbers
@@ -101,7 +97,7 @@ class Held:
     """An exchange under test, with what it takes and what it says."""
 
     def __init__(self, plan: RoundPlan, weights: Path, link: Scripted, time: Time, **options: Any) -> None:
-        self.link, self.taken, self.said = link, list[tuple[float, int]](), list[dict[str, Any]]()
+        self.link, self.taken, self.said = link, list[tuple[float, int]](), list[Event]()
         self.recorded: list[tuple[str, str, str, Message]] = []
         values = {"deadline": 60.0, "limit": 5000.0, "record": self.record, **options}
         self.exchange = Exchange(
@@ -121,8 +117,8 @@ class Held:
             raise UpdateRejected(f"the site reports {Outcome(int(code)).name}")
         self.taken.append((self.link.passed(), site))
 
-    def reasons(self, event: str) -> dict[str, str]:
-        return {line["site"]: line["reason"] for line in self.said if line["event"] == event}
+    def reasons(self, kind: type[ReplyRejected | SiteSilent]) -> dict[str, str]:
+        return {event.site: event.reason for event in self.said if isinstance(event, kind)}
 
 
 @pytest.fixture(scope="session")
@@ -197,9 +193,9 @@ def test_a_site_whose_images_grow_is_waited_for_beyond_the_deadline(
     assert [site for _, site in held.taken] == [2, 1]
     assert exchange.seconds() >= 1000
     assert worker.documents == 1, "news are asked for without sending the model again"
-    working = [event for event in held.said if event["event"] == "working"]
-    assert [event["images"] for event in working] == sorted({event["images"] for event in working})
-    assert working[-1]["all"] == working[-1]["images"]
+    working = [event for event in held.said if isinstance(event, SiteAtWork)]
+    assert [event.images for event in working] == sorted({event.images for event in working})
+    assert working[-1].all == working[-1].images
 
 
 @pytest.mark.parametrize("images", [lambda seconds: 0, lambda seconds: 8 if seconds < 100 else 4])
@@ -209,7 +205,7 @@ def test_a_site_that_says_it_works_without_progress_is_not_waited_for_beyond_the
     held = start({1: Worker(plan, 1000, images)})
     exchange = held.run()
     assert (exchange.accepted, exchange.silent) == (set(), {1})
-    assert held.reasons("silent") == {"1": "no progress for 60 s"}
+    assert held.reasons(SiteSilent) == {"1": "no progress for 60 s"}
     last_growth = 20 if images(0) else 0
     assert 60 < exchange.seconds() - last_growth < 63
 
@@ -233,7 +229,7 @@ def test_bytes_of_another_site_or_of_before_are_no_progress(start: Callable[...,
     held = start({1: after(100, plan), 2: after(300, plan)}, carried=lambda passed: {1: 10**9, 2: int(passed)})
     exchange = held.run()
     assert exchange.silent == set()  # its reply came while the other one was waited for
-    assert held.reasons("silent").keys() == {"1"}
+    assert held.reasons(SiteSilent).keys() == {"1"}
 
 
 def test_bytes_are_progress_also_after_the_door_began_to_count_anew(
@@ -248,7 +244,7 @@ def test_the_limit_ends_an_exchange_whatever_its_sites_say(start: Callable[..., 
     held = start({1: Worker(plan, 1e9, lambda seconds: int(seconds)), 2: after(3, plan)}, limit=500)
     exchange = held.run()
     assert (exchange.accepted, exchange.silent) == ({2}, {1})
-    assert held.reasons("silent") == {"1": "the round reached its limit of 500 s"}
+    assert held.reasons(SiteSilent) == {"1": "the round reached its limit of 500 s"}
     assert 500 <= exchange.seconds() < 501
 
 
@@ -259,7 +255,7 @@ def test_a_site_that_joins_in_the_middle_is_asked_too(start: Callable[..., Held]
     ((asked, _, question),) = [entry for entry in held.link.asked if entry[1] == 2]
     assert 40 < asked < 41
     assert RoundPlan.model_validate_json(question.document) == plan
-    assert [event["clients"] for event in held.said if event["event"] == "sent"] == [1, 2]
+    assert [event.clients for event in held.said if isinstance(event, PlanSent)] == [1, 2]
 
 
 def test_a_site_that_joins_when_all_have_answered_is_too_late(start: Callable[..., Held], plan: RoundPlan) -> None:
@@ -274,7 +270,7 @@ def test_a_reply_to_an_earlier_question_is_dropped_and_counted_and_the_right_one
     held = start({1: lambda question: [(1, done(old)), (20, done(plan))]})
     exchange = held.run()
     assert exchange.late == 1
-    assert [event["site"] for event in held.said if event["event"] == "late"] == ["1"]
+    assert [event.site for event in held.said if isinstance(event, ReplyLate)] == ["1"]
     assert [(round(when), site) for when, site in held.taken] == [(20, 1)]
     assert exchange.bytes_up == 2 * done(plan).size()
 
@@ -301,7 +297,7 @@ def test_a_reply_that_broke_on_its_way_and_will_not_come_again_is_a_failure(
     held = start({1: lambda question: [(5, Reply(1, None, "its reply cannot be read"))]})
     exchange = held.run()
     assert exchange.failed == {1: "its reply cannot be read"}
-    assert held.reasons("rejected") == {"1": "its reply cannot be read"}
+    assert held.reasons(ReplyRejected) == {"1": "its reply cannot be read"}
     assert len(held.link.asked) == 1
 
 
@@ -395,7 +391,7 @@ def test_a_site_that_stays_away_is_not_waited_for(start: Callable[..., Held], pl
     held = start({1: never, 2: after(3, plan)}, there=lambda site, passed: site == 2 or passed < 10, deadline=1000)
     exchange = held.run()
     assert (exchange.accepted, exchange.silent) == ({2}, {1})
-    assert held.reasons("silent") == {"1": "the connection to it was lost"}
+    assert held.reasons(SiteSilent) == {"1": "the connection to it was lost"}
     assert 10 + LOST_SECONDS < exchange.seconds() < 12 + LOST_SECONDS
 
 
@@ -412,7 +408,7 @@ def test_a_site_that_is_not_waited_for_still_counts_if_its_reply_comes_in_time(
     sites = {1: after(80, plan), 2: after(200, plan), 3: Worker(plan, 100, lambda seconds: int(seconds))}
     held = start(sites, there=lambda site, passed: site != 1 or passed < 10)
     exchange = held.run()
-    assert held.reasons("silent").keys() == {"1", "2"}
+    assert held.reasons(SiteSilent).keys() == {"1", "2"}
     assert exchange.accepted == {1, 3}
     assert exchange.silent == {2}
 
@@ -488,7 +484,7 @@ def test_what_was_taken_in_can_be_taken_back(start: Callable[..., Held], plan: R
     exchange = held.run()
     exchange.reject(1, "too long")
     assert (exchange.accepted, exchange.failed) == ({2}, {1: "too long"})
-    assert held.reasons("rejected") == {"1": "too long"}
+    assert held.reasons(ReplyRejected) == {"1": "too long"}
 
 
 def test_nobody_to_ask_ends_an_exchange_at_once(start: Callable[..., Held]) -> None:
@@ -563,7 +559,8 @@ def test_every_message_is_recorded_under_the_name_of_its_site_with_what_became_o
         assert [line[0::2] for line in held.recorded if line[1] == name] == [
             (direction, verdict) for direction, verdict in told
         ]
-    assert {line["site"] for line in held.said if "site" in line} == expected.keys(), "events know them by name too"
+    named = {site for event in held.said if (site := getattr(event, "site", None))}
+    assert named == expected.keys(), "events know them by name too"
 
 
 def test_a_site_that_was_lost_and_one_that_is_taken_back_are_recorded(
@@ -666,4 +663,4 @@ def test_whatever_sites_do_an_exchange_ends_in_time_with_a_word_on_each_of_them(
     assert not exchange.accepted & exchange.silent
     assert sorted(site for _, site in held.taken) == sorted(exchange.accepted)
     assert all(len(link.full(site)) <= MOST_QUESTIONS for site in asked)
-    assert {line["site"] for line in held.said if line["event"] in ("rejected", "silent")} <= {str(s) for s in asked}
+    assert held.reasons(ReplyRejected).keys() | held.reasons(SiteSilent).keys() <= {str(s) for s in asked}

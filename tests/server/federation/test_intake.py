@@ -16,12 +16,12 @@ from torch import Tensor
 from maskdm.federated.parcel import Parcel
 from maskdm.federated.plan import RoundPlan
 from maskdm_server.aggregation.updates import LARGEST_WEIGHT, HeldUpdates, StreamingMean, Update, UpdateRejected
-from maskdm_server.federation.intake import ENOUGH, REMEMBERED, Intake, Measured
+from maskdm_server.federation.intake import ENOUGH, REMEMBERED, Intake, UpdateNorm
 
 from ..conftest import parcel
 
 LIMIT, MODEL_NORM = 10.0, 1e9
-HONEST = [Measured(norm=1.0, images=64)] * ENOUGH
+HONEST = [UpdateNorm(norm=1.0, images=64)] * ENOUGH
 
 NewIntake = Callable[..., Intake]
 
@@ -35,7 +35,7 @@ def plan(plan: RoundPlan) -> RoundPlan:
 def intake(plan: RoundPlan, tmp_path: Path) -> NewIntake:
     """An intake of the plan, which knows what is given."""
 
-    def make(before: Sequence[Measured] = (), plan: RoundPlan = plan) -> Intake:
+    def make(before: Sequence[UpdateNorm] = (), plan: RoundPlan = plan) -> Intake:
         return Intake(plan, StreamingMean(), list(before), LIMIT, MODEL_NORM, 0, tmp_path)
 
     return make
@@ -144,7 +144,7 @@ def test_two_updates_of_like_length_are_both_let_in(intake: NewIntake, update: C
 
 @pytest.mark.parametrize("before", [(), HONEST])
 def test_an_update_that_is_longer_than_the_model_is_too_long_also_where_there_is_no_other(
-    plan: RoundPlan, update: Callable[..., Parcel], tmp_path: Path, before: Sequence[Measured]
+    plan: RoundPlan, update: Callable[..., Parcel], tmp_path: Path, before: Sequence[UpdateNorm]
 ) -> None:
     """At once, so that two that lie together cannot be each other's measure."""
     under_test = Intake(plan, StreamingMean(), list(before), 1e6, 5.0, 0, tmp_path)
@@ -234,7 +234,7 @@ def test_more_images_of_its_own_than_a_site_declared_are_rejected(
 def test_what_is_remembered_of_updates_is_bounded_and_the_newest(
     intake: NewIntake, update: Callable[..., Parcel]
 ) -> None:
-    under_test = intake([Measured(norm=1.0, images=64)] * REMEMBERED)
+    under_test = intake([UpdateNorm(norm=1.0, images=64)] * REMEMBERED)
     under_test.offer(1, update(2.0), None)
     assert len(under_test.known) == REMEMBERED
     assert under_test.known[-1].norm == pytest.approx(2.0)
@@ -315,7 +315,7 @@ def test_the_order_of_arrival_does_not_matter_once_three_are_known(
     sent = dict(enumerate([*honest, *hostile]))
     outcomes = []
     for order in (list(sent), data.draw(st.permutations(list(sent)))):
-        under_test = intake([Measured(norm=norm, images=images) for norm, images in ((1, 64), (2, 30), (3, 16))])
+        under_test = intake([UpdateNorm(norm=norm, images=images) for norm, images in ((1, 64), (2, 30), (3, 16))])
         rejected = set()
         for site in order:
             norm, images = sent[site]

@@ -18,9 +18,9 @@ from maskdm.run import runfolder
 from maskdm.run.runfolder import append_line, read_lines, sha256_of
 from maskdm.training.checkpoint import load_checkpoint
 from maskdm_server.federation import journal as under_test
-from maskdm_server.federation.intake import Measured
+from maskdm_server.federation.closing import finetuned
+from maskdm_server.federation.intake import UpdateNorm
 from maskdm_server.federation.journal import KEPT, Journal, Known, published_after
-from maskdm_server.federation.rounds import finetuned
 from maskdm_server.federation.selection import Standing
 
 EMA = 0.9
@@ -44,7 +44,7 @@ def known_in(number: int, best_round: int = 0) -> Known:
     return Known(
         line={"round": number, "clients": 2, "loss_before": 0.1 * number},
         standings={2**62 + 3: Standing(replies=number, failures=1, rests_until=9, declared=7), 5: Standing()},
-        measured=[Measured(norm=0.1 * i, images=i) for i in range(number)],
+        measured=[UpdateNorm(norm=0.1 * i, images=i) for i in range(number)],
         best_round=best_round,
         best_loss=0.1 * number,
     )

@@ -12,7 +12,7 @@ from maskdm.federated.parcel import Outcome, Parcel
 from maskdm.federated.plan import QualityPlan, RoundPlan
 from maskdm.run.runfolder import read_lines
 from maskdm.training.checkpoint import load_checkpoint
-from maskdm_server.federation.events import described
+from maskdm_server.federation.events import known
 from maskdm_server.federation.quality import known_line
 
 from ..conftest import Answering, InProcess, Site, events, federate, learner, parcel
@@ -66,7 +66,7 @@ def test_prior_and_final_model_are_evaluated_and_compared(folder: Path) -> None:
     result = result_of(folder)
     assert (result["quality_prior"], result["quality_final"]) == (prior, model)
     assert result["bytes_up"] > sum(line["bytes_up"] for line in read_lines(folder / "rounds.jsonl")) + 2 * 9 * 8
-    told = [described(event) for event in events(folder, "quality")]
+    told = [event.words() for event in known(events(folder, "quality"))]
     assert told[0] == "the prior: kernel distance 0.2, coverage 0.25 between 20 drawn images and 40 held out at 2 sites"
     assert told[1].startswith("the model of round 3: kernel distance 0.02, ")
 
@@ -91,7 +91,7 @@ def test_sites_that_refuse_or_know_no_evaluation_train_all_the_same(folder: Path
 def test_where_no_site_gives_figures_that_is_said_and_asked_again_when_it_goes_on(folder: Path) -> None:
     federate(InProcess({1: evaluator(), 2: evaluator()}), folder, **OPTIONS)
     assert not (folder / "quality.jsonl").exists()
-    told = [described(event) for event in events(folder, "quality")]
+    told = [event.words() for event in known(events(folder, "quality"))]
     assert told[0].startswith("WARNING: no site evaluated the prior")
     link = InProcess({1: evaluator(**GOOD), 2: evaluator(**GOOD)})
     federate(link, folder, rounds=4, **OPTIONS)

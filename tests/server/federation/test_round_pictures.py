@@ -13,6 +13,7 @@ from maskdm.evaluation.grids import Abandoned, draw_samples, save_samples
 from maskdm.metadata import CheckpointMetadata
 from maskdm.training.checkpoint import save_checkpoint
 from maskdm_server.federation import round_pictures as pictures
+from maskdm_server.federation.events import RoundDone, SiteAtWork
 from maskdm_server.federation.round_pictures import RoundPictures
 
 from ..conftest import config
@@ -35,8 +36,10 @@ def drawn(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "samples").glob("*"))
 
 
-def done(number: int) -> dict[str, object]:
-    return {"event": "round", "round": number}
+def done(number: int) -> RoundDone:
+    numbers = dict.fromkeys(("clients", "examples", "images_seen", "bytes_down", "bytes_up", "rejected"), 1)
+    losses = {"loss_before": None, "loss_after": None, "seconds": 1.0}
+    return RoundDone.model_validate({"round": number, "rounds": 9, **numbers, **losses})
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_a_grid_is_drawn_after_every_so_many_rounds_with_the_noise_of_the_first(
     every_second = config(folder, rounds=5, sample_every=2, seed=3)
     with RoundPictures(folder, every_second, 4) as samples:
         publish(2)
-        for event in ({"event": "working", "round": 2}, done(1), done(2), done(2)):
+        for event in (SiteAtWork(round=2, site="1", images=1, all=1), done(1), done(2), done(2)):
             samples.hear(event)
     assert drawn(folder) == ["round-000002.png"]
     draw_samples(folder / "model.safetensors", folder / "samples" / "same.png", 3, 4)

@@ -26,9 +26,10 @@ from maskdm.training.checkpoint import load_checkpoint
 from maskdm_server.aggregation import updates as aggregation
 from maskdm_server.federation import journal as journalling
 from maskdm_server.federation.journal import Known
-from maskdm_server.federation.rounds import DISK_SECONDS, PAUSES, Rounds
+from maskdm_server.federation.rounds import PAUSES, Rounds
 from maskdm_server.federation.selection import Standing
 from maskdm_server.federation.transport import Question, Reply
+from maskdm_server.federation.writing import DISK_SECONDS
 
 from ..conftest import (
     Answering,

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from maskdm.federated.parcel import Parcel
 from maskdm.federated.plan import RoundPlan
+from maskdm.run.events import Event
 from maskdm.run.runfolder import append_line
 from maskdm.run.tensorfile import Stored, pack, unpack
 from maskdm_client.flower.client_app import message_with
@@ -565,7 +566,7 @@ def test_an_error_that_answers_an_earlier_exchange_is_none_of_this_one(
         time = Time()
         current = plan.model_copy(update={"exchange": number})
         assert question.weights is not None
-        said: list[dict[str, Any]] = []
+        said: list[Event] = []
         exchange = Exchange(
             link,
             current,

@@ -6,7 +6,7 @@ import pytest
 
 from maskdm.data.pixels import PixelPolicy
 from maskdm.evaluation.record import FOLDER, Evaluation, write_record
-from maskdm_server.report.gather import QualityLine
+from maskdm_server.federation.events import QualityLine
 from maskdm_server.report.quality import quality, quality_at_sites
 
 from .test_page import Document
