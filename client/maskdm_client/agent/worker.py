@@ -12,13 +12,11 @@ from maskdm.federated.parcel import Outcome
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import write_json
 
-from ..folder.job import Superseded
 from ..folder.mailbox import POLL_SECONDS, Mailbox, note
 from ..folder.settings import load_settings
 from ..folder.unfinished import STARTS, saved_at
-from ..gate.allowance import PolicyRefused
-from ..gate.approval import NotApproved
 from ..gate.gate import check_again, code
+from ..refusals import NotApproved, PolicyRefused, Superseded
 from ..work.answer import answer, check_policy
 from ..work.weights import key_of
 

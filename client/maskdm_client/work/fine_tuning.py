@@ -27,8 +27,9 @@ from maskdm.training.loop import (
 )
 
 from ..folder.carried_over import Kept
-from ..folder.job import Job, Superseded
+from ..folder.job import Job
 from ..folder.unfinished import Saved, Unfinished
+from ..refusals import Superseded
 from .concentration import HALVES, Concentration, without_faint
 from .local_data import LocalImages
 

@@ -20,6 +20,7 @@ from maskdm.run.runfolder import read_lines
 from maskdm.run.tensorfile import pack, unpack
 from maskdm.training.checkpoint import load_checkpoint
 from maskdm_client.folder import unfinished as saved
+from maskdm_client.folder.failures import LOG
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.folder.settings import load_settings
 from maskdm_client.folder.unfinished import Saved
@@ -189,7 +190,16 @@ def test_training_that_diverges_leaves_as_a_code(
 def test_an_unexpected_failure_leaves_as_a_code_and_is_explained_at_home(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
     (folder / "config.json").unlink()
-    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.FAILED, "unexpected FileNotFoundError")
+    parcel = answer(*plan(), folder)
+    assert_only_a_code_left(parcel, folder, Outcome.FAILED, "unexpected FileNotFoundError")
+    assert str(LOG) in events(folder, "failed")[0]["reason"]
+    assert "in load_settings" in (folder / LOG).read_text()
+
+
+def test_a_refusal_is_no_surprise_and_leaves_no_traceback(make_site: MakeSite, plan: MakePlan) -> None:
+    folder = make_site(policy=SitePolicy(max_bytes_per_round=1000))
+    assert answer(*plan(), folder).scalars["outcome"] == Outcome.TOO_LARGE
+    assert not (folder / LOG).exists()
 
 
 def test_a_slice_that_cannot_be_read_leaves_as_a_code(make_site: MakeSite, plan: MakePlan) -> None:

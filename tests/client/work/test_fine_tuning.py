@@ -24,9 +24,10 @@ from maskdm.training.checkpoint import model_from, save_state
 from maskdm.training.loop import TrainingState
 from maskdm_client.folder import unfinished as saved
 from maskdm_client.folder.carried_over import Kept
-from maskdm_client.folder.job import Job, Superseded
+from maskdm_client.folder.job import Job
 from maskdm_client.folder.settings import SiteSettings, load_settings
 from maskdm_client.folder.unfinished import Saved
+from maskdm_client.refusals import Superseded
 from maskdm_client.work import fine_tuning
 from maskdm_client.work.answer import answer
 from maskdm_client.work.fine_tuning import Done, fine_tune, held_out_loss
