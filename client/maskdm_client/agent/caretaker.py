@@ -102,7 +102,7 @@ def tell(event: dict[str, Any]) -> None:
         say(f"round {event['round']}: the server asks for something newer; this work is dropped")
     elif kind == "data":
         say(f"{event['summary']}; training on {event['train']:,}, held out {event['held_out']:,}")
-    elif kind == "data warning":
+    elif kind in ("data warning", "dropped"):
         say(f"WARNING: {event['reason']}")
     elif kind == "measured":
         say(f"round {event['round']}/{event['rounds']}: held-out loss {event['loss']:.4f} with the model that came")

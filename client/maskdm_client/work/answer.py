@@ -118,9 +118,8 @@ def answer(
         reason = str(error) if isinstance(error, MaskDMError) else unexpected(folder, error)
         event = {"event": "failed", "round": round_number, "outcome": outcome.name, "reason": reason}
         released = code(outcome, round_number, exchange)
-    finally:
-        if ends:
-            forget_pixels(folder)
+    if ends:  # and is not tried again, which would need them
+        forget_pixels(folder)
     # Only what was done well is worth sending again; a failure may have passed when the work is asked for again.
     done = released.scalars["outcome"] == Outcome.DONE
     if box:

@@ -102,12 +102,12 @@ def fine_tune(
     rank, seed = plan.adapter_rank, training.seed
     learner = model if plan.train == "all" else PartialNetwork(model, plan.train, rank, seed)
     state = TrainingState.fresh(learner, training)
-    resumed = saved.restore(state)
-    if not resumed:
-        restore_optimizer(state, moments.before(optimizer_shapes(learner)))
     concentration = Concentration(learner.named_parameters())
+    resumed = saved.restore(state, concentration.tensors())
     if resumed:
         concentration.restore(resumed.halves)
+    else:
+        restore_optimizer(state, moments.before(optimizer_shapes(learner)))
     before = HeldOut(*resumed[:2]) if resumed else held_out_loss(model, job, images)
     spent = resumed.seconds if resumed else 0.0
     where = {"round": plan.round, "rounds": plan.rounds, "images": state.images_seen}

@@ -223,6 +223,28 @@ def test_the_decoded_images_are_removed_at_the_end_even_of_a_failure(
     assert not (folder / "corpus").exists()
 
 
+def test_a_disk_that_is_full_at_the_end_costs_no_decoded_images_and_it_is_tried_again(
+    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = make_site()
+    answer(*plan(), folder)
+    (tmp_path / "hospital-data.npz").unlink()
+    finish = plan(action="finish", round=2)
+    box = Mailbox(folder)
+    box.ask(7, *finish)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site, "save_checkpoint", full)
+        with pytest.raises(OSError, match="no space left"):
+            site.answer(*finish, folder, box, 7)
+    assert box.replied() is None
+    assert site.answer(*finish, folder, box, 7).scalars["outcome"] == Outcome.DONE
+    assert not (folder / "corpus").exists()
+
+
 def test_the_images_are_decoded_once_and_mapped_in_later_rounds(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
     answer(*plan(), folder)
