@@ -33,7 +33,7 @@ class Unfinished(NamedTuple):
     halves: Mapping[str, Tensor]  # of `Concentration`
 
 
-TOLD = {"loss_before": float, "one_stands_out": bool, "seconds": float}  # in the description
+TOLD = ("loss_before", "one_stands_out", "seconds")  # in the description
 
 
 class Saved:
@@ -62,13 +62,13 @@ class Saved:
             found = read_tensors(_halves_of(path))
             if {name: t.shape for name, t in found.items()} != {name: t.shape for name, t in halves.items()}:
                 raise ValueError("its halves are of other weights")
-            told = {name: kind(about[name]) for name, kind in TOLD.items()}
+            loss, odd, seconds = (float(about[name]) for name in TOLD)
             load_state(path, state)
         except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
             self.forget()
             say_dropped(self._about, error.__cause__ or error)  # a CheckpointError's own advice is for a coordinator
             return None
-        return Unfinished(halves=found, **told)
+        return Unfinished(loss, bool(odd), seconds, found)
 
     def keep(self, state: TrainingState, training: TrainingConfig, unfinished: Unfinished) -> None:
         """Save, if it is time to; where that fails, e.g. on a full disk, what was saved before stays."""
