@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 HOUSES = {"maskdm": "common", "maskdm_server": "server", "maskdm_client": "client"}
 MOST_ENTRIES = 14  # of a folder
 
-GROUND = "maskdm"  # config, errors, metadata, quantities, seeding: they know no room
+# They know no room, and every room of their house may know them. Of `maskdm`: config, errors, metadata and the like.
+GROUND = {"maskdm", "maskdm_client.refusals"}
 # Room → rooms of the same house that it may import from. Those of `maskdm` may be known by both sides.
 ARROWS = {
     "maskdm": "",
@@ -51,7 +52,7 @@ ARROWS = {
 
 def room_of(module: str) -> str:
     """The innermost room that a module, or a room itself, is in."""
-    return module if module in ARROWS else module.rpartition(".")[0]
+    return module if module in {*ARROWS, *GROUND} else module.rpartition(".")[0]
 
 
 def files() -> list[Path]:
@@ -85,10 +86,10 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
 
 def is_allowed(room: str, other: str) -> bool:
     house, target = room.split(".")[0], other.split(".")[0]
-    if room == other or other == GROUND:
+    if room == other:
         return True
     if house == target:
-        return other.removeprefix(f"{house}.") in ARROWS[room].split()
+        return other in GROUND or other.removeprefix(f"{house}.") in ARROWS.get(room, "").split()
     return target == "maskdm"
 
 

@@ -13,13 +13,11 @@ from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import write_json
 
 from ..folder.events import DiskRefused, WorkFailed, note
-from ..folder.job import Superseded
 from ..folder.mailbox import POLL_SECONDS, Mailbox
 from ..folder.settings import load_settings
 from ..folder.unfinished import STARTS, saved_at
-from ..gate.allowance import PolicyRefused
-from ..gate.approval import NotApproved
 from ..gate.gate import check_again, code
+from ..refusals import NotApproved, PolicyRefused, Superseded
 from ..work.answer import answer, check_policy
 from ..work.weights import key_of
 

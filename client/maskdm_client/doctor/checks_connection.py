@@ -1,19 +1,16 @@
 """What `maskdm-client doctor` looks at on the way to the coordinator. It asks whether the server is well, no more."""
 
-import base64
 import socket
 import ssl
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, urlsplit
+
+import httpx
 
 from maskdm.errors import plain
 
@@ -67,7 +64,7 @@ def connection(host: str, port: int, authority: Path | None) -> tuple[Check, Ans
     name, where = "connection", f"{host}:{port}"
     try:
         answer = _ask(host, port, authority)
-    except (OSError, HTTPException) as error:
+    except (OSError, httpx.HTTPError, httpx.InvalidURL, ImportError) as error:  # the last of a proxy that speaks SOCKS
         return Check(name, False, *_problem(error, host, port, authority)), None
     if answer.status != 200:
         remedy = "see whether the address is the coordinator's, and whether something in between answers"
@@ -92,56 +89,35 @@ def clock(answer: Answer) -> Check:
 
 
 def _ask(host: str, port: int, authority: Path | None) -> Answer:
-    if authority is None:
-        before = time.time()
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        with urllib.request.urlopen(f"http://{address}/health", timeout=SECONDS) as response:
-            return Answer(response.status, _date(response.headers), (before + time.time()) / 2)
-    context = ssl.create_default_context(cafile=str(authority))
-    with _opened(host, port, context) as line:
-        line.connect()
-        assert isinstance(line.sock, ssl.SSLSocket)
-        ends = str((line.sock.getpeercert() or {})["notAfter"])
-        before = time.time()
-        line.request("GET", "/health")
-        response = line.getresponse()
-        middle = (before + time.time()) / 2
-        expires = datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC)
-        return Answer(response.status, _date(response.headers), middle, expires)
+    """Through the institution's proxy where it has one, as Flower's own client, which is the same, goes."""
+    where = f"{'https' if authority else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    trusted = ssl.create_default_context(cafile=str(authority) if authority else None)
+    with (
+        httpx.Client(verify=trusted, timeout=SECONDS) as client,
+        client.stream("GET", f"{where}/health") as response,
+    ):
+        arrived = time.time()
+        line = response.extensions["network_stream"].get_extra_info("ssl_object")
+        ends = line and datetime.fromtimestamp(ssl.cert_time_to_seconds(line.getpeercert()["notAfter"]), UTC)
+        return Answer(response.status_code, _date(response.headers.get("date")), arrived, ends)
 
 
-@contextmanager
-def _opened(host: str, port: int, context: ssl.SSLContext) -> Iterator[HTTPConnection]:
-    proxy = proxy_for(host)
-    if proxy:
-        line = HTTPSConnection(proxy.hostname or "", proxy.port or 80, timeout=SECONDS, context=context)
-        given = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}".encode()
-        known = {"Proxy-Authorization": f"Basic {base64.b64encode(given).decode()}"} if proxy.username else {}
-        line.set_tunnel(host, port, known)
-    else:
-        line = HTTPSConnection(host, port, timeout=SECONDS, context=context)
+def _date(said: str | None) -> datetime | None:
     try:
-        yield line
-    finally:
-        line.close()
-
-
-def _date(headers: HTTPMessage) -> datetime | None:
-    try:
-        found = parsedate_to_datetime(headers["date"])
-    except (TypeError, ValueError):
+        found = parsedate_to_datetime(said or "")
+    except ValueError:
         return None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _problem(error: Exception, host: str, port: int, authority: Path | None) -> tuple[str, str]:
     """What was found and what to do, for a connection that failed."""
-    cause = error.reason if isinstance(getattr(error, "reason", None), Exception) else error  # type: ignore[attr-defined]
+    cause: BaseException = error
+    while cause.__context__:  # what httpx has made of it says less
+        cause = cause.__context__
     where = f"{host}:{port}"
     if isinstance(cause, ssl.SSLCertVerificationError):
         return _problem_of_certificate(cause, host)
-    if isinstance(cause, urllib.error.HTTPError):
-        return f"{where} answers {cause.code} to /health", "see whether the address is the coordinator's"
     if isinstance(cause, TimeoutError):
         remedy = "a firewall may be in between; ask whether the coordinator serves, and under which address"
         return f"{where} did not answer within {SECONDS:.0f} s", remedy
@@ -150,7 +126,7 @@ def _problem(error: Exception, host: str, port: int, authority: Path | None) -> 
     if authority and isinstance(cause, ssl.SSLError | ConnectionError) and _speaks_plain(host, port):
         remedy = "ask the coordinator to start it with --tls; do not join it in the clear instead"
         return f"{where} serves in the clear, without TLS", remedy
-    if authority is None and isinstance(cause, HTTPException | ConnectionError):
+    if authority is None and isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
         return f"{where} does not answer in the clear ({plain(str(cause))})", "it may speak TLS: ask for a --kit"
     remedy = "look at this machine's network, at firewalls and at the proxy in the environment (HTTPS_PROXY, NO_PROXY)"
     return f"no connection to {where} ({plain(str(cause))})", remedy

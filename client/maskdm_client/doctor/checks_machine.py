@@ -9,13 +9,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from math import prod
 from os import sysconf
 from pathlib import Path
 from typing import Literal
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 import maskdm
@@ -30,12 +32,6 @@ from maskdm.training.loop import Progress, TrainingState, train
 
 from .checks import Check, mistake
 
-# What was tested, from the first version up to below the second; as in pyproject.toml.
-TESTED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "Python": ((3, 11), (3, 14)),
-    "flwr": ((1, 41), (1, 43)),
-    "torch": ((2, 8), (3,)),
-}
 BATCH = 32  # images in a step, unless the coordinator chooses another number
 RECORD = 54  # bytes of a packed image besides its pixels
 # Copies of the weights on the disk: as they came, two saved states of training (weights, average, two moments; the
@@ -53,14 +49,22 @@ def installed() -> Found:
     return {"Python": platform.python_version(), **{name: version(name) for name in ("flwr", "torch")}}
 
 
+def tested() -> dict[str, SpecifierSet]:
+    """Those that the package says it was tested with."""
+    about = metadata("maskdm")
+    needs = [Requirement(line) for line in about.get_all("Requires-Dist", [])]
+    newest = max(int(line.rpartition("3.")[2]) for line in about.get_all("Classifier", []) if "Python :: 3." in line)
+    python = SpecifierSet(f"{about['Requires-Python']},<3.{newest + 1}")
+    return {"Python": python, **{need.name: need.specifier for need in needs if not need.marker}}
+
+
 def versions(found: Mapping[str, str]) -> Check:
     """Whether they are among those that were tested."""
     said = ", ".join(f"{name} {number}" for name, number in {"maskdm": maskdm.__version__, **found}.items())
-    for name, (first, end) in TESTED.items():
-        number = tuple(int(part) for part in re.findall(r"\d+", found[name])[:2])
-        if not first <= number < end:
-            wanted = ".".join(map(str, first)), ".".join(map(str, end))
-            remedy = f"install {name} >= {wanted[0]}, < {wanted[1]}, e.g. in an environment of its own"
+    allowed = tested()
+    for name, number in found.items():
+        if not allowed[name].contains(number.removesuffix("+"), prereleases=True):
+            remedy = f"install {name} {allowed[name]}, e.g. in an environment of its own"
             return Check("versions", False, said, remedy)
     return Check("versions", True, said)
 

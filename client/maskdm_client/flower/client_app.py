@@ -16,6 +16,7 @@ from maskdm.federated.parcel import Outcome, Parcel
 from maskdm.run.tensorfile import pack
 
 from ..folder.events import WorkFailed, note
+from ..folder.failures import unexpected
 from ..folder.mailbox import Mailbox
 from ..folder.settings import load_settings
 from ..gate.gate import release, release_outcome, release_progress
@@ -92,10 +93,10 @@ def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
         found = parcel.scalars.get("round")
         return release(parcel, found if type(found) is int else round_number, policy, audit)
     except GateRefused as error:
-        outcome, reason = Outcome.GATE_REFUSED, str(error)
+        outcome, reason = Outcome.GATE_REFUSED, plain(str(error))
     except Exception as error:
-        outcome, reason = Outcome.FAILED, f"unexpected {type(error).__name__}: {error}"
-    note(folder, WorkFailed(round=round_number, outcome=outcome.name, reason=plain(reason)))
+        outcome, reason = Outcome.FAILED, unexpected(folder, error)
+    note(folder, WorkFailed(round=round_number, outcome=outcome.name, reason=reason))
     return release_outcome(outcome, round_number, exchange, audit)
 
 

@@ -13,6 +13,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ LARGEST_BUNDLE = 1_000_000  # bytes
 # A file in the folder of a site whose ClientApp ended without an answer, with the address of its SuperNode, which would
 # wait for one for ever.
 UNANSWERED = ".flwr/unanswered"
+# Another that says that the server let a site in, with the port of its SuperNode.
+ADMITTED = ".flwr/admitted"
 ADDRESS = "--runtime-api-address"  # of the SuperNode, among the arguments of SuperExec and ClientApp
+PORT = "--port"  # of the same, among its own
 # What Flower would send of an exception is its text.
 SILENCE = "the site's own log says why"
 
@@ -69,8 +73,11 @@ def run_supernode(site: Path) -> None:
             note(site, CodeRefused(reason=problem))
         return {} if problem else fused(content, run)
 
+    def admitted() -> None:
+        (site / ADMITTED).write_text(sys.argv[sys.argv.index(PORT) + 1])
+
     internal.get_fused_config_from_fab = fused_if_allowed
-    connection.NodeAuthHttpInterceptor = SignedRequests
+    connection.NodeAuthHttpInterceptor = partial(SignedRequests, admitted=admitted)
     flower_supernode()
 
 

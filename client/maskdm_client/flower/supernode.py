@@ -16,10 +16,7 @@ from maskdm.run.processes import Child, flower_environment, free_port, script
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write
 
-from .pinned import ADDRESS, UNANSWERED
-
-# What the SuperNode writes into its log once the server has let it in.
-LET_IN = b"SuperNode ID"
+from .pinned import ADDRESS, ADMITTED, PORT, UNANSWERED
 
 
 def pinned(program: str, site: Path) -> list[str]:
@@ -39,8 +36,8 @@ class SuperNode:
         home, site = (folder / ".flwr").resolve(), folder.resolve()
         home.mkdir(exist_ok=True, mode=0o700)
         home.chmod(0o700)
-        self._logs, self._let_in = folder / "logs", False
-        self._unanswered = folder / UNANSWERED
+        self._logs, self._unanswered, self._admitted = folder / "logs", folder / UNANSWERED, folder / ADMITTED
+        self._admitted.unlink(missing_ok=True)
         self._environment = flower_environment(home)
         self._secret, self._programs = home / "secret", home / "bin"
         atomic_write(self._secret, secrets.token_hex(32), private=True)
@@ -49,10 +46,10 @@ class SuperNode:
         program = self._programs / "flwr-clientapp"
         program.write_text(f'#!/bin/sh\nexec {shlex.join(pinned("clientapp", site))} "$@"\n')
         program.chmod(0o700)
-        own = free_port()
-        self._runtime = f"127.0.0.1:{own}"
+        self._port = str(free_port())
+        self._runtime = f"127.0.0.1:{self._port}"
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        arguments = ["--superlink", address, "--host", "127.0.0.1", "--port", str(own), "--isolation", "process"]
+        arguments = ["--superlink", address, "--host", "127.0.0.1", PORT, self._port, "--isolation", "process"]
         arguments += ["--superexec-auth-secret-file", str(self._secret)]
         if kit:
             arguments += ["--root-certificates", str(kit.authority), "--auth-supernode-private-key", str(kit.key)]
@@ -66,11 +63,7 @@ class SuperNode:
 
     def is_let_in(self) -> bool:
         """Whether the server took this site in."""
-        if not self._let_in:
-            with self.log.open("rb") as file:
-                file.seek(self._node.begins)
-                self._let_in = LET_IN in file.read()
-        return self._let_in
+        return self._admitted.exists() and self._admitted.read_text() == self._port
 
     def is_alive(self) -> bool:
         """Whether both processes live; the SuperExec is started when the site is let in."""

@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import atomic_write
 from maskdm.run.tensorfile import chunks, fp32
+
+from .damage import read_tensors, say_dropped
 
 KINDS = ("rest", "residual", "moments")  # files are named KIND-FEDERATION-…
 
@@ -28,9 +29,19 @@ class Kept:
         self.wanted = wanted and plan.train != "adapters"
 
     def before(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """What the last round before this one left; nothing where there was none, or it has other shapes or names."""
+        """What the last round before this one left; nothing where there was none, it has other shapes or names, or it
+        is damaged: then it is dropped.
+        """
         earlier = self._earlier() if self.wanted else []
-        found = load_file(self._path(max(earlier))) if earlier else {}
+        if not earlier:
+            return {}
+        path = self._path(max(earlier))
+        try:
+            found = read_tensors(path)
+        except (OSError, ValueError) as error:
+            path.unlink()
+            say_dropped(path, error)
+            return {}
         return found if {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes else {}
 
     def keep(self, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], Tensor]) -> None:

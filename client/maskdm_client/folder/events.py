@@ -42,6 +42,16 @@ class DataDoubtful(Event):
         return f"WARNING: {self.reason}"
 
 
+class LeftoverDropped(Event):
+    """A file of earlier work is damaged, and was done without."""
+
+    event: Literal["dropped"] = "dropped"
+    reason: str
+
+    def words(self) -> str:
+        return f"WARNING: {self.reason}"
+
+
 class LossMeasured(Event):
     """A model that came was measured; before training, also how far that had come in an earlier start."""
 
@@ -242,6 +252,7 @@ AnyEvent = Annotated[
     WorkSuperseded
     | DataFound
     | DataDoubtful
+    | LeftoverDropped
     | LossMeasured
     | TrainingGoesOn
     | DrawingGoesOn

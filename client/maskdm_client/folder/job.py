@@ -16,10 +16,6 @@ SECRET = ".secret"
 SECRET_BYTES = 32
 
 
-class Superseded(Exception):
-    """The coordinator asks for something newer; what was begun is of no use any more."""
-
-
 @dataclass(frozen=True)
 class Job:
     """A plan at a site."""

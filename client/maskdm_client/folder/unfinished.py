@@ -7,14 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from maskdm.config import TrainingConfig
+from maskdm.errors import CheckpointError
 from maskdm.run.runfolder import atomic_write, write_json
 from maskdm.run.tensorfile import chunks, fp32
 from maskdm.training.checkpoint import load_state, save_state
 from maskdm.training.loop import TrainingState
+
+from .damage import read_tensors, say_dropped
 
 # What a crash may cost; a save takes at most a twentieth of the time between two.
 SAVE_SECONDS, SAVE_SHARE = 60.0, 20
@@ -41,19 +43,32 @@ class Saved:
         self._folder, self._about, self._key = folder, folder / ABOUT, key
         self._saved, self._took = time.monotonic(), 0.0
 
-    def restore(self, state: TrainingState) -> Unfinished | None:
-        """Put what was saved into `state`; returns what else there was, or None where the work is new."""
+    def restore(self, state: TrainingState, halves: Mapping[str, Tensor]) -> Unfinished | None:
+        """Put what was saved into `state`; returns what else there was, or None where the work is new.
+
+        What is damaged is dropped, `state` stays as it was, and the work is new too.
+
+        Args:
+            halves: of the names and shapes that those of this work have.
+        """
+        if not self._about.exists():
+            return None
         try:
             about = json.loads(self._about.read_text())
-        except (OSError, ValueError):
-            return None
-        if about.get("key") != self._key or not _halves_of(self._folder / about["state"]).exists():
+            if about["key"] != self._key:
+                self.forget()
+                return None
+            path = self._folder / about["state"]
+            found = read_tensors(_halves_of(path))
+            if {name: t.shape for name, t in found.items()} != {name: t.shape for name, t in halves.items()}:
+                raise ValueError("its halves are of other weights")
+            loss, odd, seconds = (float(about[name]) for name in TOLD)
+            load_state(path, state)
+        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
             self.forget()
+            say_dropped(self._about, error.__cause__ or error)  # a CheckpointError's own advice is for a coordinator
             return None
-        path = self._folder / about["state"]
-        load_state(path, state)
-        told = {name: about[name] for name in TOLD}
-        return Unfinished(halves=load_file(_halves_of(path)), **told)
+        return Unfinished(loss, bool(odd), seconds, found)
 
     def keep(self, state: TrainingState, training: TrainingConfig, unfinished: Unfinished) -> None:
         """Save, if it is time to; where that fails, e.g. on a full disk, what was saved before stays."""

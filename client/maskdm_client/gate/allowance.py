@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from maskdm.errors import MaskDMError
 from maskdm.federated.policy import DAY, SitePolicy
 from maskdm.run.runfolder import write_json
 
 from ..folder.job import Job
+from ..refusals import PolicyRefused
 
 REMEMBERED = 365 * DAY  # no federation lasts longer
 
@@ -31,10 +31,6 @@ UPDATES = Kind("updates.json", "updates", "max_rounds_per_day", "max_rounds")
 MEASUREMENTS = Kind("measurements.json", "measurements", "max_measurements_per_day", "max_measurements")
 FAILURES = Kind("failures.json", "failures of work on the images", None, "max_failures")
 EVALUATIONS = Kind("evaluations.json", "evaluations", "max_evaluations_per_day", None)
-
-
-class PolicyRefused(MaskDMError):
-    """The site's policy does not allow it to take part."""
 
 
 class Used(NamedTuple):

@@ -10,22 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from maskdm.errors import MaskDMError, UsageError
+from maskdm.errors import UsageError
 from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.policy import SitePolicy
 from maskdm.federated.terms import Terms
 from maskdm.run.runfolder import write_json
 
 from ..folder.mailbox import POLL_SECONDS
+from ..refusals import NotApproved
 from .gate import record
 
 HELD = Path("work") / "approval.json"  # what waits, or waited last
 APPROVALS = "approvals.json"  # decisions by federation
 BY_FINGERPRINT, AT_FIRST_CONTACT = "by its fingerprint", "as the first terms that came"
-
-
-class NotApproved(MaskDMError):
-    """A person at this site denied what would have left, or agreed to other terms."""
 
 
 def decision(folder: Path, terms: Terms) -> bool | None:

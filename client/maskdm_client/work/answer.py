@@ -13,9 +13,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from maskdm.data.pixels import IsColour
 from maskdm.data.preparation.preflight import compare
-from maskdm.errors import DataError, GateRefused, MaskDMError, TrainingDiverged, plain
+from maskdm.errors import MaskDMError, plain
 from maskdm.federated.auditlog import AUDIT, digest_of
 from maskdm.federated.encoding import size
 from maskdm.federated.parcel import Outcome, Parcel, QualityReport, Report, rounded
@@ -48,29 +47,32 @@ from ..folder.events import (
     WorkSuperseded,
     note,
 )
-from ..folder.job import Job, Superseded
+from ..folder.failures import unexpected
+from ..folder.job import Job
 from ..folder.mailbox import Mailbox
 from ..folder.settings import SiteSettings, load_settings
 from ..folder.unfinished import STARTS, Saved
-from ..gate.allowance import FAILURES, MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
-from ..gate.approval import HELD, NotApproved, agree, decision, wait_for_decision
+from ..gate.allowance import FAILURES, MEASUREMENTS, UPDATES, check_allowance, use_allowance
+from ..gate.approval import HELD, agree, decision, wait_for_decision
 from ..gate.gate import check_numbers, check_update, code, norms, problem_of_size, record
+from ..refusals import (
+    OF_THE_PLAN,
+    NotApproved,
+    NotEvaluated,
+    PlanRefused,
+    PolicyRefused,
+    Superseded,
+    TooLarge,
+    outcome_for,
+)
 from .fine_tuning import HeldOut, fine_tune, held_out_loss
 from .local_data import LocalImages, forget_pixels, local_images
 from .plausible import check_weights
-from .quality import NotEvaluated, measure_quality
+from .quality import measure_quality
 from .residual import Residual
-from .weights import PlanRefused, RestMissing, key_of, read_weights
+from .weights import key_of, read_weights
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class TooLarge(MaskDMError):
-    """What the plan asks for would exceed what may leave this site."""
-
-
-# How these ended says nothing of what the images show; of any other failure it may.
-OF_THE_PLAN = (PlanRefused, PolicyRefused, NotApproved, TooLarge, RestMissing, DataError, Superseded, OSError)
 
 
 def answer(
@@ -132,13 +134,12 @@ def answer(
     except Exception as error:
         if box and not kept and isinstance(error, OSError) and error.errno in FULL:
             raise
-        outcome = _outcome(error)
-        reason = str(error) if isinstance(error, MaskDMError) else plain(f"unexpected {type(error).__name__}: {error}")
+        outcome = outcome_for(error)
+        reason = str(error) if isinstance(error, MaskDMError) else unexpected(folder, error)
         event = WorkFailed(round=round_number, outcome=outcome.name, reason=reason)
         released = code(outcome, round_number, exchange)
-    finally:
-        if ends:
-            forget_pixels(folder)
+    if ends:  # and is not tried again, which would need them
+        forget_pixels(folder)
     # Only what was done well is worth sending again; a failure may have passed when the work is asked for again.
     done = released.scalars["outcome"] == Outcome.DONE
     if box:
@@ -160,7 +161,7 @@ def _work(
         raise
     except Exception as error:
         if _is_undecided(job):
-            _hold(job, code(_outcome(error), job.plan.round, job.plan.exchange))
+            _hold(job, code(outcome_for(error), job.plan.round, job.plan.exchange))
         use_allowance(job, FAILURES)
         raise
 
@@ -332,18 +333,3 @@ def _prepare(job: Job, weights: dict[str, Tensor]) -> tuple[Network, LocalImages
         for warning in compare(images.corpus, plan.model):
             job.say(DataDoubtful(reason=warning))
     return model_from(weights, shape, pick_device(settings.device)), images
-
-
-def _outcome(error: Exception) -> Outcome:
-    by_kind = (
-        (IsColour, Outcome.WRONG_CHANNELS),
-        (DataError, Outcome.DATA_UNUSABLE),
-        (TrainingDiverged, Outcome.DIVERGED),
-        (GateRefused, Outcome.GATE_REFUSED),
-        (PolicyRefused, Outcome.POLICY),
-        (NotApproved, Outcome.NOT_APPROVED),
-        (PlanRefused, Outcome.PLAN_REFUSED),
-        (TooLarge, Outcome.TOO_LARGE),
-        (RestMissing, Outcome.UNKNOWN),
-    )
-    return next((outcome for kind, outcome in by_kind if isinstance(error, kind)), Outcome.FAILED)

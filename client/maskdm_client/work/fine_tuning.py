@@ -28,8 +28,9 @@ from maskdm.training.loop import (
 
 from ..folder.carried_over import Kept
 from ..folder.events import LossMeasured, TrainingGoesOn
-from ..folder.job import Job, Superseded
+from ..folder.job import Job
 from ..folder.unfinished import Saved, Unfinished
+from ..refusals import Superseded
 from .concentration import HALVES, Concentration, without_faint
 from .local_data import LocalImages
 
@@ -102,12 +103,12 @@ def fine_tune(
     rank, seed = plan.adapter_rank, training.seed
     learner = model if plan.train == "all" else PartialNetwork(model, plan.train, rank, seed)
     state = TrainingState.fresh(learner, training)
-    resumed = saved.restore(state)
-    if not resumed:
-        restore_optimizer(state, moments.before(optimizer_shapes(learner)))
     concentration = Concentration(learner.named_parameters())
+    resumed = saved.restore(state, concentration.tensors())
     if resumed:
         concentration.restore(resumed.halves)
+    else:
+        restore_optimizer(state, moments.before(optimizer_shapes(learner)))
     before = HeldOut(*resumed[:2]) if resumed else held_out_loss(model, job, images)
     spent = resumed.seconds if resumed else 0.0
     job.say(LossMeasured(loss=before.loss, round=plan.round, rounds=plan.rounds, images=state.images_seen))

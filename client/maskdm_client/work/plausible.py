@@ -22,8 +22,7 @@ from maskdm.run.tensorfile import Arrays, Document, Stored, fp32, layout_of
 
 from ..folder.events import JoinedLate
 from ..folder.job import Job
-from ..gate.allowance import PolicyRefused
-from .weights import PlanRefused
+from ..refusals import PlanRefused, PolicyRefused
 
 # Root mean square of a weight of the first model, and of any value in it: trained ones lie near 1 at most.
 LARGEST, LARGEST_VALUE = 10.0, 1000.0

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskdm.data.corpus import Corpus
-from maskdm.errors import MaskDMError, UsageError
+from maskdm.errors import UsageError
 from maskdm.evaluation.distances import frechet_distance, kernel_distance, moments
 from maskdm.evaluation.extractors.features import RANDOM, Extractor, open_extractor, random_extractor
 from maskdm.evaluation.neighbours import memorisation, neighbourhoods
@@ -25,18 +25,15 @@ from maskdm.networks.model import Network, device_of
 from maskdm.networks.precision import pick_precision
 
 from ..folder.events import DrawingGoesOn
-from ..folder.job import Job, Superseded
+from ..folder.job import Job
 from ..folder.settings import SiteSettings
 from ..gate.allowance import EVALUATIONS, use_allowance
+from ..refusals import NotEvaluated, Superseded
 from .fine_tuning import REPORT_SECONDS, classes_of
 from .local_data import LocalImages
 
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 BATCH = 32
-
-
-class NotEvaluated(MaskDMError):
-    """Numbers of an evaluation do not leave this site; the message, which stays here, says why."""
 
 
 def features_of(option: str) -> str:

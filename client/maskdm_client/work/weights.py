@@ -10,20 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maskdm.errors import MaskDMError, plain
+from maskdm.errors import plain
 from maskdm.federated.encoding import as_tensor
 from maskdm.federated.plan import RoundPlan, work_key
 from maskdm.networks.trainable import expected_shapes
 from maskdm.run.runfolder import atomic_write
 from maskdm.run.tensorfile import Arrays, Document, Stored, bytes_of, chunks, layout_of, unpack
 
-
-class PlanRefused(MaskDMError):
-    """The coordinator asked for something that this site will not or cannot do."""
-
-
-class RestMissing(MaskDMError):
-    """Only what training changes came, and the rest is not here."""
+from ..refusals import PlanRefused, RestMissing
 
 
 def key_of(document: str, packed: Document) -> str:

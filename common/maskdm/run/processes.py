@@ -28,7 +28,7 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if log.exists() and log.stat().st_size > MOST_LOGGED / 2:
             log.replace(log.with_name(f"{log.name}.1"))
-        self.log, self.begins = log, log.stat().st_size if log.exists() else 0  # where its output begins
+        self.log = log
         reading, self._pipe = os.pipe()
         try:
             with log.open("ab") as output:

@@ -19,7 +19,7 @@ from ..errors import UsageError
 
 
 def atomic_write(path: Path, content: bytes | str | Iterable[bytes | memoryview], *, private: bool = False) -> None:
-    """Write under a temporary name, flush to the disk, rename: readers see the old file or the whole new one.
+    """Write under a temporary name, flush, rename, flush that too: readers see the old file or the whole new one.
 
     Args:
         content: all of it, or its pieces, of which only one is in memory at a time.
@@ -40,6 +40,19 @@ def atomic_write(path: Path, content: bytes | str | Iterable[bytes | memoryview]
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_names(path.parent)
+
+
+def _sync_names(folder: Path) -> None:
+    """Have what a folder's files are called survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -20,7 +20,7 @@ from ..run.processes import is_first
 from ..run.runfolder import atomic_write
 from ..run.tensorfile import chunks, fp32
 from .distributed import as_part_of, whole
-from .loop import TrainingState, optimizer_tensors, put_weights, restore_optimizer
+from .loop import TrainingState, optimizer_shapes, optimizer_tensors, put_weights, restore_optimizer
 
 
 def save_checkpoint(path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
@@ -115,25 +115,31 @@ def load_state(path: Path, state: TrainingState) -> None:
     """Restore a state saved by `save_state` into a fresh state of the same shape.
 
     Raises:
-        CheckpointError: the file is damaged or belongs to another model.
+        CheckpointError: the file is damaged or belongs to another model; `state` is as it was.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             counts = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        weights = _under(tensors, "raw.")
-        average = _under(tensors, "ema.")
-        if {n: t.shape for n, t in average.items()} != {n: t.shape for n, t in state.average.items()}:
+        numbers = [int(counts[name]) for name in ("images_seen", "steps", "skipped")]
+        weights, average, moments = (_under(tensors, f"{kind}.") for kind in ("raw", "ema", "optimizer"))
+        expected = {name: parameter.shape for name, parameter in state.model.named_parameters()}
+        if any({name: tensor.shape for name, tensor in found.items()} != expected for found in (weights, average)):
             raise ValueError("weights of another model")
-        put_weights(state.model, weights)
-        state.images_seen, state.steps = int(counts["images_seen"]), int(counts["steps"])
-        state.skips[0], state.skips[1] = int(counts["skipped"]), 0
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        known = optimizer_shapes(state.model)
+        if any(tuple(tensor.shape) != known.get(name) for name, tensor in moments.items()):
+            raise ValueError("moments of another optimiser")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("what is no number")
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"--out: {path} cannot be resumed ({error}): use --resume never and a new --out"
         ) from error
+    state.images_seen, state.steps, state.skips[0] = numbers
+    state.skips[1] = 0
+    put_weights(state.model, weights)
     state.average = {name: as_part_of(average[name], present) for name, present in state.average.items()}
-    restore_optimizer(state, _under(tensors, "optimizer."))
+    restore_optimizer(state, moments)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -288,7 +288,7 @@ class StreamingLink(GridLink):
         """
         self._arrived.unlink(missing_ok=True)
         run, client = self._grid.run.run_id, self._grid._runtime_client
-        pull = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run)
+        pull = _carried(make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run))
         try:
             pull(message_id)  # mostly sent last, so the rest is there
             reply = _reply(asked, _inflate(tree, pull, self._largest, self._arrived).content, self._arrived)
@@ -306,6 +306,20 @@ class StreamingLink(GridLink):
                 ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run, message_object_id=message_id)
             )
         return reply
+
+
+def _carried(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """The same, where what breaks on the way, e.g. as the SuperLink is started again, is nothing that a site did."""
+
+    def carried(object_id: str) -> bytes:
+        try:
+            return pull(object_id)
+        except (ObjectUnavailableError, ObjectPullError):
+            raise
+        except Exception as error:
+            raise ObjectPullError(object_id, f"{type(error).__name__}: {error}") from error
+
+    return carried
 
 
 def _content(question: Question, weights: ArrayRecord | None = None) -> RecordDict:

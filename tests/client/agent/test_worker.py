@@ -20,9 +20,9 @@ from maskdm.run.processes import Child
 from maskdm.run.runfolder import read_lines
 from maskdm.run.tensorfile import pack
 from maskdm_client.agent import worker
-from maskdm_client.folder.job import Superseded
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.gate.approval import APPROVALS
+from maskdm_client.refusals import Superseded
 from maskdm_client.work.answer import answer
 
 Ask = Callable[..., tuple[str, bytes]]

@@ -6,7 +6,6 @@ import socket
 import ssl
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -74,20 +73,14 @@ def test_versions_that_were_not_tested_are_red_and_those_here_are_green() -> Non
         ("torch", "2.7.1+cu128"),
         ("torch", "3.0"),
         ("Python", "3.10.4"),
+        ("Python", "4.0.0"),
     ):
-        assert is_red(versions({**here, name: wrong}), f"{name} {wrong}", f"install {name} >= ")
+        assert is_red(versions({**here, name: wrong}), f"{name} {wrong}", f"install {name} ")
 
 
-def test_the_versions_that_count_as_tested_are_those_of_the_package() -> None:
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
-    wanted = {line.partition(">=")[0]: line for line in project["dependencies"]}
-    for name in ("flwr", "torch"):
-        lowest, above = (".".join(map(str, bound)) for bound in checks_machine.TESTED[name])
-        assert wanted[name] == f"{name}>={lowest},<{above}"
-    first, end = checks_machine.TESTED["Python"]
-    assert project["requires-python"] == f">={first[0]}.{first[1]}"
-    newest = max(int(line.rpartition("3.")[2]) for line in project["classifiers"] if "Python :: 3." in line)
-    assert end == (3, newest + 1)
+@pytest.mark.parametrize("version", ["3.11.0", "3.11.2+", "3.13.9"])
+def test_every_release_of_a_tested_python_is_green(version: str) -> None:
+    assert versions({**installed(), "Python": version}).ok
 
 
 def test_a_full_disk_and_one_that_cannot_be_written_are_red(tmp_path: Path, tiny: ModelConfig) -> None:
@@ -374,7 +367,7 @@ def test_a_proxy_is_asked_for_the_way_and_its_refusal_is_red(
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{serve(None)}")  # which knows no CONNECT
     monkeypatch.setenv("no_proxy", "")
     check, _ = connection("maskdm.example.org", 8000, kits / "server" / "ca.crt")
-    assert is_red(check, "Tunnel connection failed", "HTTPS_PROXY")
+    assert is_red(check, "no connection to maskdm.example.org:8000 (501 ", "HTTPS_PROXY")
 
 
 @pytest.mark.parametrize(("late", "ok"), [(3600, False), (-3600, False), (20, False), (-200, True), (0, True)])

@@ -22,6 +22,7 @@ from maskdm.run.tensorfile import pack, unpack
 from maskdm_client.flower import client_app as client_app
 from maskdm_client.flower import simulated_app as simulated
 from maskdm_client.flower.client_app import LONGEST_PLAN, LONGEST_WAIT, PACKED, asked_of, nonce_of
+from maskdm_client.folder.failures import LOG
 from maskdm_client.folder.mailbox import Mailbox
 
 MakeSite = Callable[..., Path]
@@ -363,6 +364,8 @@ def test_of_a_failure_only_a_code_leaves(make_site: MakeSite, spoil: Callable[[P
     assert numbers_alone(found) == {"outcome": int(Outcome.FAILED), "round": 1, "exchange": 5}
     assert str(folder) not in words_of(found)
     assert read_lines(folder / "audit.jsonl")[-1]["scalars"]["outcome"] == Outcome.FAILED
+    assert str(LOG) in read_lines(folder / "events.jsonl")[-1]["reason"]
+    assert "in carry" in (folder / LOG).read_text()
 
 
 @pytest.mark.parametrize("content", [with_weights(), RecordDict({})], ids=["a plan", "no plan"])

@@ -12,12 +12,14 @@ import pytest
 
 from maskdm.federated.kit import open_kit
 from maskdm_client.flower import supernode
-from maskdm_client.flower.pinned import UNANSWERED
+from maskdm_client.flower.pinned import ADMITTED, UNANSWERED
 from maskdm_client.flower.supernode import SuperNode
 from maskdm_server.kits.provision import provision
 
 SCRIPTS = {
-    "flower-supernode": 'echo "$@"; cat "$0.says"; exec /bin/sleep 60',
+    # Its options are --superlink, its address, --host, its address, --port, the port …
+    "flower-supernode": 'echo "$@"; cat "$0.says"; $0.admitted "$1" "$7"; exec /bin/sleep 60',
+    "flower-supernode.admitted": 'printf %s "$2" > "$1/.flwr/admitted"',
     "flower-superexec": 'echo "$@"; echo $$ > "$0.pid"; exec /bin/sleep 60',
 }
 
@@ -30,7 +32,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, lines in SCRIPTS.items():
         (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
         (folder / name).chmod(0o755)
-    (folder / "flower-supernode.says").write_text("Starting\nSuperNode ID: 1\n")
+    (folder / "flower-supernode.says").write_text("Starting\n")
     monkeypatch.setattr(supernode, "script", lambda name: str(folder / name))
     monkeypatch.setattr(supernode, "pinned", lambda name, site: [str(folder / f"flower-{name}"), str(site)])
     return folder
@@ -85,12 +87,18 @@ def test_a_clientapp_that_ended_without_an_answer_ends_the_connection_and_the_ne
         assert node.is_alive()
 
 
-def test_a_site_is_let_in_when_this_connection_says_so_and_nothing_runs_before(programs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", [None, "", "1"], ids=["none", "half written", "of another connection"])
+def test_a_site_is_let_in_when_this_connection_says_so_and_nothing_runs_before(
+    programs: Path, tmp_path: Path, mark: str | None
+) -> None:
     with SuperNode(tmp_path, "127.0.0.1", 8000, None) as earlier:
         until(earlier.is_let_in)
-    (programs / "flower-supernode.says").write_text("Starting\n")
+    (programs / "flower-supernode.says").write_text("SuperNode ID: 1\n")  # what it prints says nothing
+    lines = "exit" if mark is None else f'printf %s "{mark}" > "$1/{ADMITTED}"'
+    (programs / "flower-supernode.admitted").write_text(f"#!/bin/sh\n{lines}\necho marked\n")
     with SuperNode(tmp_path, "127.0.0.1", 8000, None) as node:
-        until(lambda: (tmp_path / "logs" / "supernode.log").read_text().count("--superlink") == 2)
+        log = tmp_path / "logs" / "supernode.log"
+        until(lambda: log.read_text().count("SuperNode ID") == 1 and (mark is None or "marked" in log.read_text()))
         assert node.is_alive()
         assert not node.is_let_in()
     assert pid_of(programs) is None

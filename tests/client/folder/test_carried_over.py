@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from maskdm.federated.parcel import Outcome, Parcel
 from maskdm.federated.plan import RoundPlan
+from maskdm.run.runfolder import read_lines
 from maskdm.seeding import derive_seed
 from maskdm_client.folder.job import Job
 from maskdm_client.work.answer import answer
@@ -102,3 +103,36 @@ def test_another_federation_removes_them(make_site: MakeSite, ask: Ask) -> None:
     answer(*ask(round=1, keep_moments=True), folder)
     answer(*ask(round=1, federation="f" * 16), folder)
     assert not moments(folder)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def another_header(path: Path) -> None:
+    path.write_bytes(b"\xff" * 100)
+
+
+def no_numbers(path: Path) -> None:
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("kind", ["moments", "residual"])
+@pytest.mark.parametrize("damage", [empty, cut_off, another_header, no_numbers])
+def test_what_is_damaged_is_dropped_with_a_word_and_the_rounds_go_on(
+    make_site: MakeSite, ask: Ask, damage: Callable[[Path], None], kind: str
+) -> None:
+    folder = make_site()
+    wanted = {"keep_moments": True} if kind == "moments" else {"encoding": "int8"}
+    answer(*ask(round=1, rounds=3, local_images=8, **wanted), folder)
+    (path,) = (folder / "work").glob(f"{kind}-*")
+    damage(path)
+    outcomes = [answer(*ask(round=n, rounds=3, local_images=8, **wanted), folder).scalars["outcome"] for n in (2, 3)]
+    assert outcomes == [Outcome.DONE, Outcome.DONE]
+    assert not path.exists()
+    (dropped,) = [event for event in read_lines(folder / "events.jsonl") if event["event"] == "dropped"]
+    assert path.name in dropped["reason"]

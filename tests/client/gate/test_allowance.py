@@ -13,7 +13,8 @@ from maskdm.federated.policy import DAY, SitePolicy
 from maskdm_client.folder.job import Job
 from maskdm_client.folder.settings import SiteSettings
 from maskdm_client.gate import allowance
-from maskdm_client.gate.allowance import MEASUREMENTS, UPDATES, PolicyRefused, check_allowance, use_allowance
+from maskdm_client.gate.allowance import MEASUREMENTS, UPDATES, check_allowance, use_allowance
+from maskdm_client.refusals import PolicyRefused
 
 JobOf = Callable[..., Job]
 

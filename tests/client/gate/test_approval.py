@@ -19,10 +19,10 @@ from maskdm.federated.terms import Terms, terms_of
 from maskdm.run.runfolder import read_lines
 from maskdm_client.commands.app import app
 from maskdm_client.folder.events import known
-from maskdm_client.folder.job import Superseded
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.gate import approval
-from maskdm_client.gate.approval import NotApproved, check_not_denied, decision, wait_for_decision
+from maskdm_client.gate.approval import check_not_denied, decision, wait_for_decision
+from maskdm_client.refusals import NotApproved, Superseded
 from maskdm_client.work import answer as site
 from maskdm_client.work.answer import answer
 from maskdm_client.work.fine_tuning import fine_tune

@@ -20,6 +20,7 @@ from maskdm.run.runfolder import read_lines
 from maskdm.run.tensorfile import pack, unpack
 from maskdm.training.checkpoint import load_checkpoint
 from maskdm_client.folder import unfinished as saved
+from maskdm_client.folder.failures import LOG
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.folder.settings import load_settings
 from maskdm_client.folder.unfinished import Saved
@@ -189,7 +190,16 @@ def test_training_that_diverges_leaves_as_a_code(
 def test_an_unexpected_failure_leaves_as_a_code_and_is_explained_at_home(make_site: MakeSite, plan: MakePlan) -> None:
     folder = make_site()
     (folder / "config.json").unlink()
-    assert_only_a_code_left(answer(*plan(), folder), folder, Outcome.FAILED, "unexpected FileNotFoundError")
+    parcel = answer(*plan(), folder)
+    assert_only_a_code_left(parcel, folder, Outcome.FAILED, "unexpected FileNotFoundError")
+    assert str(LOG) in events(folder, "failed")[0]["reason"]
+    assert "in load_settings" in (folder / LOG).read_text()
+
+
+def test_a_refusal_is_no_surprise_and_leaves_no_traceback(make_site: MakeSite, plan: MakePlan) -> None:
+    folder = make_site(policy=SitePolicy(max_bytes_per_round=1000))
+    assert answer(*plan(), folder).scalars["outcome"] == Outcome.TOO_LARGE
+    assert not (folder / LOG).exists()
 
 
 def test_a_slice_that_cannot_be_read_leaves_as_a_code(make_site: MakeSite, plan: MakePlan) -> None:
@@ -210,6 +220,28 @@ def test_the_decoded_images_are_removed_at_the_end_even_of_a_failure(
 
     monkeypatch.setattr(site, "save_checkpoint", fail)
     assert answer(*plan(action="finish", round=2), folder).scalars["outcome"] == Outcome.FAILED
+    assert not (folder / "corpus").exists()
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_decoded_images_and_it_is_tried_again(
+    make_site: MakeSite, plan: MakePlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = make_site()
+    answer(*plan(), folder)
+    (tmp_path / "hospital-data.npz").unlink()
+    finish = plan(action="finish", round=2)
+    box = Mailbox(folder)
+    box.ask(7, *finish)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site, "save_checkpoint", full)
+        with pytest.raises(OSError, match="no space left"):
+            site.answer(*finish, folder, box, 7)
+    assert box.replied() is None
+    assert site.answer(*finish, folder, box, 7).scalars["outcome"] == Outcome.DONE
     assert not (folder / "corpus").exists()
 
 

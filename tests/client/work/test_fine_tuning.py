@@ -1,5 +1,6 @@
 """A round's training at a site: what it learns, what ends it, and that no interruption changes what comes out."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,9 +28,10 @@ from maskdm.training.loop import TrainingState
 from maskdm_client.folder import unfinished as saved
 from maskdm_client.folder.carried_over import Kept
 from maskdm_client.folder.events import LossMeasured, TrainingGoesOn
-from maskdm_client.folder.job import Job, Superseded
+from maskdm_client.folder.job import Job
 from maskdm_client.folder.settings import SiteSettings, load_settings
 from maskdm_client.folder.unfinished import Saved
+from maskdm_client.refusals import Superseded
 from maskdm_client.work import fine_tuning
 from maskdm_client.work.answer import answer
 from maskdm_client.work.fine_tuning import Done, fine_tune, held_out_loss
@@ -402,6 +405,81 @@ def test_losses_of_honest_models_are_those_of_all_images() -> None:
         for images in (8, 32, 512):
             draws = torch.randn(images, -(-1024 // images), generator=randomness, dtype=torch.float64).exp()
             assert not fine_tuning.one_stands_out(draws.clamp(max=LARGEST_LOSS).mean(dim=1))
+
+
+def rewritten(change: Callable[[str, Tensor], tuple[str, Tensor]], which: str) -> Callable[[Path], None]:
+    """Damage to the tensors of one of the two files of a state, as of a disk that kept all else."""
+
+    def damage(folder: Path) -> None:
+        files = sorted(folder.glob("training-*.safetensors"), key=lambda path: path.stem.endswith("halves"))
+        path = files[which == "halves"]
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+        save_file(dict(change(name, tensor) for name, tensor in load_file(path).items()), path, about)
+
+    return damage
+
+
+def cut_off(pattern: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            path.write_bytes(path.read_bytes()[:-5])
+
+    return damage
+
+
+def described(**changes: Any) -> Callable[[Path], None]:
+    """Damage to the description; None takes an entry away."""
+
+    def damage(folder: Path) -> None:
+        about = json.loads((folder / "training.json").read_text()) | changes
+        kept = {name: value for name, value in about.items() if value is not None}
+        (folder / "training.json").write_text(json.dumps(kept))
+
+    return damage
+
+
+def listed(folder: Path) -> None:
+    (folder / "training.json").write_text("[1, 2]")
+
+
+def last_renamed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    return (name.replace("norm.bias", "norm.bios"), tensor)
+
+
+DAMAGE = {
+    "no JSON": cut_off("training.json"),
+    "a list": listed,
+    "no state named": described(state=None),
+    "a state that is gone": described(state="training-1.safetensors"),
+    "a loss that is text": described(loss_before="low"),
+    "no seconds": described(seconds=None),
+    "a state cut off": cut_off("training-??.safetensors"),
+    "halves cut off": cut_off("training-*-halves.safetensors"),
+    "another weight": rewritten(last_renamed, "state"),
+    "weights of another shape": rewritten(lambda name, tensor: (name, tensor[None]), "state"),
+    "weights that are no numbers": rewritten(lambda name, tensor: (name, tensor * math.nan), "state"),
+    "halves of another weight": rewritten(last_renamed, "halves"),
+    "halves that are no numbers": rewritten(lambda name, tensor: (name, tensor * math.nan), "halves"),
+}
+
+
+@pytest.mark.usefixtures("saves_each_step")
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_unfinished_work_that_is_damaged_is_dropped_with_a_word_and_begun_anew(
+    site: Site, make_plan: MakePlan, damage: Callable[[Path], None]
+) -> None:
+    plan = make_plan(local_images=80)
+    whole = site.train(plan, folder="elsewhere")
+    with pytest.raises(Killed):
+        site.train(plan, on=dies_at(64))
+    damage(site.folder / "work")
+    done = site.train(plan)
+    assert site.images_at_start() == 0
+    assert_same(done, whole)
+    (dropped,) = [event for event in read_lines(site.folder / "events.jsonl") if event["event"] == "dropped"]
+    assert "--resume" not in dropped["reason"]
+    assert site.left() == []
 
 
 @pytest.mark.usefixtures("saves_each_step")

@@ -25,11 +25,12 @@ from maskdm.seeding import derive_seed
 from maskdm.training.checkpoint import model_from
 from maskdm_client.commands.app import app
 from maskdm_client.folder.events import known
-from maskdm_client.folder.job import Superseded, site_secret
+from maskdm_client.folder.job import site_secret
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.folder.settings import load_settings
-from maskdm_client.gate.approval import APPROVALS, NotApproved
+from maskdm_client.gate.approval import APPROVALS
 from maskdm_client.gate.gate import problem_of
+from maskdm_client.refusals import NotApproved, Superseded
 from maskdm_client.work import answer as site_module
 from maskdm_client.work import quality
 from maskdm_client.work.answer import answer as answer_in_mailbox

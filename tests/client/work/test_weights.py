@@ -13,8 +13,9 @@ from maskdm.federated.parcel import Outcome, Parcel
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.tensorfile import pack
 from maskdm_client.folder.mailbox import Mailbox
+from maskdm_client.refusals import RestMissing
 from maskdm_client.work.answer import answer
-from maskdm_client.work.weights import RestMissing, key_of, read_weights
+from maskdm_client.work.weights import key_of, read_weights
 
 Ask = Callable[..., tuple[str, bytes]]
 MakePlan = Callable[..., RoundPlan]

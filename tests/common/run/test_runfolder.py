@@ -1,10 +1,12 @@
 """Folders of runs: whole files, one owner, one configuration."""
 
+import errno
 import json
 import os
 import stat
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,31 @@ def test_a_written_file_is_whole_and_nothing_is_left_beside_it(tmp_path: Path) -
     atomic_write(tmp_path / "deep" / "a.txt", b"second")
     assert (tmp_path / "deep" / "a.txt").read_bytes() == b"second"
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.txt"]
+
+
+def test_after_the_content_its_name_is_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        what = "folder" if os.path.samestat(os.fstat(descriptor), tmp_path.stat()) else "file"
+        synced.append((what, (tmp_path / "a.txt").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic_write(tmp_path / "a.txt", "content")
+    assert synced == [("file", False), ("folder", True)]
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_that_knows_no_such_thing_will_do_and_one_that_fails_will_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if passes else pytest.raises(OSError, match="Input/output"):
+        atomic_write(tmp_path / "a.txt", "content")
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode
@@ -19,7 +20,6 @@ from flwr.supercore.runtime_version_compatibility import get_runtime_version_inc
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 
 from maskdm.federated.signing import DIGEST, SIGNATURE
-from maskdm_client.flower import signatures
 from maskdm_client.flower.signatures import SignedRequests
 from maskdm_server.door import keys as under_test
 from maskdm_server.door.door import CHUNK
@@ -216,10 +216,16 @@ def test_the_supernode_of_a_site_signs_whole_requests(monkeypatch: pytest.Monkey
     import flwr.supernode.fleet_http_connection as connection
     import flwr.supernode.start_client_internal as internal
 
-    from maskdm_client.flower.pinned import run_supernode
+    from maskdm_client.flower.pinned import ADMITTED, run_supernode
 
     monkeypatch.setattr(connection, "NodeAuthHttpInterceptor", None)
     monkeypatch.setattr(internal, "get_fused_config_from_fab", None)
     monkeypatch.setattr(import_module("flwr.supernode.cli.flower_supernode"), "flower_supernode", lambda: None)
+    monkeypatch.setattr("sys.argv", ["flower-supernode", "--port", "4711"])
+    (tmp_path / ADMITTED).parent.mkdir()
     run_supernode(tmp_path)
-    assert connection.NodeAuthHttpInterceptor is signatures.SignedRequests
+    signing: Any = connection.NodeAuthHttpInterceptor(*generate_key_pairs())
+    assert isinstance(signing, SignedRequests)
+    context = SimpleNamespace(request=httpx.Request("POST", ADDRESS, content=b""), message=PullMessagesRequest())
+    signing.intercept(context, lambda _: httpx.Response(200))
+    assert (tmp_path / ADMITTED).read_text() == "4711"

@@ -21,7 +21,7 @@ from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PushAppMessagesRespo
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
-from httpx import HTTPStatusError, Request, Response
+from httpx import ConnectError, HTTPStatusError, RemoteProtocolError, Request, Response
 from numpy.typing import NDArray
 
 from maskdm.federated.parcel import Parcel
@@ -655,6 +655,44 @@ def test_a_reply_of_which_a_part_is_gone_for_good_may_be_sent_again(tmp_path: Pa
     runtime.known.discard(gone)
     (reply,) = link.receive()
     assert (reply.site, reply.parcel, reply.lost) == (5, None, True)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        refusal(),
+        RemoteProtocolError("Server disconnected without sending a response."),
+        ConnectError("[Errno 111] Connection refused"),
+        ConnectionResetError("Connection reset by peer"),
+        ValueError("Invalid protobuf response payload"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("part", [b"Message", b"ArrayChunk"])
+def test_what_breaks_on_the_way_from_the_superlink_loses_a_reply_and_is_not_its_sites_fault(
+    tmp_path: Path, question: Question, monkeypatch: pytest.MonkeyPatch, broken: Exception, part: bytes
+) -> None:
+    """E.g. while it is started again; the site is asked once more."""
+    runtime, link = streaming(tmp_path)
+    link.ask([5], question, 123.0)
+    (name,) = runtime.sent
+    runtime.answer(name, good())
+    pull = runtime.PullObject
+
+    def breaks(request: Any) -> Any:
+        if runtime.objects[request.object_id].startswith(part):
+            raise broken
+        return pull(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "PullObject", breaks)
+        (reply,) = link.receive()
+    assert (reply.site, reply.parcel, reply.lost, reply.question) == (5, None, True, question)
+    assert runtime.confirmed == []
+    link.ask([5], question, 123.0)
+    runtime.answer(list(runtime.sent)[-1], good())
+    (reply,) = link.receive()
+    assert_good(reply)
 
 
 def test_a_reply_that_is_announced_and_never_sent_is_not_asked_for_for_ever(

@@ -1,0 +1,30 @@
+"""What a disk may have damaged in a site's work folder: nothing there is worth a round, so it is dropped."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskdm.run.tensorfile import Stored
+
+from .events import LeftoverDropped, note
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file that this site wrote, in memory of their own.
+
+    Raises:
+        ValueError: it is not whole, or holds what is no number.
+        OSError: it cannot be read.
+    """
+    stored = Stored(path)
+    found = {name: torch.from_numpy(stored[name]) for name in stored}
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise ValueError("it holds what is no number")
+    return found
+
+
+def say_dropped(path: Path, error: BaseException) -> None:
+    """Tell the site's owner of a file in the work folder that is gone."""
+    reason = f"{path} cannot be used ({type(error).__name__}: {error}); it was dropped, and the work goes on without it"
+    note(path.parent.parent, LeftoverDropped(reason=reason))
