@@ -17,14 +17,17 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from maskdm.errors import UsageError
 from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.bundle import PROJECT
+from maskdm.federated.flower_names import UNFIT, require
 from maskdm.federated.parcel import Outcome
 
 from ..folder.mailbox import note
 from ..folder.settings import load_settings
 from ..gate.gate import release_outcome
 from ..gate.record_incoming import record_foreign
+from .private_names import CLIENTAPP, REPLACED, USED
 
 COMPONENT = "maskdm_client.flower.client_app:app"
 LARGEST_BUNDLE = 1_000_000  # bytes
@@ -52,7 +55,12 @@ def problem_of_bundle(content: bytes, allowed: frozenset[str]) -> str | None:
 
 
 def run_supernode(site: Path) -> None:
-    """Flower's SuperNode, which reads nothing of a bundle that is not allowed, and signs whole requests."""
+    """Flower's SuperNode, which reads nothing of a bundle that is not allowed, and signs whole requests.
+
+    Raises:
+        UsageError: the installed Flower lacks a name.
+    """
+    require(USED, REPLACED)  # also of the ClientApp, so that it is said before a site joins
     import flwr.supernode.fleet_http_connection as connection
     import flwr.supernode.start_client_internal as internal
     from flwr.supercore.constant import TaskType
@@ -75,7 +83,12 @@ def run_supernode(site: Path) -> None:
 
 
 def run_clientapp(site: Path) -> None:
-    """Flower's ClientApp process around the installed app; a bundle that is not allowed is answered with a code."""
+    """Flower's ClientApp process around the installed app; a bundle that is not allowed is answered with a code.
+
+    Raises:
+        UsageError: the installed Flower lacks a name.
+    """
+    require(USED, CLIENTAPP)
     import flwr.supernode.runtime.run_clientapp as runtime
     from flwr.supercore.exit import add_exit_handler
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
@@ -92,11 +105,11 @@ def run_clientapp(site: Path) -> None:
         return lambda *_: refuse if problem else _installed()
 
     def refuse(message: Any, context: Any) -> Any:
-        from .client_app import asked_of, message_with, size_of
+        from maskdm.federated.flower_records import asked_in, reply_to, size_in
 
-        asked, audit = asked_of(message.content), site / AUDIT
-        record_foreign(audit, size_of(message.content))
-        return message_with(release_outcome(Outcome.CODE_REFUSED, 1, asked[0] if asked else 0, audit), message)
+        asked, audit = asked_in(message.content), site / AUDIT
+        record_foreign(audit, size_in(message.content))
+        return reply_to(message, release_outcome(Outcome.CODE_REFUSED, 1, asked.exchange if asked else 0, audit))
 
     def push_and_note(*given: Any) -> None:
         nonlocal answered
@@ -133,4 +146,8 @@ def _installed() -> Any:
 if __name__ == "__main__":
     command, folder = sys.argv[1], Path(sys.argv[2])
     sys.argv = [f"flower-{command}", *sys.argv[3:]]
-    {"supernode": run_supernode, "clientapp": run_clientapp}[command](folder)
+    try:
+        {"supernode": run_supernode, "clientapp": run_clientapp}[command](folder)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(UNFIT)

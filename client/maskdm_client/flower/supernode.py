@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Self
 
+from maskdm.errors import UsageError
+from maskdm.federated.flower_names import UNFIT
 from maskdm.federated.kit import OpenedKit
 from maskdm.run.processes import Child, flower_environment, free_port, script
 from maskdm.run.reporting import say
@@ -73,8 +75,15 @@ class SuperNode:
         return self._let_in
 
     def is_alive(self) -> bool:
-        """Whether both processes live; the SuperExec is started when the site is let in."""
-        if self._node.exit_code() is not None:
+        """Whether both processes live; the SuperExec is started when the site is let in.
+
+        Raises:
+            UsageError: the installed Flower lacks a name.
+        """
+        ended = self._node.exit_code()
+        if ended == UNFIT:
+            raise UsageError(self._node.last_lines(1))
+        if ended is not None:
             return False
         if self._executor is None and self.is_let_in():
             command = [script("flower-superexec"), ADDRESS, self._runtime, "--insecure"]

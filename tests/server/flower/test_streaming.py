@@ -24,15 +24,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from httpx import HTTPStatusError, Request, Response
 from numpy.typing import NDArray
 
+from maskdm.errors import FederationError
+from maskdm.federated.flower_records import PACKED, reply_to
 from maskdm.federated.parcel import Parcel
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import append_line
 from maskdm.run.tensorfile import Stored, pack, unpack
-from maskdm_client.flower.client_app import message_with
+from maskdm_server.door.private_names import GRID
 from maskdm_server.federation.exchange import Exchange
 from maskdm_server.federation.transport import Question, Reply
-from maskdm_server.flower import server_app as under_test
-from maskdm_server.flower.server_app import PACKED, GridLink, StreamingLink, _inflate, _parcel
+from maskdm_server.flower import grid as grid_link
+from maskdm_server.flower import streaming as under_test
+from maskdm_server.flower.grid import GridLink, Pending, read_reply
+from maskdm_server.flower.streaming import StreamingLink, _inflate
 
 from ..conftest import Time
 
@@ -69,97 +73,9 @@ def assert_good(reply: Reply) -> None:
     }
 
 
-def test_a_reply_becomes_a_parcel_with_its_arrays_and_numbers() -> None:
-    assert_good(Reply(1, _parcel(good())))
-
-
-def test_a_reply_without_an_update_has_no_arrays() -> None:
-    parcel = _parcel(content())
-    assert parcel is not None
-    assert not parcel.arrays
-
-
-def foreign(header: Any, body: bytes = b"") -> bytes:
-    """A document with any header."""
-    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + body
-
-
-def entry(**changes: Any) -> dict[str, Any]:
-    return {"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0], **changes}}
-
-
-DOCUMENTS = [
-    b"",
-    bytes(4),
-    bytes(8),
-    b"\xff" * 64,
-    pack(UPDATE)[:-1],
-    pack(UPDATE) + b"\0",
-    foreign(b"not json"),
-    foreign(b'"\xff"'),
-    foreign(b"[" * 200_000),
-    foreign(b"9" * 10_000),
-    foreign([]),
-    foreign(3),
-    foreign(None),
-    foreign({"a": 3}),
-    foreign({"a": []}),
-    foreign({"__metadata__": 3}),
-    foreign({"__metadata__": {"a": 1}}),
-    foreign(entry(dtype="F64")),
-    foreign(entry(dtype=["U8"])),
-    foreign(entry(shape=3)),
-    foreign(entry(shape=[-1])),
-    foreign(entry(shape=[True])),
-    foreign(entry(shape=[0.0])),
-    foreign(entry(shape=["0"])),
-    foreign(entry(shape=[0, 10**30])),
-    foreign(entry(shape=[0, 2**62, 2**62])),
-    foreign(entry(shape=[0] * 65)),
-    foreign(entry(shape=[10**30], data_offsets=[0, 10**30])),
-    foreign(entry(data_offsets=[0])),
-    foreign(entry(data_offsets=[0, 0, 0])),
-    foreign(entry(data_offsets={"0": 0, "1": 0})),
-    foreign(entry(data_offsets=[-8, -8])),
-    foreign(entry(shape=[8], data_offsets=[0, 8]), bytes(4)),
-    foreign(entry(more=1)),
-]
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=range(len(DOCUMENTS)))
-def test_an_update_that_is_no_document_of_ours_is_no_parcel(document: bytes) -> None:
-    reply = under_test._reply(under_test.Asked(4, Question(1, 1.0), 1.0), content(packed(document)))
+def test_what_is_no_reply_of_a_site_is_a_bad_reply_and_no_loss() -> None:
+    reply = read_reply(Pending(4, Question(1, 1.0), 1.0), content(packed(b"no document")))
     assert (reply.site, reply.parcel, reply.problem, reply.lost) == (4, None, "its reply is none of ours", False)
-
-
-@pytest.mark.parametrize(
-    "records",
-    [
-        {},
-        {"update": packed(pack(UPDATE))},
-        {"report": ConfigRecord({"outcome": "text"})},
-        {"report": MetricRecord({"outcome": [0, 1]})},
-        {"report": packed(pack(UPDATE))},
-        {"report": MetricRecord(dict(NUMBERS)), "more": ConfigRecord({"file": "name"})},
-        {"report": MetricRecord(dict(NUMBERS)), "update": MetricRecord({"a": 1})},
-        {"report": MetricRecord(dict(NUMBERS)), "update": packed(pack(UPDATE), kind="numpy.ndarray")},
-        {"report": MetricRecord(dict(NUMBERS)), "update": packed(pack(UPDATE), name="a")},
-        {"report": MetricRecord(dict(NUMBERS)), "update": ArrayRecord({})},
-        {
-            "report": MetricRecord(dict(NUMBERS)),
-            "update": ArrayRecord({name: Array("uint8", (0,), PACKED, pack(UPDATE)) for name in ("packed", "more")}),
-        },
-        {
-            "report": MetricRecord(dict(NUMBERS)),
-            # What NumPy would have to unpickle is never loaded.
-            "update": ArrayRecord({"packed": Array("uint8", (1,), "numpy.ndarray", b"\x80\x04K\x01.")}),
-        },
-    ],
-)
-def test_records_that_are_not_those_of_a_site_are_no_parcel(records: dict[str, Any]) -> None:
-    assert _parcel(RecordDict(records)) is None
 
 
 def objects_of(thing: Any) -> dict[str, bytes]:
@@ -358,6 +274,12 @@ class Runtime(Grid):
         return inflate_object_from_contents(name, dict(self.objects), keep_object_contents=True).content
 
 
+def set_clock(monkeypatch: pytest.MonkeyPatch, now: Sequence[float]) -> None:
+    """Have it be the time in the list, which the test moves on."""
+    for module in (grid_link, under_test):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: now[0]))
+
+
 def names_in(tree: Any) -> list[str]:
     return [tree.object_id, *(name for child in tree.children for name in names_in(child))]
 
@@ -460,7 +382,7 @@ def test_a_reply_that_carries_the_number_of_its_question_has_an_id_that_nobody_e
     link.ask([5, 7], question, 123.0)
     ids = set()
     for name in list(runtime.sent):
-        reply = message_with(Parcel({}, NUMBERS), Message(runtime.content_of(name), 5, "train"))
+        reply = reply_to(Message(runtime.content_of(name), 5, "train"), Parcel({}, NUMBERS))
         ids |= set(names_in(get_object_tree(reply)))
         runtime.answer(name, reply.content)
     assert len(ids) == 6, "message, records and report, of each site its own"
@@ -547,7 +469,7 @@ def test_a_message_that_is_void_is_not_asked_for_any_more(
 ) -> None:
     grid, link = pair
     now = [1000.0]
-    monkeypatch.setattr(under_test, "time", SimpleNamespace(time=lambda: now[0]))
+    set_clock(monkeypatch, now)
     link.ask([5], question, 100.0)
     (name,) = grid.sent
     now[0] += 101
@@ -661,7 +583,7 @@ def test_a_reply_that_is_announced_and_never_sent_is_not_asked_for_for_ever(
 ) -> None:
     runtime, link = streaming(tmp_path)
     now = [1000.0]
-    monkeypatch.setattr(under_test, "time", SimpleNamespace(time=lambda: now[0]))
+    set_clock(monkeypatch, now)
     link.ask([5], question, 100.0)
     runtime.offer(next(iter(runtime.sent)), good())
     assert list(link.receive()) == []
@@ -679,7 +601,7 @@ def test_a_slow_upload_may_take_longer_than_its_question_counts(
     """The exchange waits for it as long as bytes are carried, see test_exchange.py."""
     runtime, link = streaming(tmp_path)
     now = [1000.0]
-    monkeypatch.setattr(under_test, "time", SimpleNamespace(time=lambda: now[0]))
+    set_clock(monkeypatch, now)
     link.ask([5], question, 100.0)
     objects = runtime.offer(next(iter(runtime.sent)), good())
     for object_id, found in objects.items():
@@ -813,3 +735,11 @@ def test_what_goes_down_is_read_from_its_file_and_not_held(question: Question) -
     assert isinstance(weights.data, memoryview)
     found: dict[str, NDArray[np.generic]] = unpack(weights.data)
     assert found["w"].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_a_grid_of_another_flower_is_refused_and_not_carried_over_in_another_way(tmp_path: Path, name: str) -> None:
+    runtime = Runtime()
+    delattr(runtime, name)
+    with pytest.raises(FederationError, match=rf"^Flower \d+\.\d+\.\d+ lacks Runtime\.{name}, .* pip install 'flwr"):
+        StreamingLink(runtime, tmp_path, LARGEST)
