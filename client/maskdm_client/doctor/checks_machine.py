@@ -1,6 +1,5 @@
 """What `maskdm-client doctor` looks at on this machine: versions, disk, memory, and one real step of training."""
 
-import platform
 import re
 import resource
 import shutil
@@ -9,33 +8,31 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from math import prod
 from os import sysconf
 from pathlib import Path
 from typing import Literal
 
 import torch
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from torch import Tensor
 
 import maskdm
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
 from maskdm.data.batches import Batch
 from maskdm.errors import OutOfMemory, UsageError, plain
+from maskdm.federated.flower_names import lacking, wanted, without
 from maskdm.networks.model import build_model
 from maskdm.networks.precision import pick_device, pick_precision
 from maskdm.networks.trainable import expected_shapes
 from maskdm.training.checkpoint import model_from
 from maskdm.training.loop import Progress, TrainingState, train
 
+from ..flower.private_names import REPLACED, USED
 from .checks import Check, mistake
 
-# What was tested, from the first version up to below the second; as in pyproject.toml.
-TESTED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "Python": ((3, 11), (3, 14)),
-    "flwr": ((1, 41), (1, 43)),
-    "torch": ((2, 8), (3,)),
-}
 BATCH = 32  # images in a step, unless the coordinator chooses another number
 RECORD = 54  # bytes of a packed image besides its pixels
 # Copies of the weights on the disk: as they came, two saved states of training (weights, average, two moments; the
@@ -50,18 +47,22 @@ Found = dict[str, str]
 
 def installed() -> Found:
     """Versions of what matters."""
-    return {"Python": platform.python_version(), **{name: version(name) for name in ("flwr", "torch")}}
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"Python": python, **{name: version(name) for name in ("flwr", "torch")}}
 
 
 def versions(found: Mapping[str, str]) -> Check:
-    """Whether they are among those that were tested."""
+    """Whether they are among those that were tested, and Flower has all that is used of it."""
     said = ", ".join(f"{name} {number}" for name, number in {"maskdm": maskdm.__version__, **found}.items())
-    for name, (first, end) in TESTED.items():
-        number = tuple(int(part) for part in re.findall(r"\d+", found[name])[:2])
-        if not first <= number < end:
-            wanted = ".".join(map(str, first)), ".".join(map(str, end))
-            remedy = f"install {name} >= {wanted[0]}, < {wanted[1]}, e.g. in an environment of its own"
-            return Check("versions", False, said, remedy)
+    tested = {name: wanted(name).specifier for name in ("flwr", "torch")}
+    tested["Python"] = SpecifierSet(metadata("maskdm")["Requires-Python"])
+    for name, allowed in tested.items():
+        if Version(found[name]).base_version not in allowed:
+            ordered = ", ".join(sorted(map(str, allowed), reverse=True))
+            return Check("versions", False, said, f"install {name} {ordered}, e.g. in an environment of its own")
+    absent = lacking(USED, REPLACED)
+    if absent:
+        return mistake("versions", UsageError(without(*absent)))
     return Check("versions", True, said)
 
 
