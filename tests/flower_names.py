@@ -32,7 +32,7 @@ def _names(tree: ast.Module) -> Iterator[tuple[str, str]]:
             call = node.value
             if isinstance(call.func, ast.Name) and call.func.id == "import_module":
                 assert isinstance(call.args[0], ast.Constant)
-                modules[node.target.id] = call.args[0].value
+                modules[node.target.id] = str(call.args[0].value)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             yield modules[node.value.id], node.attr
