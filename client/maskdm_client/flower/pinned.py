@@ -5,6 +5,7 @@ looked at by its sha256 alone: one that this site does not allow is answered wit
 since the code that runs is the installed `maskdm_client.flower.client_app`.
 
     python -m maskdm_client.flower.pinned supernode  SITE [options of flower-supernode]
+    python -m maskdm_client.flower.pinned superexec  SITE [options of flower-superexec]
     python -m maskdm_client.flower.pinned clientapp  SITE [options of flwr-clientapp]
 """
 
@@ -35,6 +36,12 @@ LARGEST_BUNDLE = 1_000_000  # bytes
 # wait for one for ever.
 UNANSWERED = ".flwr/unanswered"
 ADDRESS = "--runtime-api-address"  # of the SuperNode, among the arguments of SuperExec and ClientApp
+PROGRAM = "flwr-clientapp"  # the only one that a SuperExec may start; it is found in a folder of the site's
+# Python's audit events of what begins a program.
+BEGINNINGS = (
+    *("subprocess.Popen", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile"),
+    *("os.system", "pty.spawn"),
+)
 # What Flower would send of an exception is its text.
 SILENCE = "the site's own log says why"
 
@@ -80,6 +87,29 @@ def run_supernode(site: Path) -> None:
     internal.get_fused_config_from_fab = fused_if_allowed
     connection.NodeAuthHttpInterceptor = SignedRequests
     flower_supernode()
+
+
+def run_superexec(site: Path) -> None:
+    """Flower's SuperExec, which can start nothing but our ClientApp, by whatever name or call another Flower would.
+
+    Raises:
+        UsageError: the installed Flower lacks a name.
+    """
+    require(USED, REPLACED)
+    from flwr.supercore.cli.flower_superexec import flower_superexec
+
+    sys.addaudithook(begin_nothing_else)
+    flower_superexec()
+
+
+def begin_nothing_else(event: str, given: tuple[Any, ...]) -> None:
+    """A hook that looks at every program that this process is about to begin.
+
+    Raises:
+        PermissionError: it is none of ours.
+    """
+    if event in BEGINNINGS and not (event == "subprocess.Popen" and given[0] == PROGRAM):
+        raise PermissionError(f"Flower's superexec may start nothing but {PROGRAM}: {event}")
 
 
 def run_clientapp(site: Path) -> None:
@@ -143,11 +173,13 @@ def _installed() -> Any:
     return app
 
 
+PROCESSES = {"supernode": run_supernode, "superexec": run_superexec, "clientapp": run_clientapp}
+
 if __name__ == "__main__":
     command, folder = sys.argv[1], Path(sys.argv[2])
     sys.argv = [f"flower-{command}", *sys.argv[3:]]
     try:
-        {"supernode": run_supernode, "clientapp": run_clientapp}[command](folder)
+        PROCESSES[command](folder)
     except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(UNFIT)

@@ -8,6 +8,7 @@ from maskdm.federated.flower_names import Replaced, Used
 USED: Used = {
     "flwr.common.constant": "TIMESTAMP_HEADER",
     "flwr.proto.fleet_pb2": "ActivateNodeRequest",
+    "flwr.supercore.cli.flower_superexec": "flower_superexec",
     "flwr.supercore.constant": "TaskType.SERVER_APP",
     "flwr.supercore.error": (
         "ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED FlowerError.from_json"

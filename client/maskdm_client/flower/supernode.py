@@ -14,11 +14,11 @@ from typing import Self
 from maskdm.errors import UsageError
 from maskdm.federated.flower_names import UNFIT
 from maskdm.federated.kit import OpenedKit
-from maskdm.run.processes import Child, flower_environment, free_port, script
+from maskdm.run.processes import Child, flower_environment, free_port
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write
 
-from .pinned import ADDRESS, UNANSWERED
+from .pinned import ADDRESS, PROGRAM, UNANSWERED
 
 # What the SuperNode writes into its log once the server has let it in.
 LET_IN = b"SuperNode ID"
@@ -41,14 +41,14 @@ class SuperNode:
         home, site = (folder / ".flwr").resolve(), folder.resolve()
         home.mkdir(exist_ok=True, mode=0o700)
         home.chmod(0o700)
-        self._logs, self._let_in = folder / "logs", False
+        self._site, self._logs, self._let_in = site, folder / "logs", False
         self._unanswered = folder / UNANSWERED
         self._environment = flower_environment(home)
         self._secret, self._programs = home / "secret", home / "bin"
         atomic_write(self._secret, secrets.token_hex(32), private=True)
         # The only program that the SuperExec finds by its name.
         self._programs.mkdir(exist_ok=True)
-        program = self._programs / "flwr-clientapp"
+        program = self._programs / PROGRAM
         program.write_text(f'#!/bin/sh\nexec {shlex.join(pinned("clientapp", site))} "$@"\n')
         program.chmod(0o700)
         own = free_port()
@@ -86,7 +86,7 @@ class SuperNode:
         if ended is not None:
             return False
         if self._executor is None and self.is_let_in():
-            command = [script("flower-superexec"), ADDRESS, self._runtime, "--insecure"]
+            command = [*pinned("superexec", self._site), ADDRESS, self._runtime, "--insecure"]
             command += ["--superexec-auth-secret-file", str(self._secret)]
             around = {**self._environment, "PATH": str(self._programs)}
             self._executor = Child(command, log=self._logs / "superexec.log", environment=around)

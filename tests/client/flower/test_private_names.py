@@ -11,7 +11,7 @@ import pytest
 from maskdm.errors import UsageError
 from maskdm.federated.flower_names import UNFIT, Replaced, lacking
 from maskdm_client.flower import pinned
-from maskdm_client.flower.pinned import run_clientapp, run_supernode
+from maskdm_client.flower.pinned import PROCESSES, run_clientapp, run_supernode
 from maskdm_client.flower.private_names import CLIENTAPP, REPLACED, USED
 
 from ...flower_names import names_in_use, without
@@ -24,8 +24,8 @@ EACH_USED = [(module, name) for module, names in USED.items() for name in names.
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What of Flower began."""
     found = list[str]()
-    for name in ("flower_supernode", "flwr_clientapp"):
-        module = import_module(f"flwr.supernode.cli.{name}")
+    for path in ("supernode.cli.flower_supernode", "supercore.cli.flower_superexec", "supernode.cli.flwr_clientapp"):
+        module, name = import_module(f"flwr.{path}"), path.rpartition(".")[2]
         monkeypatch.setattr(module, name, lambda name=name: found.append(name))
     return found
 
@@ -51,7 +51,7 @@ def test_without_a_name_no_supernode_begins(
 
 
 @pytest.mark.parametrize("name", [each.name for each in CLIENTAPP])
-@pytest.mark.parametrize("run", [run_supernode, run_clientapp])
+@pytest.mark.parametrize("run", PROCESSES.values(), ids=PROCESSES)
 def test_without_what_keeps_code_of_a_coordinator_away_no_clientapp_begins(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begun: list[str], name: str, run: Callable[[Path], None]
 ) -> None:
@@ -89,13 +89,12 @@ def test_a_name_that_is_only_read_as_the_module_is_loaded_is_not_looked_up(
     assert lacking({}, [Replaced("release_none", "install")]) == ["release_none.install"]
 
 
-@pytest.mark.parametrize("program", ["supernode", "clientapp"])
-def test_a_process_that_may_not_begin_says_why_in_one_line(tmp_path: Path, program: str) -> None:
+def test_a_process_that_may_not_begin_says_why_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(
         "import runpy, sys\n"
         "import flwr.supernode.runtime.run_clientapp as runtime\n"
         "del runtime.install_from_fab\n"
-        f"sys.argv = ['pinned', {program!r}, {str(tmp_path)!r}, '--insecure']\n"
+        f"sys.argv = ['pinned', 'supernode', {str(tmp_path)!r}, '--insecure']\n"
         f"runpy.run_module({pinned.__name__!r}, run_name='__main__')\n"
     )
     command = [sys.executable, "-W", "ignore", str(tmp_path / "run.py")]

@@ -33,7 +33,6 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
         (folder / name).chmod(0o755)
     (folder / "flower-supernode.says").write_text("Starting\nSuperNode ID: 1\n")
-    monkeypatch.setattr(supernode, "script", lambda name: str(folder / name))
     monkeypatch.setattr(supernode, "pinned", lambda name, site: [str(folder / f"flower-{name}"), str(site)])
     return folder
 
