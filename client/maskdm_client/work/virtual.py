@@ -27,14 +27,13 @@ def prepare(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def join(folder: Path) -> Set[str]:
     """Choose the slice of the site of a folder, unless that is done; sha256 of what is trained on."""
-    if not (folder / SLICE).exists():
-        choose_slice(load_settings(folder), folder)
+    _choose(folder)
     return read_slice(folder).train.keys()
 
 
 def answer(document: str, weights: bytes, folder: Path) -> Parcel:
     """Do what a plan asks at the site of a folder; its slice is chosen at the first time."""
-    join(folder)
+    _choose(folder)
     audit = folder / AUDIT
     record_plan(audit, 0, document, weights)
     parcel = answer_plan(document, weights, folder)
@@ -42,3 +41,8 @@ def answer(document: str, weights: bytes, folder: Path) -> Parcel:
     return release(
         parcel, int(parcel.scalars["round"]), SitePolicy() if failed else load_settings(folder).policy, audit
     )
+
+
+def _choose(folder: Path) -> None:
+    if not (folder / SLICE).exists():
+        choose_slice(load_settings(folder), folder)
