@@ -259,7 +259,7 @@ def supernode_killed(lab: Lab) -> None:
 def site_executor_killed(lab: Lab) -> None:
     lab.start()
     lab.until_training(1, 3)
-    lab.fault(lambda: lab.kill("flower-superexec", "site-1"))
+    lab.fault(lambda: lab.kill("pinned superexec", "site-1"))
 
 
 def server_app_killed(lab: Lab) -> None:

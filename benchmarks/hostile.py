@@ -7,7 +7,6 @@ named so often that it makes 10 GB).
 """
 
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import httpx
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
@@ -23,12 +22,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from maskdm.federated.encoding import layout
-from maskdm.federated.parcel import Outcome
+from maskdm.federated.flower_records import asked_in, reply_to
+from maskdm.federated.parcel import Outcome, Parcel
 from maskdm.federated.plan import RoundPlan
-from maskdm.run.tensorfile import pack
 
 TEN_GIGABYTES = 10 * 2**30
-PACKED = "maskdm.packed"
 CHUNK = 5 * 2**20
 
 
@@ -85,12 +83,12 @@ def serve_harm(address: str, attack: str) -> None:
             asked = inflate_object_from_contents(head.metadata.message_id, contents)
             assert isinstance(asked, Message)
             asked.metadata.__dict__["_message_id"] = head.metadata.message_id
-            plan = asked.content["plan"]
-            assert isinstance(plan, ConfigRecord)
-            if not plan["document"]:
+            question = asked_in(asked.content)
+            assert question
+            if not question.document:
                 continue
             try:
-                answer(asked, RoundPlan.model_validate_json(str(plan["document"])), attack, address, send, push, run)
+                answer(asked, RoundPlan.model_validate_json(question.document), attack, address, send, push, run)
             except Exception as error:
                 print(f"round {asked.metadata.group_id}: {type(error).__name__}: {error}"[:300], flush=True)
 
@@ -107,11 +105,7 @@ def answer(asked: Message, plan: RoundPlan, attack: str, address: str, send: Any
         print(f"round {plan.round}: 10 GB in one body: {answered.status_code}", flush=True)
         return
     arrays, numbers = harmful(plan, attack)
-    content = RecordDict({"report": MetricRecord(numbers)})
-    if arrays:
-        packed = pack(arrays)
-        content["update"] = ArrayRecord({"packed": Array("uint8", (len(packed),), PACKED, packed)})
-    message = Message(content, reply_to=asked)
+    message = reply_to(asked, Parcel(arrays, numbers))
     message.metadata.__dict__["_message_id"] = message.object_id
     objects = {name: found.deflate() for name, found in get_all_nested_objects(message).items()}
     tree = get_object_tree(message)
@@ -139,7 +133,6 @@ def bomb(message: Message, objects: dict[str, bytes], tree: Any) -> tuple[dict[s
     array.__dict__["_chunks"] = chunks * (TEN_GIGABYTES // CHUNK)
     message.metadata.__dict__["_message_id"] = message.object_id
     objects = {name: found.deflate() for name, found in get_all_nested_objects(message).items()}
-    assert json
     return objects, get_object_tree(message), message
 
 

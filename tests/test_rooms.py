@@ -130,6 +130,22 @@ def test_a_room_is_small_and_says_what_it_is(room: str) -> None:
     assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
 
 
+def test_one_module_of_the_library_knows_flower_and_the_rest_of_it_does_not_know_that_one() -> None:
+    records = "maskdm.federated.flower_records"
+    library = [path for path in files() if name_of(path).split(".")[0] == "maskdm"]
+    knows_flower = [name_of(path) for path in library if "flwr" in top_names(path)]
+    assert knows_flower == [records]
+    assert not [name_of(path) for path in library if records in {module for _, module in imported(path)}]
+
+
+def top_names(path: Path) -> set[str]:
+    """Of all packages that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in found}
+
+
 def test_tests_mirror_the_rooms() -> None:
     rooms = {f"{HOUSES[room.split('.')[0]]}/{'/'.join(room.split('.')[1:])}".rstrip("/") for room in ARROWS}
     folders = {

@@ -105,7 +105,7 @@ def test_a_federation_outlives_the_deaths_of_its_processes_one_after_another(wor
         ("maskdm_client.agent.worker", site),
         ("flwr-serverapp", workplace / "fed"),
         ("maskdm_server.door.door", workplace / "fed"),
-        ("flower-superexec", site),
+        ("maskdm_client.flower.pinned\0superexec", site),
         ("maskdm_client.flower.pinned\0supernode", site),
     ]
     for number, (process, folder) in enumerate(victims, start=1):

@@ -39,20 +39,22 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path: Path, public_corpus: 
 
 
 @pytest.mark.parametrize(
-    ("name", "client"),
+    ("name", "server", "client"),
     [
-        ("flower-app", "maskdm_client.flower.client_app:app"),
-        ("flower-simulation", "maskdm_client.flower.simulated_app:app"),
+        ("flower-app", "maskdm_server.flower.server_app:app", "maskdm_client.flower.client_app:app"),
+        ("flower-simulation", "maskdm_server.flower.simulated_app:app", "maskdm_client.flower.simulated_app:app"),
     ],
 )
-def test_a_bundle_holds_one_file_that_names_installed_code_and_no_dependency(name: str, client: str) -> None:
+def test_a_bundle_holds_one_file_that_names_installed_code_and_no_dependency(
+    name: str, server: str, client: str
+) -> None:
     import tomllib
 
     assert [path.name for path in source(name).iterdir()] == ["pyproject.toml"]
     document = tomllib.loads((source(name) / "pyproject.toml").read_text())
     assert document["project"]["dependencies"] == []
     components = document["tool"]["flwr"]["app"]["components"]
-    assert components == {"serverapp": "maskdm_server.flower.server_app:app", "clientapp": client}
+    assert components == {"serverapp": server, "clientapp": client}
 
 
 def test_the_library_imports_neither_flower_nor_the_other_packages() -> None:

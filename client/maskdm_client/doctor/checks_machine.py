@@ -1,6 +1,5 @@
 """What `maskdm-client doctor` looks at on this machine: versions, disk, memory, and one real step of training."""
 
-import platform
 import re
 import resource
 import shutil
@@ -16,20 +15,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from torch import Tensor
 
 import maskdm
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, TrainingConfig
 from maskdm.data.batches import Batch
 from maskdm.errors import OutOfMemory, UsageError, plain
+from maskdm.federated.flower_names import lacking, wanted, without
 from maskdm.networks.model import build_model
 from maskdm.networks.precision import pick_device, pick_precision
 from maskdm.networks.trainable import expected_shapes
 from maskdm.training.checkpoint import model_from
 from maskdm.training.loop import Progress, TrainingState, train
 
+from ..flower.private_names import REPLACED, USED
 from .checks import Check, mistake
 
 BATCH = 32  # images in a step, unless the coordinator chooses another number
@@ -46,26 +47,22 @@ Found = dict[str, str]
 
 def installed() -> Found:
     """Versions of what matters."""
-    return {"Python": platform.python_version(), **{name: version(name) for name in ("flwr", "torch")}}
-
-
-def tested() -> dict[str, SpecifierSet]:
-    """Those that the package says it was tested with."""
-    about = metadata("maskdm")
-    needs = [Requirement(line) for line in about.get_all("Requires-Dist", [])]
-    newest = max(int(line.rpartition("3.")[2]) for line in about.get_all("Classifier", []) if "Python :: 3." in line)
-    python = SpecifierSet(f"{about['Requires-Python']},<3.{newest + 1}")
-    return {"Python": python, **{need.name: need.specifier for need in needs if not need.marker}}
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"Python": python, **{name: version(name) for name in ("flwr", "torch")}}
 
 
 def versions(found: Mapping[str, str]) -> Check:
-    """Whether they are among those that were tested."""
+    """Whether they are among those that were tested, and Flower has all that is used of it."""
     said = ", ".join(f"{name} {number}" for name, number in {"maskdm": maskdm.__version__, **found}.items())
-    allowed = tested()
-    for name, number in found.items():
-        if not allowed[name].contains(number.removesuffix("+"), prereleases=True):
-            remedy = f"install {name} {allowed[name]}, e.g. in an environment of its own"
-            return Check("versions", False, said, remedy)
+    tested = {name: wanted(name).specifier for name in ("flwr", "torch")}
+    tested["Python"] = SpecifierSet(metadata("maskdm")["Requires-Python"])
+    for name, allowed in tested.items():
+        if Version(found[name]).base_version not in allowed:
+            ordered = ", ".join(sorted(map(str, allowed), reverse=True))
+            return Check("versions", False, said, f"install {name} {ordered}, e.g. in an environment of its own")
+    absent = lacking(USED, REPLACED)
+    if absent:
+        return mistake("versions", UsageError(without(*absent)))
     return Check("versions", True, said)
 
 

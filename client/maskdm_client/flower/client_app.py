@@ -7,24 +7,20 @@ of life.
 from contextlib import suppress
 from pathlib import Path
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
 from maskdm.errors import GateRefused, plain
 from maskdm.federated.auditlog import AUDIT
+from maskdm.federated.flower_records import Asked, asked_in, reply_to, size_in
 from maskdm.federated.parcel import Outcome, Parcel
-from maskdm.run.tensorfile import pack
 
 from ..folder.events import WorkFailed, note
 from ..folder.failures import unexpected
 from ..folder.mailbox import Mailbox
 from ..folder.settings import load_settings
 from ..gate.gate import release, release_outcome, release_progress
-from ..gate.record_incoming import record_foreign, record_plan, record_progress_question, round_in
-
-PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document
-LONGEST_WAIT = 600.0
-LONGEST_PLAN = 1_000_000  # characters
+from ..gate.record_incoming import record_foreign, record_plan, record_progress_question
 
 app = ClientApp()
 
@@ -36,34 +32,16 @@ def answer(message: Message, context: Context) -> Message:
     """Answer one message of the coordinator, which sends them all as of training: others are none of its."""
     folder = Path(str(context.node_config["site"]))
     try:
-        asked = asked_of(message.content) if message.metadata.message_type == MessageType.TRAIN else None
+        asked = asked_in(message.content) if message.metadata.message_type == MessageType.TRAIN else None
         if asked is None:
-            record_foreign(folder / AUDIT, size_of(message.content))
+            record_foreign(folder / AUDIT, size_in(message.content))
         parcel = carry(asked, folder)
     except OSError:  # what cannot be written down does not leave, nor does the path that could not be written
         raise RuntimeError("the audit log of this site cannot be written") from None
-    return message_with(parcel, message)
+    return reply_to(message, parcel)
 
 
-def message_with(parcel: Parcel, message: Message) -> Message:
-    """A reply that carries a parcel, bit for bit, and the number of its question, so that nobody can tell its id."""
-    content = RecordDict({"report": MetricRecord({**parcel.scalars, **nonce_of(message.content)})})
-    if parcel.arrays:
-        packed = pack(parcel.arrays)
-        content["update"] = ArrayRecord({"packed": Array("uint8", (len(packed),), PACKED, packed)})
-    return Message(content, reply_to=message)
-
-
-def nonce_of(content: RecordDict) -> dict[str, list[int]]:
-    """The random number of a question, in two parts of 63 bits; nothing where it has none."""
-    plan = content.get("plan")
-    nonce = plan.get("nonce") if isinstance(plan, ConfigRecord) else None
-    if isinstance(nonce, list) and len(nonce) == 2 and all(type(part) is int and 0 <= part < 2**63 for part in nonce):
-        return {"nonce": [int(part) for part in nonce]}
-    return {}
-
-
-def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
+def carry(asked: Asked | None, folder: Path) -> Parcel:
     """Hand a plan to the worker, or ask how far it is; an exception must not escape: Flower would send its text.
 
     Raises:
@@ -73,9 +51,9 @@ def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
     if asked is None:
         return release_outcome(Outcome.PLAN_REFUSED, 1, 0, audit)
     exchange, seconds, document, weights = asked
-    round_number = round_in(document)
+    round_number = 1
     if document:
-        record_plan(audit, exchange, document, weights)
+        round_number = record_plan(audit, exchange, document, weights)
     else:
         with suppress(OSError, TypeError):
             round_number = Mailbox(folder).progress(exchange)[0]
@@ -98,30 +76,3 @@ def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
         outcome, reason = Outcome.FAILED, unexpected(folder, error)
     note(folder, WorkFailed(round=round_number, outcome=outcome.name, reason=reason))
     return release_outcome(outcome, round_number, exchange, audit)
-
-
-def size_of(content: RecordDict) -> int:
-    """About how many bytes a message holds that may hold anything."""
-    values = [value for record in content.values() for value in record.values()]
-    texts = [
-        value.data if isinstance(value, Array) else value for value in values if isinstance(value, Array | str | bytes)
-    ]
-    return sum(len(text) for text in texts) + 8 * (len(values) - len(texts))
-
-
-def asked_of(content: RecordDict) -> tuple[int, float, str, bytes] | None:
-    """Exchange, seconds to wait, plan and weights; None where it is not what a coordinator sends."""
-    plan, weights = content.get("plan"), content.get("weights")
-    if not isinstance(plan, ConfigRecord) or (weights is not None and not isinstance(weights, ArrayRecord)):
-        return None
-    exchange, seconds, document = (plan.get(name) for name in ("exchange", "wait", "document"))
-    if type(exchange) is not int or not 0 <= exchange < 2**63 or not isinstance(document, str):
-        return None
-    if len(document) > LONGEST_PLAN:
-        return None
-    if not isinstance(seconds, float) or not 0 <= seconds <= LONGEST_WAIT or bool(document) != (weights is not None):
-        return None
-    packed = weights.get("packed") if weights is not None else None
-    if packed is not None and packed.stype != PACKED:
-        return None
-    return exchange, seconds, document, packed.data if packed is not None else b""

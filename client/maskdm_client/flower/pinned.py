@@ -5,6 +5,7 @@ looked at by its sha256 alone: one that this site does not allow is answered wit
 since the code that runs is the installed `maskdm_client.flower.client_app`.
 
     python -m maskdm_client.flower.pinned supernode  SITE [options of flower-supernode]
+    python -m maskdm_client.flower.pinned superexec  SITE [options of flower-superexec]
     python -m maskdm_client.flower.pinned clientapp  SITE [options of flwr-clientapp]
 """
 
@@ -18,14 +19,17 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from maskdm.errors import UsageError
 from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.bundle import PROJECT
+from maskdm.federated.flower_names import UNFIT, require
 from maskdm.federated.parcel import Outcome
 
 from ..folder.events import CodeRefused, note
 from ..folder.settings import load_settings
 from ..gate.gate import release_outcome
 from ..gate.record_incoming import record_foreign
+from .private_names import CLIENTAPP, REPLACED, USED
 
 COMPONENT = "maskdm_client.flower.client_app:app"
 LARGEST_BUNDLE = 1_000_000  # bytes
@@ -36,6 +40,12 @@ UNANSWERED = ".flwr/unanswered"
 ADMITTED = ".flwr/admitted"
 ADDRESS = "--runtime-api-address"  # of the SuperNode, among the arguments of SuperExec and ClientApp
 PORT = "--port"  # of the same, among its own
+PROGRAM = "flwr-clientapp"  # the only one that a SuperExec may start; it is found in a folder of the site's
+# Python's audit events of what begins a program.
+BEGINNINGS = (
+    *("subprocess.Popen", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile"),
+    *("os.system", "pty.spawn"),
+)
 # What Flower would send of an exception is its text.
 SILENCE = "the site's own log says why"
 
@@ -56,7 +66,12 @@ def problem_of_bundle(content: bytes, allowed: frozenset[str]) -> str | None:
 
 
 def run_supernode(site: Path) -> None:
-    """Flower's SuperNode, which reads nothing of a bundle that is not allowed, and signs whole requests."""
+    """Flower's SuperNode, which reads nothing of a bundle that is not allowed, and signs whole requests.
+
+    Raises:
+        UsageError: the installed Flower lacks a name.
+    """
+    require(USED, REPLACED)  # also of the ClientApp, so that it is said before a site joins
     import flwr.supernode.fleet_http_connection as connection
     import flwr.supernode.start_client_internal as internal
     from flwr.supercore.constant import TaskType
@@ -81,8 +96,36 @@ def run_supernode(site: Path) -> None:
     flower_supernode()
 
 
+def run_superexec(site: Path) -> None:
+    """Flower's SuperExec, which can start nothing but our ClientApp, by whatever name or call another Flower would.
+
+    Raises:
+        UsageError: the installed Flower lacks a name.
+    """
+    require(USED, REPLACED)
+    from flwr.supercore.cli.flower_superexec import flower_superexec
+
+    sys.addaudithook(begin_nothing_else)
+    flower_superexec()
+
+
+def begin_nothing_else(event: str, given: tuple[Any, ...]) -> None:
+    """A hook that looks at every program that this process is about to begin.
+
+    Raises:
+        PermissionError: it is none of ours.
+    """
+    if event in BEGINNINGS and not (event == "subprocess.Popen" and given[0] == PROGRAM):
+        raise PermissionError(f"Flower's superexec may start nothing but {PROGRAM}: {event}")
+
+
 def run_clientapp(site: Path) -> None:
-    """Flower's ClientApp process around the installed app; a bundle that is not allowed is answered with a code."""
+    """Flower's ClientApp process around the installed app; a bundle that is not allowed is answered with a code.
+
+    Raises:
+        UsageError: the installed Flower lacks a name.
+    """
+    require(USED, CLIENTAPP)
     import flwr.supernode.runtime.run_clientapp as runtime
     from flwr.supercore.exit import add_exit_handler
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
@@ -99,11 +142,11 @@ def run_clientapp(site: Path) -> None:
         return lambda *_: refuse if problem else _installed()
 
     def refuse(message: Any, context: Any) -> Any:
-        from .client_app import asked_of, message_with, size_of
+        from maskdm.federated.flower_records import asked_in, reply_to, size_in
 
-        asked, audit = asked_of(message.content), site / AUDIT
-        record_foreign(audit, size_of(message.content))
-        return message_with(release_outcome(Outcome.CODE_REFUSED, 1, asked[0] if asked else 0, audit), message)
+        asked, audit = asked_in(message.content), site / AUDIT
+        record_foreign(audit, size_in(message.content))
+        return reply_to(message, release_outcome(Outcome.CODE_REFUSED, 1, asked.exchange if asked else 0, audit))
 
     def push_and_note(*given: Any) -> None:
         nonlocal answered
@@ -137,7 +180,13 @@ def _installed() -> Any:
     return app
 
 
+PROCESSES = {"supernode": run_supernode, "superexec": run_superexec, "clientapp": run_clientapp}
+
 if __name__ == "__main__":
     command, folder = sys.argv[1], Path(sys.argv[2])
     sys.argv = [f"flower-{command}", *sys.argv[3:]]
-    {"supernode": run_supernode, "clientapp": run_clientapp}[command](folder)
+    try:
+        PROCESSES[command](folder)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(UNFIT)

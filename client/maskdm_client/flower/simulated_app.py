@@ -8,10 +8,10 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from maskdm.federated.flower_records import asked_in, reply_to
 from maskdm.federated.virtual import SITES, folder_of
 
 from ..work.virtual import answer
-from .client_app import asked_of, message_with
 
 app = ClientApp()
 
@@ -21,5 +21,5 @@ def train(message: Message, context: Context) -> Message:
     """Answer one message of the coordinator."""
     number = int(str(context.node_config["partition-id"])) + 1
     folder = folder_of(Path(str(context.run_config["federation"])) / SITES, number)
-    _, _, document, weights = asked_of(message.content) or (0, 0.0, "", b"")
-    return message_with(answer(document, weights, folder), message)
+    _, _, document, weights = asked_in(message.content) or (0, 0.0, "", b"")
+    return reply_to(message, answer(document, weights, folder))

@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 from typing import Self
 
+from maskdm.errors import UsageError
+from maskdm.federated.flower_names import UNFIT
 from maskdm.federated.kit import OpenedKit
-from maskdm.run.processes import Child, flower_environment, free_port, script
+from maskdm.run.processes import Child, flower_environment, free_port
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write
 
-from .pinned import ADDRESS, ADMITTED, PORT, UNANSWERED
+from .pinned import ADDRESS, ADMITTED, PORT, PROGRAM, UNANSWERED
 
 
 def pinned(program: str, site: Path) -> list[str]:
@@ -36,14 +38,15 @@ class SuperNode:
         home, site = (folder / ".flwr").resolve(), folder.resolve()
         home.mkdir(exist_ok=True, mode=0o700)
         home.chmod(0o700)
-        self._logs, self._unanswered, self._admitted = folder / "logs", folder / UNANSWERED, folder / ADMITTED
+        self._site, self._logs = site, folder / "logs"
+        self._unanswered, self._admitted = folder / UNANSWERED, folder / ADMITTED
         self._admitted.unlink(missing_ok=True)
         self._environment = flower_environment(home)
         self._secret, self._programs = home / "secret", home / "bin"
         atomic_write(self._secret, secrets.token_hex(32), private=True)
         # The only program that the SuperExec finds by its name.
         self._programs.mkdir(exist_ok=True)
-        program = self._programs / "flwr-clientapp"
+        program = self._programs / PROGRAM
         program.write_text(f'#!/bin/sh\nexec {shlex.join(pinned("clientapp", site))} "$@"\n')
         program.chmod(0o700)
         self._port = str(free_port())
@@ -66,11 +69,18 @@ class SuperNode:
         return self._admitted.exists() and self._admitted.read_text() == self._port
 
     def is_alive(self) -> bool:
-        """Whether both processes live; the SuperExec is started when the site is let in."""
-        if self._node.exit_code() is not None:
+        """Whether both processes live; the SuperExec is started when the site is let in.
+
+        Raises:
+            UsageError: the installed Flower lacks a name.
+        """
+        ended = self._node.exit_code()
+        if ended == UNFIT:
+            raise UsageError(self._node.last_lines(1))
+        if ended is not None:
             return False
         if self._executor is None and self.is_let_in():
-            command = [script("flower-superexec"), ADDRESS, self._runtime, "--insecure"]
+            command = [*pinned("superexec", self._site), ADDRESS, self._runtime, "--insecure"]
             command += ["--superexec-auth-secret-file", str(self._secret)]
             around = {**self._environment, "PATH": str(self._programs)}
             self._executor = Child(command, log=self._logs / "superexec.log", environment=around)

@@ -23,13 +23,12 @@ from maskdm.errors import GateRefused
 from maskdm.federated import auditlog
 from maskdm.federated.auditlog import message_of
 from maskdm.federated.parcel import NUMBER_NAMES, QUALITY_NAMES, Outcome, Parcel, QualityReport, Report
+from maskdm.federated.plan import RoundPlan
 from maskdm.federated.policy import SitePolicy
 from maskdm.run.tensorfile import Layout, layout_of, size_of
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import, and most messages are a few numbers
     from torch import Tensor
-
-    from maskdm.federated.plan import RoundPlan
 
 COORDINATOR = "coordinator"
 CODE = ("outcome", "round", "exchange")  # all that leaves of a failure, whatever the policy lists

@@ -1,4 +1,7 @@
-"""What the coordinator asks of a site, and the weights that go with it."""
+"""What the coordinator asks of a site, and the weights that go with it.
+
+Who only reads a plan, as the ClientApp does for every message, does not import PyTorch, which takes seconds.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,7 +11,6 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from ..config import Encoding, Frozen, Sampler, Trainable
 from ..metadata import CheckpointMetadata
-from ..networks.trainable import changed_weights, update_shapes
 from .kit import Digest
 
 PROTOCOL_VERSION: Literal[2] = 2
@@ -78,10 +80,14 @@ class RoundPlan(Frozen):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the update that is asked for."""
+        from ..networks.trainable import update_shapes
+
         return update_shapes(self.model.model, self.train, self.adapter_rank) if self.action == "train" else {}
 
     def changed(self) -> tuple[str, ...]:
         """Names of the weights that the update changes."""
+        from ..networks.trainable import changed_weights
+
         return changed_weights(self.model.model, self.train)
 
     def largest_images(self) -> int:

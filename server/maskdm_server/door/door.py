@@ -21,8 +21,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from maskdm.errors import UsageError
+from maskdm.federated.flower_names import UNFIT, require
+
 from .bodies import Message, Receive, read_body
 from .keys import KEYS, Keys, Refused
+from .private_names import REPLACED, USED
 from .questions import Questions
 from .traffic import Tally
 from .trees import TREES, Malformed, TooMany, objects, parts
@@ -238,7 +242,12 @@ def _size_without(field: int, found: list[tuple[int, memoryview]]) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Run Flower's SuperLink with the door in front of it."""
+    """Run Flower's SuperLink with the door in front of it.
+
+    Raises:
+        UsageError: the installed Flower lacks a name.
+    """
+    require(USED, REPLACED)
     import flwr.supercore.sql_mixin as database
     import flwr.superlink.main as superlink
 
@@ -290,5 +299,9 @@ class _Uvicorn:
 
 
 if __name__ == "__main__":
-    with suppress(asyncio.CancelledError):
-        main(sys.argv[1:])
+    try:
+        with suppress(asyncio.CancelledError):
+            main(sys.argv[1:])
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(UNFIT)

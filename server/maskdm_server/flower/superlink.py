@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from maskdm.errors import FederationError, UsageError
+from maskdm.federated.flower_names import UNFIT
 from maskdm.run.events import Event
 from maskdm.run.processes import Child, flower_environment, free_port, port_is_taken, script
 from maskdm.run.runfolder import LineReader
@@ -110,12 +111,20 @@ class SuperLink:
             process.close()
 
     def submit(self, check: Callable[[], None]) -> None:
-        """Wait until the SuperLink answers, let the sites in, and submit the federation's run."""
+        """Wait until the SuperLink answers, let the sites in, and submit the federation's run.
+
+        Raises:
+            UsageError: the installed Flower lacks a name.
+            FederationError: the SuperLink did not start, or does not take the run.
+        """
         deadline = time.monotonic() + START_SECONDS
         host, port = _split(self._private)
         while not port_is_taken(host, int(port)):
             check()
-            if self._processes["superlink"].exit_code() is not None or time.monotonic() > deadline:
+            ended = self._processes["superlink"].exit_code()
+            if ended == UNFIT:
+                raise UsageError(self._processes["superlink"].last_lines(1))
+            if ended is not None or time.monotonic() > deadline:
                 raise FederationError(f"the SuperLink did not start:\n{self._processes['superlink'].last_lines()}")
             time.sleep(POLL_SECONDS)
         if self._control is None:

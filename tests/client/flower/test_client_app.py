@@ -15,13 +15,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Metadat
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from maskdm.federated.flower_records import LONGEST_PLAN, LONGEST_WAIT, PACKED
 from maskdm.federated.parcel import REPORT_NAMES, Outcome, Parcel, Report
 from maskdm.federated.policy import SitePolicy
 from maskdm.run.runfolder import read_lines
 from maskdm.run.tensorfile import pack, unpack
 from maskdm_client.flower import client_app as client_app
 from maskdm_client.flower import simulated_app as simulated
-from maskdm_client.flower.client_app import LONGEST_PLAN, LONGEST_WAIT, PACKED, asked_of, nonce_of
 from maskdm_client.folder.failures import LOG
 from maskdm_client.folder.mailbox import Mailbox
 
@@ -111,62 +111,6 @@ def test_a_message_of_another_kind_is_foreign_whatever_it_holds(kind: str, make_
     assert numbers_alone(answered(with_weights(), folder, kind)) == refused
     assert [line["direction"] for line in read_lines(folder / "audit.jsonl")] == ["in", "out"]
     assert Mailbox(folder).asked() is None
-
-
-VALUES = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.text(max_size=3), st.binary(max_size=3))
-PLANS = st.builds(
-    ConfigRecord,
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "exchange": st.integers(0, 2**63 - 1) | VALUES,
-            "wait": st.floats(0, LONGEST_WAIT) | VALUES,
-            "document": st.sampled_from(["", DOCUMENT]) | VALUES,
-        },
-    ),
-)
-RECORDS = st.sampled_from([weights(), weights(stype="pickle"), ArrayRecord({}), MetricRecord({}), ConfigRecord({})])
-CONTENTS = st.fixed_dictionaries({}, optional={"plan": PLANS | RECORDS, "weights": RECORDS | PLANS})
-
-
-@given(CONTENTS.map(RecordDict))
-def test_whatever_a_message_holds_it_is_refused_or_of_known_types_and_ranges(content: RecordDict) -> None:
-    asked = asked_of(content)
-    if asked is not None:
-        exchange, seconds, document, packed = asked
-        assert type(exchange) is int
-        assert 0 <= exchange < 2**63
-        assert type(seconds) is float
-        assert 0 <= seconds <= LONGEST_WAIT
-        assert (type(document), type(packed)) == (str, bytes)
-        assert bool(document) == ("weights" in content)
-        assert packed in (b"", PACKED_WEIGHTS)
-
-
-@given(exchange=st.integers(0, 2**63 - 1), wait=st.floats(0, LONGEST_WAIT), document=st.text(min_size=1))
-def test_what_a_coordinator_sends_is_understood(exchange: int, wait: float, document: str) -> None:
-    plan = {"exchange": exchange, "wait": wait, "document": document}
-    content = RecordDict({"plan": ConfigRecord(plan), "weights": weights()})
-    assert asked_of(content) == (exchange, wait, document, PACKED_WEIGHTS)
-    later = RecordDict({"plan": ConfigRecord({**plan, "document": ""})})
-    assert asked_of(later) == (exchange, wait, "", b"")
-
-
-@given(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1)))
-def test_the_number_of_a_question_is_sent_back(nonce: tuple[int, int]) -> None:
-    plan = ConfigRecord({"exchange": 5, "wait": 1.0, "document": "", "nonce": list(nonce)})
-    content = RecordDict({"plan": plan})
-    assert asked_of(content) == (5, 1.0, "", b"")
-    assert nonce_of(content) == {"nonce": list(nonce)}
-
-
-@pytest.mark.parametrize(
-    "nonce", [None, 5, "text", b"bytes", [1], [1, 2, 3], [-1, 0], [2**63, 0], [1.0, 2.0], ["a", "b"], [True, False]]
-)
-def test_what_is_no_such_number_is_not_sent_back(nonce: Any) -> None:
-    plan = ConfigRecord({} if nonce is None else {"nonce": nonce})
-    assert nonce_of(RecordDict({"plan": plan})) == {}
-    assert nonce_of(RecordDict({"plan": MetricRecord({"nonce": [1, 2]})})) == {}
 
 
 def test_a_plan_reaches_the_mailbox_as_it_came(make_site: MakeSite) -> None:

@@ -1,6 +1,7 @@
 """What a coordinator sends as code is known by its hash alone."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -63,6 +64,48 @@ def test_a_clientapp_that_fails_before_it_can_answer_says_so_to_the_site(tmp_pat
     refused.server_close()
     assert ended.returncode == 1
     assert (tmp_path / UNANSWERED).read_text() == address
+
+
+BEGINNINGS = [
+    "subprocess.Popen(['/bin/true'])",
+    "subprocess.Popen(['flwr-other'])",
+    "subprocess.Popen([sys.executable, '-c', ''])",
+    "subprocess.Popen('flwr-clientapp', shell=True)",
+    "subprocess.Popen(['flwr-clientapp'], executable='/bin/true')",
+    "os.system('true')",
+    "os.execv('/bin/true', ['flwr-clientapp'])",
+    "os.fork()",
+    "os.posix_spawn('/bin/true', ['flwr-clientapp'], {})",
+]
+
+
+def test_a_superexec_can_begin_no_program_but_ours_whatever_flower_calls(tmp_path: Path) -> None:
+    """A next release may name the ClientApp otherwise, or start it without a look at the PATH."""
+    for name in ("flwr-clientapp", "flwr-other"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "began $@"\n')
+        (tmp_path / name).chmod(0o755)
+    lines = [
+        "import os, subprocess, sys",
+        "from importlib import import_module",
+        "from pathlib import Path",
+        "from maskdm_client.flower.pinned import run_superexec",
+        "def flowers():",
+        *(
+            f"    try: {code}\n    except PermissionError as error: print(error, flush=True)\n    else: print('began')"
+            for code in BEGINNINGS
+        ),
+        "    subprocess.Popen(['flwr-clientapp', '--token', 't']).wait()",
+        "import_module('flwr.supercore.cli.flower_superexec').flower_superexec = flowers",
+        f"run_superexec(Path({str(tmp_path)!r}))",
+    ]
+    (tmp_path / "run.py").write_text("\n".join(lines))
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "run.py")]
+    around = {**os.environ, "PATH": str(tmp_path)}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=around)
+    *refused, ours = ended.stdout.splitlines()
+    assert len(refused) == len(BEGINNINGS), ended.stderr
+    assert all(line.startswith("Flower's superexec may start nothing but flwr-clientapp: ") for line in refused)
+    assert ours == "began --token t"
 
 
 def test_what_is_not_allowed_is_not_even_opened(monkeypatch: pytest.MonkeyPatch) -> None:

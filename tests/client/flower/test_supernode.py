@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from maskdm.errors import UsageError
+from maskdm.federated.flower_names import UNFIT
 from maskdm.federated.kit import open_kit
 from maskdm_client.flower import supernode
 from maskdm_client.flower.pinned import ADMITTED, UNANSWERED
@@ -33,7 +35,6 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
         (folder / name).chmod(0o755)
     (folder / "flower-supernode.says").write_text("Starting\n")
-    monkeypatch.setattr(supernode, "script", lambda name: str(folder / name))
     monkeypatch.setattr(supernode, "pinned", lambda name, site: [str(folder / f"flower-{name}"), str(site)])
     return folder
 
@@ -63,7 +64,8 @@ def test_a_superexec_that_dies_ends_the_connection_so_that_another_one_is_made(
     written = (tmp_path / "logs" / "supernode.log").read_text()
     assert "--superlink [::1]:8000" in written
     address = f"127.0.0.1:{written.split('--port ')[1].split()[0]}"
-    assert f"--runtime-api-address {address} --insecure" in (tmp_path / "logs" / "superexec.log").read_text()
+    given = f"--runtime-api-address {address} --insecure"
+    until(lambda: given in (tmp_path / "logs" / "superexec.log").read_text())  # a process of its own writes it
     executor = pid_of(programs)
     assert executor
     os.kill(executor, signal.SIGKILL)
@@ -131,3 +133,9 @@ def test_a_kit_gives_authority_and_key_and_takes_away_insecure(programs: Path, t
     written = (tmp_path / "logs" / "supernode.log").read_text()
     assert f"--root-certificates {opened.authority} --auth-supernode-private-key {opened.key}" in written
     assert "--insecure" not in written
+
+
+def test_a_flower_that_lacks_a_name_ends_the_site_with_what_to_install(programs: Path, tmp_path: Path) -> None:
+    (programs / "flower-supernode").write_text(f"#!/bin/sh\necho one; echo 'Flower 9 lacks it: pip'; exit {UNFIT}\n")
+    with SuperNode(tmp_path, "::1", 8000, None) as node, pytest.raises(UsageError, match=r"^Flower 9 lacks it: pip$"):
+        until(lambda: not node.is_alive())
