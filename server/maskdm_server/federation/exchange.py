@@ -177,19 +177,17 @@ class Exchange:
         site, asked, parcel = reply.site, self._asked.get(reply.site), reply.parcel
         ours = self._plan.exchange
         answered = (reply.question and reply.question.exchange) if parcel is None else parcel.scalars.get("exchange")
-        message = described(parcel) if parcel is not None else NOTHING  # before its arrays are taken elsewhere
-        unchecked = replace(message, arrays={})  # whose names a stranger chose
         if parcel is not None:
             self.bytes_up += parcel.size()
         if asked is None or (answered is not None and answered != ours):
             self.late += 1
-            self._note("in", site, "late", unchecked)
+            self._note("in", site, "late", unchecked(parcel))
             self._say({"event": "late", "round": self._plan.round, "site": self._link.name(site)})
             return
         asked.told, asked.unanswered = self._clock(), 0
         newest = reply.question is asked.latest  # of several that are under way only one has a successor
         if site in self.accepted:
-            self._note("in", site, "accepted before", unchecked)
+            self._note("in", site, "accepted before", unchecked(parcel))
         elif parcel is None:
             if reply.lost and asked.questions < MOST_QUESTIONS:
                 self._note("in", site, f"lost: {reply.problem}")
@@ -197,23 +195,23 @@ class Exchange:
             else:
                 self._fail(site, asked, reply.problem)
         elif outcome_of(parcel.scalars) == Outcome.WORKING:
-            self._note("in", site, "working", unchecked)
+            self._note("in", site, "working", unchecked(parcel))
             self._take_note(site, asked, parcel)
             if newest:
                 self._ask_how_far(site, asked)
         elif outcome_of(parcel.scalars) == Outcome.UNKNOWN and not newest:
-            self._note("in", site, "unknown", unchecked)
+            self._note("in", site, "unknown", unchecked(parcel))
         elif outcome_of(parcel.scalars) == Outcome.UNKNOWN and asked.questions < MOST_QUESTIONS:
-            self._note("in", site, "unknown", unchecked)
+            self._note("in", site, "unknown", unchecked(parcel))
             self._have_rest.discard(site)
             self._ask([site])
         else:
             try:
-                take(site, parcel)
+                take(site, parcel)  # which reads an update once, and has its digest made on the way
             except UpdateRejected as reason:
-                self._fail(site, asked, str(reason), unchecked)
+                self._fail(site, asked, str(reason), unchecked(parcel))
             else:
-                self._note("in", site, "accepted", message)
+                self._note("in", site, "accepted", described(parcel))
                 asked.over = True
                 self.accepted.add(site)
                 self.silent.discard(site)
@@ -268,6 +266,11 @@ class Exchange:
         self.failed[site] = reason
         self._note("in", site, f"rejected: {reason}", message)
         self._say({"event": "rejected", "round": self._plan.round, "site": self._link.name(site), "reason": reason})
+
+
+def unchecked(parcel: Parcel | None) -> Message:
+    """What is written down of a reply that was not taken in."""
+    return replace(described(parcel), arrays={}) if parcel is not None else NOTHING  # a stranger chose their names
 
 
 def described(parcel: Parcel) -> Message:

@@ -49,7 +49,7 @@ from httpx import HTTPStatusError
 from maskdm.errors import MaskDMError
 from maskdm.federated.parcel import Parcel
 from maskdm.run.runfolder import append_line
-from maskdm.run.tensorfile import Stored, unpack
+from maskdm.run.tensorfile import Hashed, unpack
 from maskdm.training.checkpoint import describe_checkpoint
 
 from ..door.door import CHUNK
@@ -389,6 +389,6 @@ def _parcel(content: RecordDict, arrived: Path | None = None) -> Parcel | None:
     if not isinstance(update, ArrayRecord) or set(update) != {"packed"} or update["packed"].stype != PACKED:
         return None
     try:
-        return Parcel(Stored(arrived) if arrived else unpack(update["packed"].data), numbers)
+        return Parcel(Hashed(arrived) if arrived else unpack(update["packed"].data), numbers)
     except ValueError:
         return None
