@@ -98,7 +98,7 @@ def join(
         "threads": threads,
         "features": features and features_of(features),
     }
-    open_source(data)
+    source = open_source(data)
     check_apart(data, out)
     pick_device(device)
     with owned(out), Interruption() as interruption:
@@ -126,7 +126,8 @@ def join(
             identity,
             may_change=(*MAY_CHANGE, *POLICY_KEYS),
         )
-        chosen, found = choose_slice(settings, out, interruption.check)
+        model = opened.kit.model if opened else None
+        chosen, found = choose_slice(source, settings, out, model, interruption.check)
         say(
             f"{found.total:,} local images; {len(chosen.train):,} to train on, {len(chosen.held_out):,} held out"
             + (f"; {len(found.unreadable):,} could not be read" if found.unreadable else "")
