@@ -9,6 +9,7 @@ from PIL import Image
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm.data.corpus import in_memory, open_corpus
+from maskdm.data.sources.source import open_source
 from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.model import build_model
 from maskdm.run.runfolder import read_lines
@@ -123,7 +124,7 @@ def settings(hospital: Path, **changes: object) -> SiteSettings:
 
 def test_no_patient_of_a_site_is_trained_on_and_measured_on(hospital: Path, tmp_path: Path) -> None:
     site = settings(hospital, group_regex=r"patient(\d+)")
-    chosen, _ = choose_slice(site, tmp_path)
+    chosen, _ = choose_slice(open_source(site.data), site, tmp_path)
     train, held_out = ({name.split("/")[1][:9] for name in side.values()} for side in (chosen.train, chosen.held_out))
     assert train
     assert held_out
@@ -132,11 +133,11 @@ def test_no_patient_of_a_site_is_trained_on_and_measured_on(hospital: Path, tmp_
 
 def test_a_site_that_gets_more_images_keeps_its_slice_and_decodes_only_that(hospital: Path, tmp_path: Path) -> None:
     site = settings(hospital, max_images=40, stratify=True)
-    first, _ = choose_slice(site, tmp_path)
+    first, _ = choose_slice(open_source(site.data), site, tmp_path)
     for number, pixels in enumerate(draw_faces(50, size=16, seed=8)):
         Image.fromarray(pixels).save(hospital / "ward1" / f"later-{number}.png")
     (hospital / "ward0").rename(hospital / "moved")
-    second, _ = choose_slice(site, tmp_path)
+    second, _ = choose_slice(open_source(site.data), site, tmp_path)
     assert first.train.keys() <= second.train.keys()
     assert first.held_out.keys() <= second.held_out.keys()
     assert len(second.train) + len(second.held_out) == 40
@@ -147,18 +148,18 @@ def test_a_site_that_gets_more_images_keeps_its_slice_and_decodes_only_that(hosp
 
 def test_images_that_are_away_for_a_while_stay_in_the_record(hospital: Path, tmp_path: Path) -> None:
     site = settings(hospital)
-    first, _ = choose_slice(site, tmp_path)
+    first, _ = choose_slice(open_source(site.data), site, tmp_path)
     (hospital / "ward1").rename(tmp_path / "unmounted")
-    without, _ = choose_slice(site, tmp_path)
+    without, _ = choose_slice(open_source(site.data), site, tmp_path)
     assert len(without.train) < len(first.train)
     (tmp_path / "unmounted").rename(hospital / "ward1")
-    again, _ = choose_slice(site, tmp_path)
+    again, _ = choose_slice(open_source(site.data), site, tmp_path)
     assert (again.train, again.held_out) == (first.train, first.held_out)
 
 
 def test_rounds_go_on_while_the_images_are_away_and_measure_in_the_slices_order(hospital: Path, tmp_path: Path) -> None:
     site = settings(hospital)
-    chosen, _ = choose_slice(site, tmp_path)
+    chosen, _ = choose_slice(open_source(site.data), site, tmp_path)
     first = local_images(site, tmp_path, 16, 3)
     hospital.rename(tmp_path / "unmounted")
     again = local_images(site, tmp_path, 16, 3)

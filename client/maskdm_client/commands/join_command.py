@@ -92,7 +92,7 @@ def join(
         "threads": threads,
         "features": features and features_of(features),
     }
-    open_source(data)
+    source = open_source(data)
     check_apart(data, out)
     pick_device(device)
     with owned(out), Interruption() as interruption:
@@ -106,7 +106,8 @@ def join(
         # Another authority is another federation, or somebody who pretends to be this one.
         identity = {"site": settings.model_dump(mode="json"), "authority": opened.fingerprint() if opened else None}
         claim(out, "client", identity, may_change=(*MAY_CHANGE, *POLICY_KEYS))
-        chosen, found = choose_slice(settings, out, interruption.check)
+        model = opened.kit.model if opened else None
+        chosen, found = choose_slice(source, settings, out, model, interruption.check)
         say(_described(chosen, found))
         if opened is None:
             say(BANNER)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskdm.data.preparation.preflight import compare
 from maskdm.errors import MaskDMError, plain
-from maskdm.federated.auditlog import AUDIT, digest_of
+from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.encoding import size
 from maskdm.federated.parcel import Outcome, Parcel, QualityReport, Report, rounded
 from maskdm.federated.plan import RoundPlan, work_key
@@ -25,7 +25,7 @@ from maskdm.networks.model import Network
 from maskdm.networks.precision import pick_device
 from maskdm.run.events import Event
 from maskdm.run.runfolder import write_json
-from maskdm.run.tensorfile import Document, bytes_of
+from maskdm.run.tensorfile import Document, bytes_of, digest_of
 from maskdm.training.checkpoint import model_from, save_checkpoint
 
 from ..folder.carried_over import Kept, forget_others

@@ -3,23 +3,34 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maskdm.config import ModelConfig
 from maskdm.data.corpus import Corpus, is_corpus, open_corpus
+from maskdm.data.duplicates import SIDE
 from maskdm.data.pixels import PixelPolicy
 from maskdm.data.preparation.pack import pack
-from maskdm.data.preparation.slices import Found, Slice, choose, divide, look_alike, survey
+from maskdm.data.preparation.slices import (
+    Found,
+    Slice,
+    choose,
+    divide,
+    look_alike,
+    look_alike_as_packed,
+    survey,
+)
 from maskdm.data.sources.groups import with_groups
-from maskdm.data.sources.source import Entry, Source, open_source
+from maskdm.data.sources.source import Entry, Source, listed, open_source
 from maskdm.errors import DataError
 from maskdm.run.reporting import WorkBar, say
 from maskdm.run.runfolder import atomic_write, write_json
 
+from ..folder.hashes import Hashes
 from ..folder.settings import SiteSettings
 
 Rows = NDArray[np.int64]
@@ -36,34 +47,48 @@ class LocalImages:
 
 
 class SliceSource:
-    """Those entries of a source that were chosen."""
+    """Those entries of a source that were chosen, with their hashes where their files have not changed."""
 
-    def __init__(self, source: Source, chosen: Slice) -> None:
+    def __init__(self, source: Source, images: Mapping[str, str], hashes: Hashes) -> None:
         self.path = source.path
-        self._source = source
-        self._names = {*chosen.train.values(), *chosen.held_out.values()}
+        self._source, self._hashes = source, hashes
+        self._digests = {name: digest for digest, name in images.items()}
 
     def entries(self) -> Iterator[Entry]:
-        return (entry for entry in self._source.entries() if entry.name in self._names)
+        return (replace(entry, sha256=entry.sha256 or self._hashes.known(entry)) for entry in self._chosen())
 
     def count(self) -> int:
-        return len(self._names)
+        return len(self._digests)
 
     def fingerprint(self) -> bytes:
         """Over what is there now, in its order: an interrupted packing goes on only where both are the same."""
-        return hashlib.sha256("\0".join(entry.name for entry in self.entries()).encode()).digest()
+        chosen = (f"{entry.name}\0{self._digests[entry.name]}\0" for entry in self._chosen())
+        return hashlib.sha256("".join(chosen).encode()).digest()
+
+    def _chosen(self) -> Iterator[Entry]:
+        return (entry for entry in self._source.entries() if entry.name in self._digests)
 
 
-def choose_slice(settings: SiteSettings, folder: Path, check: Callable[[], None] = lambda: None) -> tuple[Slice, Found]:
+def choose_slice(
+    source: Source,
+    settings: SiteSettings,
+    folder: Path,
+    model: ModelConfig | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Slice, Found]:
     """Choose the images that take part, keep what was chosen and parted before, and record it in `slice.json`.
 
     Args:
+        source: of `settings.data`.
+        model: what will be trained, where that is known: then pixels are packed here, and near-duplicates are looked
+            for on these, so that every image is decoded once. Else they are packed when the first plan comes.
         check: called now and then; raises where the user wants to stop.
 
     Raises:
-        DataError: there are too few images, to part them or for the site's policy.
+        DataError: there are too few images, to part them or for the site's policy, or none that the model can use.
     """
-    source = with_groups(open_source(settings.data), settings.group_regex, settings.group_csv)
+    plain, hashes = listed(source), Hashes(folder)
+    source = with_groups(plain, settings.group_regex, settings.group_csv)
     before = read_slice(folder) if (folder / SLICE).exists() else Slice({}, {})
     sides = asdict(before)
     earlier = {bytes.fromhex(digest): side for side, images in sides.items() for digest in images}
@@ -73,7 +98,8 @@ def choose_slice(settings: SiteSettings, folder: Path, check: Callable[[], None]
             check()
             bar.update(done)
 
-        found = survey(source, tick)
+        found = survey(source, tick, hashes.of)
+        hashes.keep()
         absent = sum(digest not in found.names for digest in earlier)
         chosen = choose(
             found,
@@ -84,16 +110,22 @@ def choose_slice(settings: SiteSettings, folder: Path, check: Callable[[], None]
             earlier=earlier,
             absent=absent,
         )
-        alike = look_alike(source, chosen, found, window=settings.window, tick=tick)
+        packs = model is not None and model.image_size >= SIDE
+        alike = [] if packs else look_alike(source, chosen, found, window=settings.window, tick=tick)
+    seen = {digest.hex() for digest in found.names}
+    # What is absent stays in the record: it may come back, and must not change sides then.
+    kept = {side: {d: name for d, name in images.items() if d not in seen} for side, images in sides.items()}
+    if model and packs:
+        images = _together(Slice(**kept)) | {digest.hex(): found.names[digest] for digest in chosen}
+        policy = _pixel_policy(settings, model.image_size, model.channels)
+        corpus = _packed(lambda: SliceSource(plain, images, hashes), images, folder, policy, settings.threads)
+        alike = look_alike_as_packed(corpus)
     parted = divide(chosen, found, held_out=settings.held_out, seed=settings.seed, alike=alike, earlier=earlier)
     problem = settings.policy.problem_of_slice(len(parted.train))
     if problem:
         raise DataError(f"--data: {problem}: give more images, or a larger --fraction and another --out")
     if absent:
         say(f"WARNING: {absent:,} images of the recorded slice are not there now; their places are kept")
-    seen = {digest.hex() for digest in found.names}
-    # What is absent stays in the record: it may come back, and must not change sides then.
-    kept = {side: {d: name for d, name in images.items() if d not in seen} for side, images in sides.items()}
     write_json(folder / SLICE, {side: kept[side] | now for side, now in asdict(parted).items()})
     return parted, found
 
@@ -122,11 +154,13 @@ def local_images(settings: SiteSettings, folder: Path, image_size: int, channels
     Raises:
         DataError: nothing usable on one of the sides.
     """
-    chosen = read_slice(folder)
-    policy = PixelPolicy.model_validate(
-        {"image_size": image_size, "channels": channels, "upscale": settings.upscale, "window": settings.window}
-    )
-    corpus = _packed_slice(settings, folder, chosen, policy)
+    chosen, policy = read_slice(folder), _pixel_policy(settings, image_size, channels)
+    images = _together(chosen)
+
+    def source() -> SliceSource:
+        return SliceSource(listed(open_source(settings.data)), images, Hashes(folder))
+
+    corpus = _packed(source, images, folder, policy, settings.threads)
     row_of = {bytes(digest).hex(): row for row, digest in enumerate(corpus.index["sha256"])}
     # In the slice's own order, a random one: whoever takes the first few takes them from everywhere.
     train, held_out = (
@@ -141,13 +175,25 @@ def local_images(settings: SiteSettings, folder: Path, image_size: int, channels
     return LocalImages(corpus, train, held_out)
 
 
-def _packed_slice(settings: SiteSettings, folder: Path, chosen: Slice, policy: PixelPolicy) -> Corpus:
+def _together(parted: Slice) -> dict[str, str]:
+    """All images of a slice; those left out may come to a side again."""
+    return {**parted.train, **parted.held_out, **parted.left_out}
+
+
+def _pixel_policy(settings: SiteSettings, image_size: int, channels: int) -> PixelPolicy:
+    shape = {"image_size": image_size, "channels": channels}
+    return PixelPolicy.model_validate({**shape, "upscale": settings.upscale, "window": settings.window})
+
+
+def _packed(
+    source: Callable[[], SliceSource], images: Mapping[str, str], folder: Path, policy: PixelPolicy, threads: int
+) -> Corpus:
     """Packed before, so that the images themselves are needed no more, or packed now."""
     out, mark = folder / CORPUS, folder / CORPUS / ".slice"
-    wanted = hashlib.sha256(json.dumps([chosen.train, chosen.held_out, policy.model_dump()]).encode()).hexdigest()
+    wanted = hashlib.sha256(json.dumps([sorted(images.items()), policy.model_dump()]).encode()).hexdigest()
     if is_corpus(out) and mark.exists() and mark.read_text() == wanted:
         return open_corpus(out, "--out")
     out.mkdir(mode=0o700, parents=True, exist_ok=True)  # decoded images are as private as the originals
-    corpus = pack(SliceSource(open_source(settings.data), chosen), out, policy, workers=settings.threads, replace=True)
+    corpus = pack(source(), out, policy, workers=threads, replace=True)
     atomic_write(mark, wanted)
     return corpus

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from maskdm.data.sources.source import open_source
 from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.parcel import Parcel
 from maskdm.federated.policy import SitePolicy
@@ -27,13 +28,19 @@ def prepare(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def join(folder: Path) -> Set[str]:
     """Choose the slice of the site of a folder, unless that is done; sha256 of what is trained on."""
-    _choose(folder)
+    _choose_slice(folder)
     return read_slice(folder).train.keys()
+
+
+def _choose_slice(folder: Path) -> None:
+    if not (folder / SLICE).exists():
+        settings = load_settings(folder)
+        choose_slice(open_source(settings.data), settings, folder)
 
 
 def answer(document: str, weights: bytes, folder: Path) -> Parcel:
     """Do what a plan asks at the site of a folder; its slice is chosen at the first time."""
-    _choose(folder)
+    _choose_slice(folder)
     audit = folder / AUDIT
     record_plan(audit, 0, document, weights)
     parcel = answer_plan(document, weights, folder)
@@ -41,8 +48,3 @@ def answer(document: str, weights: bytes, folder: Path) -> Parcel:
     return release(
         parcel, int(parcel.scalars["round"]), SitePolicy() if failed else load_settings(folder).policy, audit
     )
-
-
-def _choose(folder: Path) -> None:
-    if not (folder / SLICE).exists():
-        choose_slice(load_settings(folder), folder)

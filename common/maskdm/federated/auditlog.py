@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..run.runfolder import append_whole
-from ..run.tensorfile import Arrays, bytes_of, layout_of
+from ..run.tensorfile import digest_of, layout_of
 from .parcel import Parcel
 
 AUDIT = "audit.jsonl"
@@ -43,15 +43,6 @@ def message_of(parcel: Parcel) -> Message:
     shapes = {name: shape for name, (_, shape) in sorted(layout_of(parcel.arrays).items())}
     scalars = {name: parcel.scalars[name] for name in sorted(parcel.scalars)}
     return Message(parcel.size(), scalars, shapes, digest_of(parcel.arrays))
-
-
-def digest_of(arrays: Arrays) -> str:
-    """The same on both sides for the same arrays."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        digest.update(bytes_of(arrays[name]))
-    return digest.hexdigest()
 
 
 def record(path: Path, direction: str, peer: str, round_number: int, verdict: str, message: Message = NOTHING) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..config import Encoding
-from ..run.tensorfile import Arrays, Layout, size_of
+from ..run.tensorfile import Arrays, Layout, layout_of, size_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -78,37 +78,31 @@ def encode(update: Mapping[str, Tensor], encoding: Encoding, share: float) -> di
 
 
 def check(arrays: Arrays, shapes: Shapes, encoding: Encoding, share: float) -> None:
-    """Makes sure that the arrays are exactly those of `layout`, whoever sent them, and can be decoded.
+    """Makes sure that the arrays are exactly those of `layout`, whoever sent them; no value is looked at.
 
     Raises:
-        ValueError: names the first array that is missing, foreign, of another type, byte order or shape, or whose
-            indices are not strictly increasing or lead out of the weight; or as `layout` does.
+        ValueError: names the first array that is missing, foreign, or of another type, byte order or shape; or as
+            `layout` does.
     """
-    expected = layout(shapes, encoding, share)
+    expected, found = layout(shapes, encoding, share), layout_of(arrays)
     for name, (dtype, shape) in expected.items():
-        if name not in arrays:
+        if name not in found:
             raise ValueError(f"array {name!r} is missing")
-        array = arrays[name]
-        found = str(array.dtype) if isinstance(array, np.ndarray) else f"a {type(array).__name__} outside of an array"
-        if found != dtype:
-            raise ValueError(f"array {name!r} must be {dtype}, not {found}")
-        if array.shape != shape:
-            raise ValueError(f"array {name!r} must have shape {shape}, not {array.shape}")
-    for name in arrays:
-        if name not in expected:
-            raise ValueError("it holds an array that was not asked for")  # whose name a stranger chose
-    for name, shape in shapes.items() if encoding == "topk" else ():
-        index = arrays[_index(name)].astype(np.int64)  # (K,)
-        if (np.diff(index) <= 0).any():
-            raise ValueError(f"array {_index(name)!r} must be strictly increasing")
-        if index.size and index[-1] >= math.prod(shape):
-            raise ValueError(f"array {_index(name)!r} leads out of a weight of {math.prod(shape)} values")
+        if found[name][0] != dtype:
+            raise ValueError(f"array {name!r} must be {dtype}, not {found[name][0]}")
+        if found[name][1] != shape:
+            raise ValueError(f"array {name!r} must have shape {shape}, not {found[name][1]}")
+    if found.keys() - expected.keys():
+        raise ValueError("it holds an array that was not asked for")  # whose name a stranger chose
 
 
 def decode(arrays: Arrays, name: str, shape: tuple[int, ...], encoding: Encoding) -> Tensor:
     """One weight's difference, fp32 of `shape`, in memory of its own.
 
     The arrays must have passed `check`. Values may still be anything, not finite included.
+
+    Raises:
+        ValueError: indices are not strictly increasing, or lead out of the weight.
     """
     array = arrays[name]
     match encoding:
@@ -119,7 +113,7 @@ def decode(arrays: Arrays, name: str, shape: tuple[int, ...], encoding: Encoding
         case "int8":
             return _decode_int8(array, arrays[_scale(name)]).view(shape)
         case "topk":
-            return _decode_topk(array, arrays[_index(name)], math.prod(shape)).view(shape)
+            return _decode_topk(name, array, arrays[_index(name)], math.prod(shape)).view(shape)
 
 
 def encode_bfloat16(tensor: Tensor) -> NDArray[np.uint16]:
@@ -177,10 +171,15 @@ def _encode_topk(values: Tensor, kept: int) -> tuple[NDArray[np.generic], NDArra
     return encode_bfloat16(values[index]), index.numpy().astype(np.uint32)
 
 
-def _decode_topk(bits: NDArray[np.generic], index: NDArray[np.generic], count: int) -> Tensor:
+def _decode_topk(name: str, bits: NDArray[np.generic], index: NDArray[np.generic], count: int) -> Tensor:
     """The inverse of `_encode_topk`, zero elsewhere, (count,)."""
+    places = index.astype(np.int64)  # (K,)
+    if (np.diff(places) <= 0).any():
+        raise ValueError(f"array {_index(name)!r} must be strictly increasing")
+    if places.size and places[-1] >= count:
+        raise ValueError(f"array {_index(name)!r} leads out of a weight of {count} values")
     values = torch.zeros(count)
-    values[torch.from_numpy(index.astype(np.int64))] = decode_bfloat16(bits)  # type: ignore[arg-type]
+    values[torch.from_numpy(places)] = decode_bfloat16(bits)  # type: ignore[arg-type]
     return values
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from ..run.tensorfile import Stored, pack, unpack
+from ..run.tensorfile import Hashed, pack, unpack
 from .parcel import Parcel
 
 PACKED = "maskdm.packed"  # how arrays are serialised
@@ -101,7 +101,7 @@ def parcel_in(content: RecordDict, arrived: Path | None = None) -> Parcel | None
     if not isinstance(update, ArrayRecord) or set(update) != {"packed"} or update["packed"].stype != PACKED:
         return None
     try:
-        return Parcel(Stored(arrived) if arrived else unpack(update["packed"].data), numbers)
+        return Parcel(Hashed(arrived) if arrived else unpack(update["packed"].data), numbers)
     except ValueError:
         return None
 

@@ -152,7 +152,10 @@ def delta(update: Callable[[str], Tensor], name: str, train: Trainable) -> Tenso
 
     Averaging this over clients is exact; averaging their factors is not: a mean of products is no product of means.
     """
-    return update(f"{name}.up") @ update(f"{name}.down") if train == "adapters" else update(name)
+    if train != "adapters":
+        return update(name)
+    down, up = update(f"{name}.down"), update(f"{name}.up")
+    return up @ down
 
 
 def squared_norm(update: Callable[[str], Tensor], name: str, train: Trainable) -> float:

@@ -5,9 +5,11 @@ a model of 100 million weights cannot afford either; files written here are read
 round.
 """
 
+import hashlib
 import json
 import math
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from mmap import mmap
 from pathlib import Path
@@ -137,6 +139,44 @@ class Stored(Mapping[str, NDArray[np.generic]]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class Hashed(Stored):
+    """The same, whose digest is made on the way while the arrays are read, the first time, in the order of their names:
+    whoever reads them so reads the file once for both."""
+
+    def __init__(self, path: Path) -> None:
+        """As of `Stored`."""
+        super().__init__(path)
+        self._digest, self._left = hashlib.sha256(), deque(sorted(self))
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        array = super().__getitem__(name)
+        if self._left and name == self._left[0]:
+            self._left.popleft()
+            _add(self._digest, name, array)
+        return array
+
+    def digest(self) -> str:
+        """As `digest_of`; what was not read yet is read now."""
+        while self._left:
+            self[self._left[0]]
+        return self._digest.hexdigest()
+
+
+def digest_of(arrays: Arrays) -> str:
+    """sha256 of names and values, the same on both sides for the same arrays; one array is in memory at a time."""
+    if isinstance(arrays, Hashed):
+        return arrays.digest()
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        _add(digest, name, arrays[name])
+    return digest.hexdigest()
+
+
+def _add(digest: "hashlib._Hash", name: str, array: NDArray[np.generic]) -> None:
+    digest.update(name.encode())
+    digest.update(bytes_of(array))
 
 
 class _Place(NamedTuple):

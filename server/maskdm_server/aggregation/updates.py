@@ -37,7 +37,8 @@ def check_reply(parcel: Parcel, plan: RoundPlan, declared: int | None = None) ->
         declared: images that the site said to have when it first answered.
 
     Raises:
-        UpdateRejected: a failure code, or numbers, names, shapes or types that do not fit the plan.
+        UpdateRejected: a failure code, or numbers, names, shapes or types that do not fit the plan. Values are looked
+            at by `Update.norm`.
     """
     evaluated = plan.action == "evaluate"
     if set(parcel.scalars) - set(NUMBER_NAMES if evaluated else REPORT_NAMES):
@@ -99,7 +100,7 @@ def weighted_median(values: Sequence[float], weights: Sequence[int]) -> float:
 
 
 class Update:
-    """An update that passed `check_reply`, decoded one weight at a time."""
+    """An update that passed `check_reply`, decoded one weight at a time; `norm` is to be asked before it is added."""
 
     def __init__(self, arrays: Arrays, plan: RoundPlan) -> None:
         self._arrays, self._plan, self._shapes = arrays, plan, plan.shapes()
@@ -112,12 +113,17 @@ class Update:
     def norm(self, sketch: Sketch | None = None) -> float:
         """Length of the whole difference, which is added to `sketch` on the way.
 
+        Arrays are read in the order of their names, so that one that is `Hashed` is read once for both.
+
         Raises:
-            UpdateRejected: a value is not finite, or all are zero.
+            UpdateRejected: it cannot be decoded, a value is not finite, or all are zero.
         """
         total = 0.0
-        for name in self.names:
-            difference = self.delta(name)
+        for name in sorted(self.names):
+            try:
+                difference = self.delta(name)
+            except ValueError as error:
+                raise UpdateRejected(f"its update is not what was asked for: {error}") from error
             squared = squared_length(difference)
             if not np.isfinite(squared):
                 raise UpdateRejected(f"{name} is not finite")

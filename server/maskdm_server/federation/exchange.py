@@ -150,19 +150,17 @@ class Exchange:
 
     def _hear(self, reply: Reply, take: Take) -> None:
         site, parcel, progress = reply.site, reply.parcel, self._asked.get(reply.site)
-        message = message_about(parcel) if parcel is not None else NOTHING  # before its arrays are taken elsewhere
-        unchecked = replace(message, arrays={})  # whose names a stranger chose
         if parcel is not None:
             self.bytes_up += parcel.size()
         if progress is None or self._is_of_another(reply):
             self.late += 1
-            self._note("in", site, "late", unchecked)
+            self._note("in", site, "late", unchecked(parcel))
             self._say(ReplyLate(round=self._plan.round, site=self._link.name(site)))
             return
         progress.said_something(self._clock())
         newest = reply.question is progress.latest  # of several that are under way only one has a successor
         if site in self.accepted:
-            self._note("in", site, "accepted before", unchecked)
+            self._note("in", site, "accepted before", unchecked(parcel))
         elif parcel is None:
             if reply.lost and progress.may_be_asked():
                 self._note("in", site, f"lost: {reply.problem}")
@@ -170,22 +168,22 @@ class Exchange:
             else:
                 self._fail(site, reply.problem)
         elif outcome_of(parcel.scalars) == Outcome.WORKING:
-            self._note("in", site, "working", unchecked)
+            self._note("in", site, "working", unchecked(parcel))
             self._take_note(site, progress, parcel)
             if newest:
                 self._ask_how_far(site)
         elif outcome_of(parcel.scalars) == Outcome.UNKNOWN and (not newest or progress.may_be_asked()):
-            self._note("in", site, "unknown", unchecked)
+            self._note("in", site, "unknown", unchecked(parcel))
             if newest:
                 self._have_rest.discard(site)
                 self._ask([site])
         else:
             try:
-                take(site, parcel)
+                take(site, parcel)  # which reads an update once, and has its digest made on the way
             except UpdateRejected as reason:
-                self._fail(site, str(reason), unchecked)
+                self._fail(site, str(reason), unchecked(parcel))
             else:
-                self._note("in", site, "accepted", message)
+                self._note("in", site, "accepted", message_about(parcel))
                 progress.over = True
                 self.accepted.add(site)
                 self.silent.discard(site)
@@ -243,6 +241,11 @@ class Exchange:
         self.failed[site] = reason
         self._note("in", site, f"rejected: {reason}", message)
         self._say(ReplyRejected(round=self._plan.round, site=self._link.name(site), reason=reason))
+
+
+def unchecked(parcel: Parcel | None) -> Message:
+    """What is written down of a reply that was not taken in."""
+    return replace(message_about(parcel), arrays={}) if parcel is not None else NOTHING  # a stranger chose their names
 
 
 def message_about(parcel: Parcel) -> Message:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskdm.data.sources.source import open_source
 from maskdm.errors import DataError, TrainingDiverged
 from maskdm.federated.encoding import decode_bfloat16
 from maskdm.federated.parcel import REPORT_NAMES, Outcome, Parcel, Report, rounded
@@ -451,7 +452,7 @@ def test_a_site_with_too_few_images_for_its_policy_does_not_join(make_site: Make
     folder = make_site(different, policy=SitePolicy(min_images=39), fraction=1)
     (folder / "slice.json").unlink()
     with pytest.raises(DataError, match=r"fewer than the 39 .*\(min-images\): give more images"):
-        choose_slice(load_settings(folder), folder)
+        choose_slice(open_source(load_settings(folder).data), load_settings(folder), folder)
     assert not (folder / "slice.json").exists()
 
 

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskdm.federated import auditlog
-from maskdm.federated.auditlog import FIRST, append, digest_of, lines, message_of, record, verify
+from maskdm.federated.auditlog import FIRST, append, lines, message_of, record, verify
 from maskdm.federated.parcel import Parcel
+from maskdm.run.tensorfile import digest_of
 
 
 @pytest.fixture

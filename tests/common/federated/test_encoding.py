@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from maskdm.config import Encoding, ModelConfig
 from maskdm.federated.encoding import BLOCK, check, decode, decode_bfloat16, encode, encode_bfloat16, layout, size
 from maskdm.networks.model import network
+from maskdm.run.tensorfile import Stored, pack
 
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3, 100), "b": (), "c": (0, 4), "d": (BLOCK,)}
@@ -226,8 +228,6 @@ def positions(*values: int) -> NDArray[np.uint32]:
         ("bf16", {"b": np.zeros((), np.float32)}, "'b' must be uint16, not float32"),
         ("bf16", {"b": np.array(None)}, "'b' must be uint16, not object"),
         ("bf16", {"b": np.zeros((), "V2")}, r"'b' must be uint16, not \|V2"),
-        ("bf16", {"b": np.uint16(0)}, "'b' must be uint16, not a uint16 outside of an array"),
-        ("bf16", {"a": [0]}, "'a' must be uint16, not a list outside"),
         ("fp32", {"b": np.zeros((), ">f4")}, "'b' must be float32, not >f4"),
         ("fp32", {"b": np.zeros((), np.float64)}, "'b' must be float32, not float64"),
         ("int8", {"b": np.zeros(1, np.uint8)}, "'b' must be int8, not uint8"),
@@ -241,12 +241,6 @@ def positions(*values: int) -> NDArray[np.uint32]:
         ("int8", {"a.scale": np.zeros(1, np.uint16)}, r"'a.scale' must have shape \(2,\), not \(1,\)"),
         ("topk", {"d": np.zeros(27, np.uint16)}, r"'d' must have shape \(26,\), not \(27,\)"),
         ("topk", {"c.index": positions(0)}, r"'c.index' must have shape \(0,\), not \(1,\)"),
-        ("topk", {"d.index": positions(*range(24), 25, 24)}, "'d.index' must be strictly increasing"),
-        ("topk", {"d.index": positions(*range(25), 24)}, "'d.index' must be strictly increasing"),
-        ("topk", {"d.index": positions(2**32 - 1, *range(25))}, "'d.index' must be strictly increasing"),
-        ("topk", {"d.index": positions(*range(25), 256)}, "'d.index' leads out of a weight of 256 values"),
-        ("topk", {"b.index": positions(1)}, "'b.index' leads out of a weight of 1 values"),
-        ("topk", {"b.index": positions(2**32 - 1)}, "'b.index' leads out of a weight of 1 values"),
     ],
 )
 def test_what_is_malformed_is_refused_by_name(encoding: Encoding, changes: dict[str, object], message: str) -> None:
@@ -255,6 +249,34 @@ def test_what_is_malformed_is_refused_by_name(encoding: Encoding, changes: dict[
     bad = {name: array for name, array in (good | changes).items() if array is not None}
     with pytest.raises(ValueError, match=message):
         check(bad, SHAPES, encoding, SHARE)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "message"),
+    [
+        ("d", positions(*range(24), 25, 24), "'d.index' must be strictly increasing"),
+        ("d", positions(*range(25), 24), "'d.index' must be strictly increasing"),
+        ("d", positions(2**32 - 1, *range(25)), "'d.index' must be strictly increasing"),
+        ("d", positions(*range(25), 256), "'d.index' leads out of a weight of 256 values"),
+        ("b", positions(1), "'b.index' leads out of a weight of 1 values"),
+        ("b", positions(2**32 - 1), "'b.index' leads out of a weight of 1 values"),
+    ],
+)
+def test_indices_that_lead_nowhere_are_refused_as_they_are_decoded(
+    name: str, index: NDArray[np.uint32], message: str
+) -> None:
+    arrays = {**encode(random_update(SHAPES), "topk", SHARE), f"{name}.index": index}
+    check(arrays, SHAPES, "topk", SHARE)
+    with pytest.raises(ValueError, match=message):
+        decode(arrays, name, SHAPES[name], "topk")
+
+
+@each_encoding
+def test_types_and_shapes_are_checked_without_reading_an_array(encoding: Encoding, tmp_path: Path) -> None:
+    (tmp_path / "update").write_bytes(pack(encode(random_update(SHAPES), encoding, SHARE)))
+    stored = Stored(tmp_path / "update")
+    (tmp_path / "update").unlink()  # whoever reads it now fails
+    check(stored, SHAPES, encoding, SHARE)
 
 
 some_arrays = arrays_of.arrays(
@@ -282,7 +304,11 @@ def test_what_passes_the_check_can_be_decoded(encoding: Encoding, data: st.DataO
     except ValueError:
         return
     for name, shape in shapes.items():
-        found = decode(arrays, name, shape, encoding)
+        try:
+            found = decode(arrays, name, shape, encoding)
+        except ValueError:
+            assert encoding == "topk", "only indices are still to be looked at"
+            continue
         assert (found.dtype, tuple(found.shape)) == (torch.float32, shape)
 
 

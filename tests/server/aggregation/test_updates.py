@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from maskdm.config import Encoding, Trainable
+from maskdm.federated.auditlog import message_of
 from maskdm.federated.encoding import decode, encode
 from maskdm.federated.parcel import Outcome, Parcel, outcome_of
 from maskdm.federated.plan import RoundPlan
 from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.trainable import changed_weights
-from maskdm.run.tensorfile import Stored, pack
+from maskdm.run.tensorfile import Hashed, Stored, digest_of, pack
 from maskdm_server.aggregation.robust import Rule
 from maskdm_server.aggregation.updates import (
     LARGEST_WEIGHT,
@@ -237,7 +239,33 @@ def test_indices_out_of_a_weight_or_twice_the_same_are_rejected(plan: RoundPlan)
         if where == 1:
             index[0] = 0
         with pytest.raises(UpdateRejected, match=r"index' (leads out of|must be strictly)"):
-            check_reply(Parcel({**update, name: index}, numbers(wanted)), wanted)
+            Update({**update, name: index}, wanted).norm()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("train", TRAINS)
+def test_an_update_is_read_once_to_be_measured_and_hashed_and_once_to_be_added(
+    plan: RoundPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Trainable, encoding: Encoding
+) -> None:
+    wanted, read = asking(plan, train, encoding), Counter[str]()
+    arrays = drawn(wanted, 0)
+    (tmp_path / "arrived").write_bytes(pack(arrays))
+    get = Stored.__getitem__
+
+    def counted(stored: Stored, name: str) -> NDArray[np.generic]:
+        read[name] += 1
+        return get(stored, name)
+
+    monkeypatch.setattr(Stored, "__getitem__", counted)
+    arrived = Hashed(tmp_path / "arrived")
+    parcel, mean = Parcel(arrived, numbers(wanted)), StreamingMean()
+    check_reply(parcel, wanted)
+    update = Update(arrived, wanted)
+    update.norm()
+    assert message_of(parcel).sha256 == digest_of(arrays)
+    assert read == dict.fromkeys(arrays, 1)
+    mean.add(update, 1.0)
+    assert read == dict.fromkeys(arrays, 2)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskdm.federated.auditlog import Message, digest_of, message_of
+from maskdm.federated.auditlog import Message, message_of
 from maskdm.federated.parcel import Outcome, Parcel
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.events import Event
-from maskdm.run.tensorfile import pack, unpack
+from maskdm.run.tensorfile import digest_of, pack, unpack
 from maskdm_server.aggregation.updates import UpdateRejected
 from maskdm_server.federation import exchange as under_test
 from maskdm_server.federation.events import PlanSent, ReplyLate, ReplyRejected, SiteAtWork, SiteSilent

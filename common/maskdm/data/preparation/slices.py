@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from ...errors import DataError
 from ...seeding import derive_seed
+from ..corpus import Corpus
 from ..duplicates import near_duplicates, thumbnail
 from ..pixels import PixelPolicy, to_pixels
-from ..sources.source import Source
+from ..sources.source import Entry, Source
 
 TOP = 2.0**63  # of `derive_seed`
 # What near-duplicates are looked for on; DICOM, colour and small pictures included.
@@ -42,8 +43,12 @@ class Slice:
     left_out: dict[str, str] = field(default_factory=dict)  # belong with images of both sides, so they stand on neither
 
 
-def survey(source: Source, tick: Callable[[int], None] = lambda done: None) -> Found:
-    """Read and hash everything that may be trained on; `tick` hears of each file."""
+def survey(
+    source: Source,
+    tick: Callable[[int], None] = lambda done: None,
+    digest: Callable[[Entry], bytes] = Entry.digest,
+) -> Found:
+    """Hash everything that may be trained on; `tick` hears of each file."""
     found = Found({}, {}, {}, 0)
     total = other_splits = 0
     for number, entry in enumerate(source.entries(), start=1):
@@ -53,13 +58,13 @@ def survey(source: Source, tick: Callable[[int], None] = lambda done: None) -> F
             continue
         total += 1
         try:
-            digest, _ = entry.read()
+            content = digest(entry)
         except DataError:
             found.unreadable.append(entry.name)
             continue
-        found.names.setdefault(digest, entry.name)
-        found.labels.setdefault(digest, entry.label)
-        found.groups.setdefault(digest, set()).update({entry.group} - {0})
+        found.names.setdefault(content, entry.name)
+        found.labels.setdefault(content, entry.label)
+        found.groups.setdefault(content, set()).update({entry.group} - {0})
     return replace(found, total=total, other_splits=other_splits)
 
 
@@ -188,11 +193,20 @@ def look_alike(
         tick(number)
         if entry.name in wanted:
             try:
-                _, content = entry.read()
+                _, content = replace(entry, sha256=wanted[entry.name]).read()
                 thumbnails.append(thumbnail(to_pixels(content, policy, entry.box).pixels))
             except DataError:  # what cannot be decoded is reported when it is packed
                 continue
             digests.append(wanted[entry.name])
+    return _pairs(digests, thumbnails)
+
+
+def look_alike_as_packed(corpus: Corpus) -> list[tuple[bytes, bytes]]:
+    """The same links, found on pixels that are decoded already, of at least `duplicates.SIDE` a side."""
+    return _pairs([bytes(digest) for digest in corpus.index["sha256"]], [thumbnail(image) for image in corpus.pixels])
+
+
+def _pairs(digests: list[bytes], thumbnails: list[NDArray[np.float32]]) -> list[tuple[bytes, bytes]]:
     pairs = near_duplicates(np.stack(thumbnails)) if thumbnails else []
     return [(digests[first], digests[second]) for first, second in pairs]
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -59,6 +59,10 @@ class Entry:
         content = read(self.content) if isinstance(self.content, Part) else self.content
         raw = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
         return self.sha256 or hashlib.sha256(raw).digest(), content
+
+    def digest(self) -> bytes:
+        """sha256 as of `read`, which is not needed where it is known; raises as that does."""
+        return self.sha256 or self.read()[0]
 
 
 class Source(Protocol):
@@ -238,6 +242,33 @@ class PackedSource:
 
     def fingerprint(self) -> bytes:
         return bytes.fromhex(self.corpus.manifest.sha256)
+
+
+class ListedSource:
+    """A source as it was when it was listed."""
+
+    def __init__(self, source: Source, entries: Sequence[Entry]) -> None:
+        self.path = source.path
+        self._source, self._entries = source, entries
+
+    def entries(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+    def count(self) -> int:
+        return len(self._entries)
+
+    def fingerprint(self) -> bytes:
+        return self._source.fingerprint()
+
+
+def listed(source: Source) -> Source:
+    """The source, listed once however often it is gone through; as it is where entries carry their images, which would
+    all stay in memory."""
+    entries = source.entries()
+    first = next(entries, None)
+    if first is None or not isinstance(first.content, Part):
+        return source
+    return ListedSource(source, [first, *entries])
 
 
 class MappedSource:
