@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.data.corpus import Corpus, is_corpus, open_corpus
+from maskdm.data.corpus import Corpus, is_corpus
 from maskdm.data.pixels import PixelPolicy
 from maskdm.data.preparation.pack import pack
 from maskdm.data.preparation.slices import Found, Slice, choose, divide, look_alike, survey
@@ -146,7 +146,7 @@ def _packed_slice(settings: SiteSettings, folder: Path, chosen: Slice, policy: P
     out, mark = folder / CORPUS, folder / CORPUS / ".slice"
     wanted = hashlib.sha256(json.dumps([chosen.train, chosen.held_out, policy.model_dump()]).encode()).hexdigest()
     if is_corpus(out) and mark.exists() and mark.read_text() == wanted:
-        return open_corpus(out, "--out")
+        return Corpus.open(out, "--out")
     out.mkdir(mode=0o700, parents=True, exist_ok=True)  # decoded images are as private as the originals
     corpus = pack(SliceSource(open_source(settings.data), chosen), out, policy, workers=settings.threads, replace=True)
     atomic_write(mark, wanted)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import DEFAULT_STEPS, DiffusionConfig, Sampler
+from ..errors import UsageError
 from ..networks.layers import patchify, unpatchify
 from ..networks.model import Network, device_of
 from ..networks.precision import arithmetic
@@ -99,11 +100,17 @@ def run_sampler(
     randomness: Sequence[torch.Generator],
 ) -> Tensor:
     """The named sampler from the first level to the data."""
-    if sampler == "dpmpp":
-        return sample_dpmpp_2m(x0_at, levels, x)
-    if sampler == "heun":
-        return sample_heun(x0_at, levels, x)
-    return sample_ddim(x0_at, levels, x, eta={"ddpm": 1.0, "euler": 0.0}.get(sampler, eta), randomness=randomness)
+    match sampler:
+        case "dpmpp":
+            return sample_dpmpp_2m(x0_at, levels, x)
+        case "heun":
+            return sample_heun(x0_at, levels, x)
+        case "ddim":
+            return sample_ddim(x0_at, levels, x, eta=eta, randomness=randomness)
+        case "ddpm":
+            return sample_ddim(x0_at, levels, x, eta=1.0, randomness=randomness)
+        case "euler":
+            return sample_ddim(x0_at, levels, x, eta=0.0, randomness=randomness)
 
 
 def sampling_times(process: ForwardProcess, sampler: Sampler, steps: int) -> Tensor:
@@ -208,6 +215,26 @@ def inpaint(
     """
     clean = to_model_range(image).expand(count, *image.shape)
     return _draw(model, config, torch.zeros_like(clean), depth=1.0, known=(clean, ~hole), **options)
+
+
+def check_steps(steps: int | None, config: DiffusionConfig, option: str = "--steps") -> None:
+    """Raises UsageError where `steps` are more than the process has."""
+    if steps is not None and config.process == "ddpm" and steps > config.timesteps:
+        raise UsageError(f"{option} {steps} is more than the model's {config.timesteps} timesteps")
+
+
+def classes_in_turn(wanted: Sequence[str] | None, names: Sequence[str], count: int) -> Tensor | None:
+    """Classes to draw, (count,) int64: the wanted ones or all of `names` in turn; None for a model without classes.
+
+    Raises:
+        UsageError: the model has no such class.
+    """
+    for name in wanted or ():
+        if name not in names:
+            known = f"choose from {', '.join(names)}" if names else "the model has no classes"
+            raise UsageError(f"--class {name}: {known}")
+    chosen = wanted or names
+    return torch.tensor([names.index(chosen[i % len(chosen)]) for i in range(count)]) if chosen else None
 
 
 @torch.no_grad()

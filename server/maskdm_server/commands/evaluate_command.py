@@ -18,9 +18,9 @@ from maskdm.commands.image_options import Upscale
 from maskdm.config import DEFAULT_STEPS
 from maskdm.data.batches import class_numbers
 from maskdm.data.corpus import in_both
-from maskdm.diffusion.sampling import Options
+from maskdm.diffusion.sampling import Options, check_steps, classes_in_turn
 from maskdm.errors import UsageError
-from maskdm.evaluation.extractors.features import RANDOM, Extractor, open_extractor, random_extractor
+from maskdm.evaluation.extractors.features import RANDOM, Extractor, open_extractor
 from maskdm.evaluation.measure import Comparison, headline, notes
 from maskdm.evaluation.neighbours import Memorisation, memorisation
 from maskdm.evaluation.real import Real, load_real
@@ -44,7 +44,7 @@ from maskdm.run.runfolder import sha256_of
 from maskdm.training.checkpoint import load_checkpoint, model_from
 
 from .options import Device, PrecisionOption, Seed, pixel_policy
-from .sample_command import BatchSize, Eta, Guidance, SamplerOption, Steps, check_steps, classes_in_turn
+from .sample_command import BatchSize, Eta, Guidance, SamplerOption, Steps
 
 PAIRS = 16  # most similar ones, for a person to look at
 
@@ -99,7 +99,7 @@ def evaluate(
             count=count, sampler=sampler, steps=steps, eta=eta, guidance=guidance, class_name=class_name or None
         )
     picked = pick_device(device)
-    extractor = random_extractor(picked) if features == RANDOM else open_extractor(Path(features), device=picked)
+    extractor = open_extractor(features, device=picked)
     metadata: CheckpointMetadata | None = None
     if model:
         weights, metadata = load_checkpoint(model)

@@ -11,7 +11,7 @@ from maskdm import quantities
 from maskdm.commands import command_line as cli
 from maskdm.config import Encoding, Precision, Sampler, Trainable
 from maskdm.data.pixels import PixelPolicy
-from maskdm.evaluation.extractors.features import RANDOM, open_extractor, random_extractor
+from maskdm.evaluation.extractors.features import RANDOM, open_extractor
 
 from ..aggregation.optimizers import ServerOptimizer
 from ..aggregation.robust import Rule
@@ -105,9 +105,7 @@ def federation_options(
 
 def _digest_of(features: str) -> str:
     """What sites know a feature network by: the sha256 of its file."""
-    if features == RANDOM:
-        return random_extractor().sha256
-    return open_extractor(Path(features), "--evaluate-features").sha256
+    return open_extractor(features, "--evaluate-features").sha256
 
 
 def with_options(shared: Callable[..., dict[str, Any]], **defaults: Any) -> Callable[[Callable[..., Any]], Any]:

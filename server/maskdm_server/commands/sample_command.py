@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import typer
 
-from maskdm.config import DiffusionConfig, ModelConfig, Sampler
+from maskdm.config import ModelConfig, Sampler
 from maskdm.data.pixels import decode
-from maskdm.diffusion.sampling import Options, inpaint, interpolate
+from maskdm.diffusion.sampling import Options, check_steps, classes_in_turn, inpaint, interpolate
 from maskdm.diffusion.sampling import sample as draw
 from maskdm.errors import DataError, UsageError
 from maskdm.networks.precision import pick_device, pick_precision
@@ -84,22 +84,6 @@ def sample(
     if npz:
         _write_npz(npz, images.permute(0, 2, 3, 1).numpy())
     say(f"{count} samples: {out}")
-
-
-def check_steps(steps: int | None, diffusion: DiffusionConfig) -> None:
-    """Raises UsageError where --steps are more than the process has."""
-    if steps is not None and diffusion.process == "ddpm" and steps > diffusion.timesteps:
-        raise UsageError(f"--steps {steps} is more than the checkpoint's {diffusion.timesteps} timesteps")
-
-
-def classes_in_turn(wanted: list[str] | None, names: tuple[str, ...], count: int) -> torch.Tensor | None:
-    """Classes to draw, (count,) int64, the wanted ones or all in turn; None for a model without classes."""
-    for name in wanted or ():
-        if name not in names:
-            known = f"choose from {', '.join(names)}" if names else "the model has no classes"
-            raise UsageError(f"--class {name}: {known}")
-    chosen = wanted or names
-    return torch.tensor([names.index(chosen[i % len(chosen)]) for i in range(count)]) if chosen else None
 
 
 def _picture(path: Path, shape: ModelConfig, option: str) -> torch.Tensor:

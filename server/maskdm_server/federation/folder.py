@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from maskdm.errors import UsageError
-from maskdm.evaluation.grids import draw_samples
 from maskdm.federated.terms import ASKED
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write, claim, record_versions, sha256_of
 from maskdm.seeding import derive_seed
 from maskdm.training.checkpoint import load_checkpoint
+from maskdm.training.grids import draw_samples
 
 from .settings import MAY_CHANGE, FederationConfig, update_size
 

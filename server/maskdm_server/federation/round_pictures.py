@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from maskdm.errors import MaskDMError
-from maskdm.evaluation.grids import Abandoned, save_samples
 from maskdm.run.reporting import say
 from maskdm.training.checkpoint import load_checkpoint
+from maskdm.training.grids import Abandoned, save_samples
 
 from .settings import FederationConfig
 

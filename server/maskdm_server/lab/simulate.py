@@ -1,18 +1,143 @@
-"""A federation on one machine: real clients on loopback, each with its share of the images."""
+"""A federation on one machine: real clients on loopback, or all in this process, each with its share of the images."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maskdm.commands import command_line as cli
 from maskdm.data.corpus import Corpus
+from maskdm.data.pixels import PixelPolicy
+from maskdm.data.preparation.cache import load_corpus
+from maskdm.data.preparation.pack import check_apart
+from maskdm.data.sources.source import open_source
+from maskdm.diffusion.sampling import check_steps
 from maskdm.errors import UsageError
-from maskdm.run.processes import Child, script
+from maskdm.evaluation.extractors.features import RANDOM
+from maskdm.federated.kit import POLICY
+from maskdm.federated.parcel import NUMBER_NAMES
+from maskdm.federated.policy import SIMULATED, as_toml
+from maskdm.run.processes import Child, free_port, script
+from maskdm.run.reporting import say
+from maskdm.run.runfolder import atomic_write, owned
 from maskdm.seeding import derive_seed
+from maskdm.training.checkpoint import load_checkpoint
+
+from ..federation.settings import FederationConfig
+from ..flower.serve import serve
+from .in_process import prepare_folders, simulate_inline
 
 Rows = NDArray[np.int64]
+Engine = Literal["processes", "inline", "ray"]
+Split = Literal["iid", "label"]
+
+
+def suited(values: Mapping[str, Any], given: Collection[str], clients: int, engine: Engine) -> dict[str, Any]:
+    """Options of a federation; those that nobody gave suit clients that all take part and are never lost."""
+    everyone = min(clients, values["clients_per_round"] or clients)
+    wanted: dict[str, Any] = {"min_clients": clients, "min_replies": everyone}
+    if engine != "processes":  # clients wait for their turn
+        wanted["round_deadline"] = values["round_limit"]
+    return {**values, **{name: value for name, value in wanted.items() if name not in given}}
+
+
+def simulate(
+    prior: Path,
+    data: Sequence[Path],
+    out: Path,
+    config: FederationConfig,
+    *,
+    clients: int,
+    engine: Engine,
+    split: Split,
+    alpha: float,
+    fraction: float,
+    upscale: bool,
+    features: str = RANDOM,
+    following: AbstractContextManager[Any] | None = None,
+) -> Path:
+    """Run the federation, or what is left of it, and return the path of its final model.
+
+    Args:
+        data: images to share out, or one source for each client.
+        features: file of the feature network that clients evaluate with, where `config` asks for that.
+        following: what passes on the federation's lines and samples.
+
+    Raises:
+        UsageError: sources that do not fit the clients, or cannot be shared out so.
+        FederationError: no quorum.
+    """
+    _, metadata = load_checkpoint(prior, "--prior")
+    check_steps(config.evaluate_steps, metadata.diffusion, "--evaluate-steps")
+    if len(data) not in (1, clients):
+        raise UsageError(f"--data is given {len(data)} times for --clients {clients}: give it once, or once a client")
+    for path in data:
+        check_apart(path, out)
+    simulation = {
+        **{"clients": clients, "split": split, "alpha": alpha, "fraction": fraction, "upscale": upscale},
+        "data": [str(path.absolute()) for path in data],
+    }
+    network = features if features == RANDOM else str(Path(features).absolute())
+    shared = {"share_labels": metadata.class_names, **({"metrics": NUMBER_NAMES} if config.evaluate else {})}
+    terms = SIMULATED.model_copy(update=shared)
+    with owned(out), following or nullcontext():
+        shares = None
+        if len(data) == 1:
+            shape = metadata.model
+            values = {"image_size": shape.image_size, "channels": shape.channels, "upscale": upscale}
+            policy = cli.configure(PixelPolicy, values)
+            corpus = load_corpus(open_source(data[0]), policy)
+            say(f"data: {corpus.summary()}")
+            shares = _shares(corpus, clients, split, alpha, config.seed)
+
+        def paths() -> Sequence[Path]:
+            return data if shares is None else write_shares(corpus, shares, out / "sites")
+
+        if engine == "processes":
+            server = f"127.0.0.1:{(port := free_port())}"
+            options = ["--fraction", str(fraction), "--seed", str(config.seed), *(["--upscale"] if upscale else [])]
+            written = out / "sites" / POLICY
+            options += ["--policy", str(written), *(["--features", network] if config.evaluate else [])]
+
+            def start_sites() -> list[Child]:
+                atomic_write(written, as_toml(terms))
+                return start_clients(paths(), out / "sites", server, options)
+
+            return serve(
+                prior,
+                out,
+                config,
+                host="127.0.0.1",
+                port=port,
+                tls=None,
+                start_sites=start_sites,
+                simulation=simulation,
+            )
+        settings: dict[str, Any] = {"fraction": fraction, "seed": config.seed, "upscale": upscale}
+        settings |= {"policy": terms.model_dump(mode="json")}
+        if config.evaluate:
+            settings |= {"features": network}
+
+        def prepare_sites() -> list[Path]:
+            return prepare_folders(paths(), out / "sites", settings)
+
+        return simulate_inline(prior, out, config, prepare_sites, simulation, ray=engine == "ray")
+
+
+def _shares(corpus: Corpus, clients: int, split: Split, alpha: float, seed: int) -> list[Rows]:
+    rows = corpus.training_rows
+    if split == "iid":
+        if len(rows) < 2 * clients:
+            raise UsageError(f"--data holds {len(rows)} images, too few for --clients {clients}")
+        return split_iid(len(rows), clients, seed)
+    labels = [corpus.label(row) for row in rows]
+    if len(set(labels)) < 2:
+        raise UsageError("--split label needs labels: sub-folders, or an .npz with an array 'labels'")
+    return split_by_label(labels, clients, alpha, seed)
 
 
 def split_iid(count: int, clients: int, seed: int) -> list[Rows]:

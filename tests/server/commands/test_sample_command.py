@@ -76,7 +76,7 @@ def test_pictures_between_two_start_and_end_near_them(checkpoint: Path) -> None:
         (["--class", "cow"], "--class cow: choose from cat, dog"),
         (["--fill", "a.png"], "--fill and --hole belong together"),
         (["--fill", "a.png", "--hole", "b.png"], "--fill a.png cannot be read"),
-        (["--steps", "51"], "--steps 51 is more than the checkpoint's 50 timesteps"),
+        (["--steps", "51"], "--steps 51 is more than the model's 50 timesteps"),
     ],
 )
 def test_mistakes_are_named(
