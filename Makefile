@@ -27,6 +27,7 @@ format: .venv/test
 
 docs: .venv/run
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/figures.py
 
 clean:

@@ -27,7 +27,6 @@ def simulate(
     alpha: float = 0.5,
     fraction: float = 0.1,
     upscale: bool = False,
-    features: Path | str = RANDOM,
     **federation: Any,
 ) -> Path:
     """Run a whole federation on this machine, or go on with it, and return the path of its final model.
@@ -39,7 +38,6 @@ def simulate(
             clients on loopback; ray takes Flower's simulation.
         split: iid for equal shares, label for a Dirichlet skew of labels with concentration `alpha`, > 0.
         fraction: share of its images that each client uses, in (0, 1].
-        features: feature network of `evaluate`, as `maskdm.evaluate` takes it.
         federation: whatever else `maskdm-server simulate` takes, by its name with underscores, e.g. local_images=512,
             lr=1e-4, aggregation="median", server_optimizer="fedadam".
 
@@ -48,11 +46,10 @@ def simulate(
         FederationError: too few usable updates.
         Interrupted: stopped by Ctrl-C; the same call goes on.
     """
-    given = {"rounds": rounds, **federation}
-    if given.get("evaluate"):
-        given["evaluate_features"] = open_extractor(features).sha256
-    usual = {name: field.default for name, field in FederationConfig.model_fields.items() if not field.is_required()}
-    values = suited(usual | given, given.keys(), clients, engine)
+    values = suited({"rounds": rounds, **federation}, clients, engine)
+    features = str(values.get("evaluate_features") or RANDOM)
+    if values.get("evaluate"):
+        values["evaluate_features"] = open_extractor(features, "evaluate_features").sha256
     return run(
         Path(prior),
         [Path(data)] if isinstance(data, Path | str) else [Path(path) for path in data],
@@ -64,5 +61,5 @@ def simulate(
         alpha=alpha,
         fraction=fraction,
         upscale=upscale,
-        features=str(features),
+        features=features,
     )

@@ -73,7 +73,8 @@ def simulate(
     federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
 ) -> None:
     """Run a whole federation on this machine: a real Flower server and real clients on loopback."""
-    values = suited(federation, cli.given(context), clients, engine)
+    chosen = {name: federation[name] for name in cli.given(context) & federation.keys()}
+    values = federation | suited(chosen, clients, engine)
     config = cli.configure(FederationConfig, federation_config(prior, values))
     model = run(
         prior,

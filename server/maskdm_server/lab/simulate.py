@@ -1,7 +1,7 @@
 """A federation on one machine: real clients on loopback, or all in this process, each with its share of the images."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -36,13 +36,14 @@ Engine = Literal["processes", "inline", "ray"]
 Split = Literal["iid", "label"]
 
 
-def suited(values: Mapping[str, Any], given: Collection[str], clients: int, engine: Engine) -> dict[str, Any]:
-    """Options of a federation; those that nobody gave suit clients that all take part and are never lost."""
-    everyone = min(clients, values["clients_per_round"] or clients)
-    wanted: dict[str, Any] = {"min_clients": clients, "min_replies": everyone}
+def suited(chosen: Mapping[str, Any], clients: int, engine: Engine) -> dict[str, Any]:
+    """Options of a federation; those that nobody chose suit clients that all take part and are never lost."""
+    wanted: dict[str, Any] = {"min_clients": clients}
+    wanted["min_replies"] = min(clients, chosen.get("clients_per_round") or clients)
     if engine != "processes":  # clients wait for their turn
-        wanted["round_deadline"] = values["round_limit"]
-    return {**values, **{name: value for name, value in wanted.items() if name not in given}}
+        usual = FederationConfig.model_fields["round_limit"].default
+        wanted["round_deadline"] = chosen.get("round_limit", usual)
+    return {**wanted, **chosen}
 
 
 def simulate(

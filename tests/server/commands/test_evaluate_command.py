@@ -167,7 +167,7 @@ def test_what_makes_numbers_better_than_they_are_is_said(folder: Path, evaluate:
         (["--model", "fed/model.safetensors", "--train", "nowhere"], "--train nowhere does not exist"),
         (["--model", "fed/model.safetensors", "--features", "nowhere"], "--features nowhere does not exist"),
         (["--model", "fed/model.safetensors", "--features", "real.npz"], "is no feature network that MaskDM knows"),
-        (["--model", "fed/model.safetensors", "--steps", "51"], "--steps 51 is more than the checkpoint's 50"),
+        (["--model", "fed/model.safetensors", "--steps", "51"], "--steps 51 is more than the model's 50"),
         (["--model", "fed/model.safetensors", "--class", "cat"], "the model has no classes"),
         (["--model", "fed/model.safetensors", "--split", "validation"], "has 0 images in its part validation"),
         (["--model", "fed/model.safetensors", "--count", "1"], "--count"),
