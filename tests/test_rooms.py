@@ -1,6 +1,7 @@
 """The house: which rooms there are, and which of them may know which. A new arrow is a decision; it is made here."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,10 @@ FACES = {"maskdm.api": "maskdm", "maskdm_server.api": "maskdm_server"}
 def room_of(module: str) -> str:
     """The innermost room that a module, or a room itself, is in; a face is one of its own."""
     return module if module in ARROWS or module in FACES else module.rpartition(".")[0]
+
+
+def folder_of(room: str) -> Path:
+    return ROOT / HOUSES[room.split(".")[0]] / room.replace(".", "/")
 
 
 def files() -> list[Path]:
@@ -126,7 +131,7 @@ def test_every_arrow_is_used() -> None:
 
 @pytest.mark.parametrize("room", ARROWS)
 def test_a_room_is_small_and_says_what_it_is(room: str) -> None:
-    folder = ROOT / HOUSES[room.split(".")[0]] / room.replace(".", "/")
+    folder = folder_of(room)
     entries = [entry.name for entry in folder.iterdir() if not entry.name.startswith("_") and entry.name != "py.typed"]
     assert len(entries) <= MOST_ENTRIES, sorted(entries)
     assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
@@ -140,3 +145,20 @@ def test_tests_mirror_the_rooms() -> None:
         for path in (ROOT / "tests" / top).rglob("test_*.py")
     }
     assert folders <= rooms
+
+
+def test_contributing_shows_each_room_in_a_line() -> None:
+    listed: list[tuple[str, str | None]] = []
+    house = ""
+    for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines():
+        if match := re.match(r"(?:common|server|client)/(\w+)/ +\w", line):
+            house = match[1]
+            listed.append((house, None))
+        elif house and (match := re.match(r"  ([\w/]+)/ +(.+)", line)):
+            listed.append((f"{house}.{match[1].replace('/', '.')}", match[2]))
+    said = {
+        room: (ast.get_docstring(ast.parse((folder_of(room) / "__init__.py").read_text())) or "").splitlines()[0]
+        for room in ARROWS
+    }
+    assert listed == [(room, said[room] if "." in room else None) for room in ARROWS]
+    assert "(CONTRIBUTING.md)" in (ROOT / "README.md").read_text()

@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints, several processes at it, and a prior from first step to last."""
+"""The training loop, its checkpoints, several processes at it; a prior's whole training."""
