@@ -33,7 +33,7 @@ def test_its_code_runs_from_top_to_bottom(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "quickstart.py"],
         cwd=tmp_path,
-        env={**os.environ, "MASKDM_QUICKSTART_BUDGET": "0.01", "MASKDM_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "MASKDM_QUICKSTART_BUDGET": "0.01", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
