@@ -36,6 +36,7 @@ format: $(VENV)/test
 
 docs: $(VENV)/run
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/figures.py
 
 clean:

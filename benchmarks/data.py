@@ -34,7 +34,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import functional as transforms
 
 from maskdm.data.batches import batches
-from maskdm.data.corpus import open_corpus
+from maskdm.data.corpus import Corpus
 from maskdm.data.pixels import PixelPolicy
 from maskdm.data.preparation.pack import decode_entries, pack
 from maskdm.data.sources.source import open_source
@@ -184,7 +184,7 @@ def memory(folder: Path, count: int) -> dict[str, Any]:
         time.sleep(0.02)
     seconds = time.perf_counter() - started
     assert process.returncode == 0
-    corpus = open_corpus(folder / f"out-{count}")
+    corpus = Corpus.open(folder / f"out-{count}")
     assert len(corpus) == count
     return {
         "measure": "memory",

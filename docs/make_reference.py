@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import typer
 
 from maskdm.commands import command_line as cli
 from maskdm_client.commands.app import app as client_app
@@ -18,7 +17,7 @@ from maskdm_server.commands.app import app as server_app
 
 PAGE = Path(__file__).with_name("reference.md")
 PROGRAMS = {"maskdm-server": server_app, "maskdm-client": client_app}
-EVERYWHERE = ("config", "debug", "help")  # told once, in the introduction
+EVERYWHERE = ("config", "debug", "help", "version")  # told once, in the introduction
 KINDS = {"integer": "whole number", "float": "number", "text": "text", "path": "path"}
 
 INTRODUCTION = """\
@@ -34,7 +33,8 @@ environment it is `1` or `0`. What may be repeated is a list in the file; in the
 paths by colons.
 
 Beside its own options every command takes `--help` and `--debug` (tracebacks of errors), and each that does work
-`--config FILE` (environment: `MASKDM_CONFIG`). Exit codes and what commands leave: [commands.md](commands.md).
+`--config FILE` (environment: `MASKDM_CONFIG`). Both programs take `--version`. Exit codes and what commands leave:
+[commands.md](commands.md).
 """
 
 
@@ -42,9 +42,7 @@ def reference() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
     for program, app in PROGRAMS.items():
-        command = typer.main.get_command(app)
-        cli._prepare(command)  # environment variables, --config and --debug, as the programs themselves get them
-        parts += described(command, program)
+        parts += described(cli.prepared(app, program), program)
     return "\n".join(parts)
 
 

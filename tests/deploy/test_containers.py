@@ -18,7 +18,6 @@ from typing import Any
 
 import click
 import pytest
-import typer
 import yaml
 
 from maskdm.commands import command_line as cli
@@ -88,8 +87,7 @@ def who_mounts(volume: str) -> set[str]:
 @cache
 def options(program: str, *subcommands: str) -> dict[str, click.Option]:
     """The options of a real command by their environment variables."""
-    command: click.Command = typer.main.get_command({"maskdm-server": server_app, "maskdm-client": client_app}[program])
-    cli._prepare(command)
+    command = cli.prepared({"maskdm-server": server_app, "maskdm-client": client_app}[program], program)
     for name in subcommands:
         assert isinstance(command, click.Group)
         command = command.commands[name]

@@ -238,8 +238,7 @@ def test_a_finished_federation_is_not_started_again_and_a_mistake_is_not_repeate
 
 def options(app: typer.Typer, command: str) -> dict[str, click.Parameter]:
     """By environment variable, as the real command line names them."""
-    found = typer.main.get_command(app)
-    cli._prepare(found)
+    found = cli.prepared(app, "maskdm")
     if command:
         assert isinstance(found, click.Group)
         found = found.commands[command]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 import pytest
-import typer
 
 from maskdm.commands import command_line as cli
 from maskdm_client.commands.app import app as client_app
@@ -114,8 +113,7 @@ def check(program: str, arguments: list[str]) -> None:
     Raises:
         click.UsageError: the program would refuse them.
     """
-    command: click.Command = typer.main.get_command(PROGRAMS[program])
-    cli._prepare(command)
+    command = cli.prepared(PROGRAMS[program], program)
     context, rest = click.Context(command, info_name=program), [word for word in arguments if word != "…"]
     while True:
         options, rest, order = command.make_parser(context).parse_args(rest)

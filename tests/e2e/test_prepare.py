@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
-from maskdm.data.corpus import in_memory, open_corpus
+from maskdm.data.corpus import Corpus, in_memory
 from maskdm.data.sources.source import open_source
 from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.model import build_model
@@ -42,7 +42,7 @@ def test_both_programs_prepare_a_corpus_and_report_on_it(run: Run, hospital: Pat
     for line in ("150 at 16x16, 3 channels", "ward0 50, ward1 50, ward2 50", "1: not a readable picture"):
         assert line in error
     assert "broken.png" not in error
-    assert len(open_corpus(hospital.parent / "corpus")) == 150
+    assert len(Corpus.open(hospital.parent / "corpus")) == 150
     assert {"preflight.json", "contact-sheet.png"} <= {path.name for path in (hospital.parent / "corpus").iterdir()}
     assert run(program, "prepare", "--data", "hospital", "--out", "corpus", "--image-size", "16")[0] == 0
 
@@ -54,7 +54,7 @@ def test_a_prepared_corpus_trains_and_says_its_own_size(run: Run, hospital: Path
     assert "packing" not in error
     _, metadata = load_checkpoint(tmp_path / "run" / "prior.safetensors")
     assert (metadata.model.image_size, metadata.model.channels) == (16, 3)
-    assert metadata.corpus == open_corpus(tmp_path / "corpus").manifest.statistics
+    assert metadata.corpus == Corpus.open(tmp_path / "corpus").manifest.statistics
     code, error = run("maskdm-server", "pretrain", "--data", "corpus", "--out", "other", *SMALL, "--image-size", "32")
     assert (code, "was packed at 16x16" in error, "prepare --image-size 32" in error) == (2, True, True)
 
@@ -185,7 +185,7 @@ def test_real_images_prepare_and_train_from_their_packed_form(
 ) -> None:
     code, error = run("maskdm-server", "prepare", "--data", str(REAL / name), "--out", "corpus", *options)
     assert code == 0, error
-    corpus = open_corpus(tmp_path / "corpus")
+    corpus = Corpus.open(tmp_path / "corpus")
     assert len(corpus) == count
     assert corpus.manifest.groups == (364 if "blood" in name else 0)
     code, error = run("maskdm-server", "pretrain", "--data", "corpus", "--out", "run", *SMALL)

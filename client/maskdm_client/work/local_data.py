@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskdm.config import ModelConfig
-from maskdm.data.corpus import Corpus, is_corpus, open_corpus
+from maskdm.data.corpus import Corpus, is_corpus
 from maskdm.data.duplicates import SIDE
 from maskdm.data.pixels import PixelPolicy
 from maskdm.data.preparation.pack import pack
@@ -192,7 +192,7 @@ def _packed(
     out, mark = folder / CORPUS, folder / CORPUS / ".slice"
     wanted = hashlib.sha256(json.dumps([sorted(images.items()), policy.model_dump()]).encode()).hexdigest()
     if is_corpus(out) and mark.exists() and mark.read_text() == wanted:
-        return open_corpus(out, "--out")
+        return Corpus.open(out, "--out")
     out.mkdir(mode=0o700, parents=True, exist_ok=True)  # decoded images are as private as the originals
     corpus = pack(source(), out, policy, workers=threads, replace=True)
     atomic_write(mark, wanted)

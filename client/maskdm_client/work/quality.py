@@ -16,7 +16,7 @@ from torch import Tensor
 from maskdm.data.corpus import Corpus
 from maskdm.errors import UsageError
 from maskdm.evaluation.distances import frechet_distance, kernel_distance, moments
-from maskdm.evaluation.extractors.features import RANDOM, Extractor, open_extractor, random_extractor
+from maskdm.evaluation.extractors.features import RANDOM, Extractor, open_extractor
 from maskdm.evaluation.neighbours import memorisation, neighbourhoods
 from maskdm.evaluation.samples import drawn, proportional_classes
 from maskdm.federated.parcel import LARGEST_DISTANCE, rounded
@@ -44,7 +44,7 @@ def features_of(option: str) -> str:
     """
     if option == RANDOM:
         return RANDOM
-    open_extractor(Path(option))
+    open_extractor(option)
     return str(Path(option).absolute())
 
 
@@ -83,11 +83,7 @@ def _extractor(settings: SiteSettings, wanted: QualityPlan, device: torch.device
     if settings.features is None:
         raise NotEvaluated(f"this site has no feature network; sha256 {wanted.features} is wanted (--features)")
     try:
-        found = (
-            random_extractor(device)
-            if settings.features == RANDOM
-            else open_extractor(Path(settings.features), device=device)
-        )
+        found = open_extractor(settings.features, device=device)
     except UsageError as error:
         raise NotEvaluated(str(error)) from error
     if found.sha256 != wanted.features:

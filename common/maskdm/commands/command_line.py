@@ -15,6 +15,7 @@ import typer
 from click.core import ParameterSource
 from pydantic import ValidationError
 
+from .. import __version__
 from ..config import Frozen
 from ..errors import Interrupted, MaskDMError, UsageError
 
@@ -27,8 +28,7 @@ Config = TypeVar("Config", bound=Frozen)
 def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = typer.main.get_command(app)
-    _prepare(command)
+    command = prepared(app, program)
     try:
         result = command.main(args=arguments, prog_name=program, standalone_mode=False)
         if result == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt, without a word
@@ -49,6 +49,13 @@ def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> i
         if "--debug" in arguments:
             traceback.print_exc()
         return _fail(program, f"unexpected {type(error).__name__}: {error}; --debug shows where", 1)
+
+
+def prepared(app: typer.Typer, program: str) -> click.Command:
+    """A command line with what all of ours have: environment variables, --config, --debug, and --version."""
+    command = typer.main.get_command(app)
+    _prepare(command)
+    return click.version_option(__version__, prog_name=program, message="%(prog)s %(version)s")(command)
 
 
 def configure(build: type[Config], values: dict[str, Any], options: dict[str, str] | None = None) -> Config:

@@ -74,6 +74,32 @@ class Corpus:
     manifest: Manifest
     path: Path | None = field(default=None, compare=False)
 
+    @classmethod
+    def open(cls, path: Path | str, option: str = "--data") -> "Corpus":
+        """Open a packed corpus, as `pack` leaves it; its pixels are mapped, not read.
+
+        Files that were copied or touched since they were last verified are hashed once.
+
+        Raises:
+            DataError: damaged, changed since it was packed, or from a newer version.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path, option)
+        try:
+            # Copy on write: PyTorch wants memory that could be written, and the file must never be.
+            pixels = np.load(path / IMAGES, mmap_mode="c", allow_pickle=False)
+            index = np.load(path / INDEX, mmap_mode="c", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{option} {path} is damaged ({error}): pack it again with prepare") from error
+        size, channels = manifest.policy.image_size, manifest.policy.channels
+        shape = (manifest.images, channels, size, size)
+        if pixels.shape != shape or pixels.dtype != np.uint8 or index.shape != shape[:1] or index.dtype != RECORD:
+            raise DataError(f"{option} {path} does not hold what its manifest says: pack it again with prepare")
+        corpus = cls(pixels, index, manifest, path)
+        if _stamp(path) != _verified(path):
+            verify(corpus, option)
+        return corpus
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -209,31 +235,6 @@ class Tally:
 def is_corpus(path: Path) -> bool:
     """Whether a folder is a packed corpus."""
     return (path / MANIFEST).is_file() and (path / IMAGES).exists()
-
-
-def open_corpus(path: Path, option: str = "--data") -> Corpus:
-    """Open a packed corpus; its pixels are mapped, not read.
-
-    Files that were copied or touched since they were last verified are hashed once.
-
-    Raises:
-        DataError: damaged, changed since it was packed, or from a newer version.
-    """
-    manifest = _read_manifest(path, option)
-    try:
-        # Copy on write: PyTorch wants memory that could be written, and the file must never be.
-        pixels = np.load(path / IMAGES, mmap_mode="c", allow_pickle=False)
-        index = np.load(path / INDEX, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{option} {path} is damaged ({error}): pack it again with prepare") from error
-    size, channels = manifest.policy.image_size, manifest.policy.channels
-    shape = (manifest.images, channels, size, size)
-    if pixels.shape != shape or pixels.dtype != np.uint8 or index.shape != shape[:1] or index.dtype != RECORD:
-        raise DataError(f"{option} {path} does not hold what its manifest says: pack it again with prepare")
-    corpus = Corpus(pixels, index, manifest, path)
-    if _stamp(path) != _verified(path):
-        verify(corpus, option)
-    return corpus
 
 
 def verify(corpus: Corpus, option: str = "--data") -> None:

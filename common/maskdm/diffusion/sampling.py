@@ -100,11 +100,17 @@ def run_sampler(
     randomness: Sequence[torch.Generator],
 ) -> Tensor:
     """The named sampler from the first level to the data."""
-    if sampler == "dpmpp":
-        return sample_dpmpp_2m(x0_at, levels, x)
-    if sampler == "heun":
-        return sample_heun(x0_at, levels, x)
-    return sample_ddim(x0_at, levels, x, eta={"ddpm": 1.0, "euler": 0.0}.get(sampler, eta), randomness=randomness)
+    match sampler:
+        case "dpmpp":
+            return sample_dpmpp_2m(x0_at, levels, x)
+        case "heun":
+            return sample_heun(x0_at, levels, x)
+        case "ddim":
+            return sample_ddim(x0_at, levels, x, eta=eta, randomness=randomness)
+        case "ddpm":
+            return sample_ddim(x0_at, levels, x, eta=1.0, randomness=randomness)
+        case "euler":
+            return sample_ddim(x0_at, levels, x, eta=0.0, randomness=randomness)
 
 
 def sampling_times(process: ForwardProcess, sampler: Sampler, steps: int) -> Tensor:

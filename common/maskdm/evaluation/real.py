@@ -47,16 +47,14 @@ def load_real(
 
     Args:
         option: what the user chose the source with.
-        part: auto is the test part where there is one, else the validation part, else all.
+        part: see `choose_part`.
         labels: only images of these, where the corpus has labels at all.
 
     Raises:
         DataError: see `open_source` and `load_corpus`; or there are fewer than two such images.
     """
     corpus = load_corpus(open_source(path, option), policy, option=option)
-    counts = {name: len(_rows(corpus, name)) for name in PARTS}
-    chosen = next(name for name in PARTS if counts[name]) if part == "auto" else part
-    rows = _rows(corpus, chosen)
+    chosen, rows = choose_part(corpus, part)
     numbers = [number for number, label in enumerate(corpus.labels) if label in labels]
     if labels and corpus.labels and not numbers:
         raise DataError(
@@ -72,6 +70,12 @@ def load_real(
         )
     features = real_features(corpus, rows, extractor, title=f"features of {option}", batch_size=batch_size)
     return Real(path, corpus, chosen, rows, features)
+
+
+def choose_part(corpus: Corpus, part: Part | Literal["auto"]) -> tuple[Part, NDArray[np.int64]]:
+    """A part of a corpus and its rows; auto is the test part where there is one, else the validation part, else all."""
+    chosen = next(name for name in PARTS if len(_rows(corpus, name))) if part == "auto" else part
+    return chosen, _rows(corpus, chosen)
 
 
 def _rows(corpus: Corpus, part: Part) -> NDArray[np.int64]:

@@ -20,14 +20,42 @@ def visible_count(mask: MaskConfig, grid: int) -> int:
     Raises:
         UsageError: the mask leaves nothing visible or hides nothing, or its blocks do not divide the grid.
     """
+    match mask.kind:
+        case "none":
+            return grid * grid
+        case "crop":
+            if mask.ratio == 1:
+                raise UsageError("--mask-ratio 1 leaves nothing visible: give less than 1")
+            return _crop_side(mask.ratio, grid) ** 2
+        case "block":
+            return _visible_of_blocks(mask, mask.block_size, grid)
+        case "patch":
+            return _visible_of_blocks(mask, 1, grid)
+
+
+def effective_ratio(mask: MaskConfig, grid: int) -> float:
+    """The share of patches that is really hidden: whole blocks and square crops rarely hit `mask.ratio`."""
+    return 1 - visible_count(mask, grid) / grid**2
+
+
+def draw_visible(mask: MaskConfig, grid: int, batch: int, generator: torch.Generator) -> Tensor | None:
+    """Indices of visible patches, shape (batch, visible_count); None where everything is visible."""
+    visible = visible_count(mask, grid)
+    if visible == grid * grid:
+        return None
+    match mask.kind:
+        case "none":
+            return None
+        case "crop":
+            return _crop(grid, _crop_side(mask.ratio, grid), batch, generator)
+        case "block":
+            return _blocks(grid, mask.block_size, visible, batch, generator)
+        case "patch":
+            return _blocks(grid, 1, visible, batch, generator)
+
+
+def _visible_of_blocks(mask: MaskConfig, block: int, grid: int) -> int:
     tokens = grid * grid
-    if mask.kind == "none":
-        return tokens
-    if mask.kind == "crop":
-        if mask.ratio == 1:
-            raise UsageError("--mask-ratio 1 leaves nothing visible: give less than 1")
-        return _crop_side(mask.ratio, grid) ** 2
-    block = mask.block_size if mask.kind == "block" else 1
     if grid % block:
         raise UsageError(
             f"--block-size {block} does not divide the {grid}x{grid} grid of patches; "
@@ -43,21 +71,6 @@ def visible_count(mask: MaskConfig, grid: int) -> int:
             f"grid, so nothing; choose a smaller --block-size or --mask none"
         )
     return visible
-
-
-def effective_ratio(mask: MaskConfig, grid: int) -> float:
-    """The share of patches that is really hidden: whole blocks and square crops rarely hit `mask.ratio`."""
-    return 1 - visible_count(mask, grid) / grid**2
-
-
-def draw_visible(mask: MaskConfig, grid: int, batch: int, generator: torch.Generator) -> Tensor | None:
-    """Indices of visible patches, shape (batch, visible_count); None where everything is visible."""
-    visible = visible_count(mask, grid)
-    if visible == grid * grid:
-        return None
-    if mask.kind == "crop":
-        return _crop(grid, _crop_side(mask.ratio, grid), batch, generator)
-    return _blocks(grid, mask.block_size if mask.kind == "block" else 1, visible, batch, generator)
 
 
 def _crop_side(ratio: float, grid: int) -> int:

@@ -19,7 +19,11 @@ Network = MaskedUViT | MaskedDiT
 
 def network(config: ModelConfig) -> Network:
     """The network that a configuration names, initialised from the global generator."""
-    return MaskedUViT(config) if config.network == "uvit" else MaskedDiT(config)
+    match config.network:
+        case "uvit":
+            return MaskedUViT(config)
+        case "dit":
+            return MaskedDiT(config)
 
 
 def build_model(config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> Network:

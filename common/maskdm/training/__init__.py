@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints, several processes at it."""
+"""The training loop, its checkpoints, several processes at it; a prior's whole training."""

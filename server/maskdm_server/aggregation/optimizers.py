@@ -49,23 +49,24 @@ def step(weights: dict[str, Tensor], delta: Iterable[tuple[str, Tensor]], moment
 
 def _move(name: str, weight: Tensor, difference: Tensor, moments: Moments, config: ServerStep) -> None:
     assert difference.shape == weight.shape
-    if config.optimizer == "fedavg":
-        weight.add_(difference, alpha=config.lr)
-        return
     decay, second_decay = config.betas
-    first = _moment(f"first.{name}", weight, moments, 0.0)
-    if config.optimizer == "fedavgm":
-        first.mul_(decay).add_(difference)
-        weight.add_(first, alpha=config.lr)
-        return
-    first.mul_(decay).add_(difference, alpha=1 - decay)
-    second = _moment(f"second.{name}", weight, moments, config.epsilon**2)
-    if config.optimizer == "fedadam":
-        second.mul_(second_decay).addcmul_(difference, difference, value=1 - second_decay)
-    else:
-        square = difference.square()
-        second.addcmul_(square, torch.sign(second - square), value=second_decay - 1)
-    weight.addcdiv_(first, second.sqrt().add_(config.epsilon), value=config.lr)
+    match config.optimizer:
+        case "fedavg":
+            weight.add_(difference, alpha=config.lr)
+        case "fedavgm":
+            first = _moment(f"first.{name}", weight, moments, 0.0)
+            first.mul_(decay).add_(difference)
+            weight.add_(first, alpha=config.lr)
+        case "fedadam" | "fedyogi":
+            first = _moment(f"first.{name}", weight, moments, 0.0)
+            first.mul_(decay).add_(difference, alpha=1 - decay)
+            second = _moment(f"second.{name}", weight, moments, config.epsilon**2)
+            if config.optimizer == "fedadam":
+                second.mul_(second_decay).addcmul_(difference, difference, value=1 - second_decay)
+            else:
+                square = difference.square()
+                second.addcmul_(square, torch.sign(second - square), value=second_decay - 1)
+            weight.addcdiv_(first, second.sqrt().add_(config.epsilon), value=config.lr)
 
 
 def _moment(key: str, weight: Tensor, moments: Moments, start: float) -> Tensor:

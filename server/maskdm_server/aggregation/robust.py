@@ -58,12 +58,23 @@ def robust_delta(
     if count < needed(rule, byzantine):
         raise ValueError(f"{rule} needs {needed(rule, byzantine)} updates to withstand {byzantine}, not {count}")
     names = list(names)
-    if rule in ("median", "trimmed-mean"):
-        trim = byzantine if rule == "trimmed-mean" else _median_trim(count)
+
+    def without_extremes(trim: int) -> Iterator[tuple[str, Tensor]]:
         return ((name, _trimmed_mean([delta(i, name) for i in range(count)], trim)) for name in names)
-    order = krum_order(squared_distances(count, names, delta), byzantine)
-    chosen = order[:1] if rule == "krum" else order[: count - byzantine]
-    return ((name, _mean(delta(i, name) for i in chosen)) for name in names)
+
+    def mean_of_best(best: int) -> Iterator[tuple[str, Tensor]]:
+        chosen = krum_order(squared_distances(count, names, delta), byzantine)[:best]
+        return ((name, _mean(delta(i, name) for i in chosen)) for name in names)
+
+    match rule:
+        case "median":
+            return without_extremes(_median_trim(count))
+        case "trimmed-mean":
+            return without_extremes(byzantine)
+        case "krum":
+            return mean_of_best(1)
+        case "multi-krum":
+            return mean_of_best(count - byzantine)
 
 
 def coordinate_median(stack: Tensor) -> Tensor:

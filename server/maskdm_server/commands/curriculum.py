@@ -72,4 +72,4 @@ def stages_from(
 
 
 def _folder() -> Any:
-    return files("maskdm_server.pretraining") / "recipes"
+    return files("maskdm.training") / "recipes"

@@ -13,9 +13,13 @@ from maskdm.diffusion.sampling import Options, check_steps, classes_in_turn
 from maskdm.errors import UsageError
 from maskdm.evaluation.evaluate import Evaluated
 from maskdm.evaluation.evaluate import evaluate as measure
-from maskdm.evaluation.extractors.features import RANDOM, open_extractor, random_extractor
+from maskdm.evaluation.extractors.features import RANDOM, open_extractor
 from maskdm.evaluation.real import load_real
-from maskdm.evaluation.record import FOLDER, lines, write_record
+from maskdm.evaluation.record import (
+    FOLDER,
+    lines,
+    write_record,
+)
 from maskdm.evaluation.samples import DrawnSamples, StoredSamples
 from maskdm.networks.precision import pick_device, pick_precision
 from maskdm.run.pictures import save_png
@@ -76,7 +80,7 @@ def evaluate(
         refuse_drawing(
             count=count, sampler=sampler, steps=steps, eta=eta, guidance=guidance, class_name=class_name or None
         )
-    extractor = random_extractor(picked) if features == RANDOM else open_extractor(Path(features), device=picked)
+    extractor = open_extractor(features, device=picked)
     source: DrawnSamples | StoredSamples
     if model:
         options: Options = {

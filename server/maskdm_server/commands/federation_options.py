@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from maskdm.commands import command_line as cli
-from maskdm.evaluation.extractors.features import RANDOM, open_extractor, random_extractor
+from maskdm.evaluation.extractors.features import RANDOM, open_extractor
 
 from ..federation.folder import federation_config
 from ..federation.settings import FederationConfig, FederationOptions
@@ -81,6 +81,4 @@ def _text(value: Any) -> str | None:
 
 def _digest_of(features: str) -> str:
     """What sites know a feature network by: the sha256 of its file."""
-    if features == RANDOM:
-        return random_extractor().sha256
-    return open_extractor(Path(features), "--evaluate-features").sha256
+    return open_extractor(features, "--evaluate-features").sha256

@@ -35,9 +35,10 @@ from maskdm.run.processes import is_first
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import owned
 from maskdm.training.distributed import local_device, process_group
+from maskdm.training.pretrain import Run
+from maskdm.training.pretrain import pretrain as train_prior
 
-from ..pretraining.pretrain import Run
-from ..pretraining.pretrain import pretrain as train_prior
+from ..tracking.follow import PRETRAINING, follow
 from .curriculum import recipe_names, stages_from, use_recipe
 from .options import Device, LogOption, Out, PrecisionOption, Seed, pixel_policy
 
@@ -148,9 +149,9 @@ def pretrain(
             init=init,
             resume=resume == "auto",
             save_every=save_every,
-            log=log,
             compiled=compile,
             sharded=shard,
+            following=follow(out, PRETRAINING, log),
         )
     say(f"prior: {prior}; samples: {out / 'samples'}")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from maskdm.errors import UsageError
-from maskdm.evaluation.grids import draw_samples
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write, claim, record_versions, sha256_of
 from maskdm.seeding import derive_seed
 from maskdm.training.checkpoint import describe_checkpoint, load_checkpoint
+from maskdm.training.grids import draw_samples
 
 from .settings import MAY_CHANGE, FederationConfig, FederationOptions, update_size
 

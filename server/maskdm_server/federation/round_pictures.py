@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Self
 
 from maskdm.errors import MaskDMError
-from maskdm.evaluation.grids import Abandoned, save_samples
 from maskdm.run.events import Event
 from maskdm.run.reporting import say
 from maskdm.training.checkpoint import load_checkpoint
+from maskdm.training.grids import Abandoned, save_samples
 
 from .events import RoundDone
 from .settings import FederationConfig

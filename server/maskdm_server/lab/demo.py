@@ -15,11 +15,11 @@ from maskdm.run.pictures import grid_picture, save_png
 from maskdm.run.processes import free_port
 from maskdm.run.reporting import readable_size, say
 from maskdm.run.runfolder import atomic_write
+from maskdm.training.pretrain import Run, pretrain
 
 from ..federation.folder import federation_config
 from ..federation.settings import FederationOptions
 from ..flower.serve import serve
-from ..pretraining.pretrain import Run, pretrain
 from ..report.costs import costs
 from ..report.gather import FederationFolder
 from ..report.page.blocks import colophon, page, picture, row_of, section, tiles

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm import quantities
+from maskdm import __version__, quantities
 from maskdm.commands import command_line as cli
 from maskdm.config import MaskConfig, ModelConfig
 from maskdm.errors import (
@@ -292,3 +293,13 @@ def test_whatever_is_typed_is_a_number_or_a_mistake_of_the_user(text: str) -> No
     for read in (quantities.count, quantities.size):
         with suppress(UsageError):
             assert type(read("--images", text)) is int
+
+
+@pytest.mark.parametrize("program", ["maskdm-server", "maskdm-client"])
+def test_a_program_says_its_version(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MASKDM_CONFIG", "missing.toml")
+    app = import_module(f"{program.replace('-', '_')}.commands.app").app
+    assert cli.run(app, program, ["--version"]) == 0
+    assert capsys.readouterr().out == f"{program} {__version__}\n"

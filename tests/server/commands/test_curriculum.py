@@ -15,11 +15,11 @@ from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, Train
 from maskdm.data.corpus import Corpus, in_memory
 from maskdm.errors import Interrupted, UsageError
 from maskdm.run.runfolder import append_line, sha256_of
+from maskdm.training import pretrain as pretraining
 from maskdm.training.checkpoint import load_checkpoint
+from maskdm.training.pretrain import Run, pretrain
 from maskdm_server.commands.app import app
 from maskdm_server.commands.curriculum import read_recipe, recipe_names, stages_from
-from maskdm_server.pretraining import pretrain as pretraining
-from maskdm_server.pretraining.pretrain import Run, pretrain
 
 PUBLISHED = {
     "celeba-64": [(0.875, 256, 2e-4), (0.0, 128, 2e-4)],

@@ -215,7 +215,7 @@ def test_images_that_are_given_count_also_where_they_are_as_many_as_usual(
         (("--evaluate", "9"), "--evaluate 9: 10 images are the fewest"),
         (("--evaluate", "200", "--evaluate-features", "nowhere"), "--evaluate-features nowhere does not exist"),
         (("--evaluate-sampler", "magic"), "--evaluate-sampler"),
-        (("--insecure", "--evaluate", "20", "--evaluate-steps", "51"), "--evaluate-steps 51 is more than the"),
+        (("--insecure", "--evaluate", "20", "--evaluate-steps", "51"), "--evaluate-steps 51 is more than the model's"),
         (("--unknown", "1"), "--unknown"),
     ],
 )

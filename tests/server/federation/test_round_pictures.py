@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from maskdm.errors import FederationError
-from maskdm.evaluation.grids import Abandoned, draw_samples, save_samples
 from maskdm.metadata import CheckpointMetadata
 from maskdm.training.checkpoint import save_checkpoint
+from maskdm.training.grids import Abandoned, draw_samples, save_samples
 from maskdm_server.federation import round_pictures as pictures
 from maskdm_server.federation.events import RoundDone, SiteAtWork
 from maskdm_server.federation.round_pictures import RoundPictures

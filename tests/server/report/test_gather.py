@@ -17,7 +17,7 @@ from maskdm.federated.auditlog import Message
 from maskdm.federated.parcel import Parcel
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import append_line, owned, write_json
-from maskdm_server.pretraining.pretrain import Run
+from maskdm.training.pretrain import Run
 from maskdm_server.report.gather import Federation, FederationFolder, grids, look_at_run
 from maskdm_server.report.sites import Part, Site, Sites
 

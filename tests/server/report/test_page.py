@@ -13,10 +13,10 @@ from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig, Stage, Train
 from maskdm.federated import auditlog
 from maskdm.federated.auditlog import Message
 from maskdm.run.runfolder import append_line, write_json
+from maskdm.training.pretrain import Run
 from maskdm_server.commands.app import app
 from maskdm_server.commands.report_command import page_of
 from maskdm_server.federation.events import RoundLine
-from maskdm_server.pretraining.pretrain import Run
 from maskdm_server.report.agreement import agreement
 from maskdm_server.report.participation import MOST_COLUMNS, MOST_ROWS, columns, participation
 from maskdm_server.report.sites import Part, Site, Sites

@@ -287,7 +287,7 @@ def test_off_imports_nothing_and_leaves_nothing(images: Path, tmp_path: Path) ->
 def test_pretraining_is_logged_while_it_runs_and_when_it_goes_on(
     log: Log, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maskdm_server.pretraining.pretrain.METRICS_EVERY", 0.0)
+    monkeypatch.setattr("maskdm.training.pretrain.METRICS_EVERY", 0.0)
     out = tmp_path / "out"
     assert cli.run(app, "maskdm-server", pretrain(images, out, "--log", log)) == 0
     assert len(read_lines(out / "metrics.jsonl")) == 6

@@ -28,7 +28,7 @@ from ...run import guard
 from ...run.interruption import Interruption
 from ...run.reporting import WorkBar
 from ..archives import Part
-from ..corpus import RECORD, SPLITS, Corpus, Tally, is_corpus, open_corpus
+from ..corpus import RECORD, SPLITS, Corpus, Tally, is_corpus
 from ..pixels import IsColour, PixelPolicy, to_pixels
 from ..sources.source import Entry, Source
 from ..writer import Packed, Writer
@@ -110,7 +110,7 @@ def pack(
         raise DataError(
             f"{option} {out}: the disk is full: free some space and run the same command again, which continues"
         ) from error
-    return open_corpus(out, option)
+    return Corpus.open(out, option)
 
 
 def check_apart(data: Path, out: Path, option: str = "--out") -> None:
@@ -144,7 +144,7 @@ def _listed(source: Source) -> Iterator[Entry]:
 
 def _packed_before(out: Path, job: str, option: str, replace: bool) -> Corpus | None:
     try:
-        corpus = open_corpus(out, option)
+        corpus = Corpus.open(out, option)
     except DataError:
         if replace:
             return None

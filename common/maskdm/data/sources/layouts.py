@@ -43,17 +43,19 @@ def with_layout(path: Path, layout: str, boxes: Path | None = None) -> Source:
     """
     if boxes is not None and layout != "vggface2":
         raise DataError(f"--boxes {boxes} goes with --layout vggface2, not with {layout}: leave it out")
-    kind, _, name = layout.partition(":")
-    if kind == "torchvision" and name:
-        return TorchvisionSource(path, name)
-    if layout == "auto":
-        return open_source(path)
-    if layout == "vggface2":
-        return _vggface2(path, boxes)
-    if layout in ("celeba", "celebahq"):
-        return _celeba(path) if layout == "celeba" else _celebahq(path)
-    if layout == "lsun":
-        return _lsun(path)
+    match layout.split(":", 1):
+        case ["auto"]:
+            return open_source(path)
+        case ["vggface2"]:
+            return _vggface2(path, boxes)
+        case ["celeba"]:
+            return _celeba(path)
+        case ["celebahq"]:
+            return _celebahq(path)
+        case ["lsun"]:
+            return _lsun(path)
+        case ["torchvision", name] if name:
+            return TorchvisionSource(path, name)
     raise DataError(f"--layout {layout}: choose from {', '.join(LAYOUTS)}")
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ...errors import DataError
 from ..archives import MAX_FILE_BYTES, Part, is_tar, is_zip, read, tar_members, zip_members
-from ..corpus import Corpus, is_corpus, open_corpus
+from ..corpus import Corpus, is_corpus
 from ..pixels import Box
 
 PICTURE_SUFFIXES = frozenset(
@@ -223,7 +223,7 @@ class PackedSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.corpus: Corpus = open_corpus(path)
+        self.corpus: Corpus = Corpus.open(path)
 
     def entries(self) -> Iterator[Entry]:
         corpus = self.corpus

@@ -72,12 +72,15 @@ def random_extractor(device: torch.device | str = "cpu") -> Extractor:
     return Extractor(RANDOM, digest.hexdigest(), "bilinear, antialias, to 64x64", net.to(device).eval())
 
 
-def open_extractor(path: Path, option: str = "--features", device: torch.device | str = "cpu") -> Extractor:
-    """The feature network in a file, told by its contents.
+def open_extractor(file: Path | str, option: str = "--features", device: torch.device | str = "cpu") -> Extractor:
+    """The feature network in a file, told by its contents; or the one of random weights, for the word `random`.
 
     Raises:
         UsageError: there is no such file, or it is none that is known.
     """
+    if file == RANDOM:
+        return random_extractor(device)
+    path = Path(file)
     if not path.is_file():
         raise UsageError(f"{option} {path} does not exist or is no file: give the file of a feature network")
     digest = sha256_of(path)

@@ -35,11 +35,11 @@ from maskdm.training.checkpoint import (
     save_state,
 )
 from maskdm.training.loop import TrainingState, train
+from maskdm.training.pretrain import Run, pretrain
 
 from ...federation.folder import federation_config
 from ...federation.journal import ROUNDS, published_after
 from ...federation.settings import FederationOptions
-from ...pretraining.pretrain import Run, pretrain
 from ..in_process import simulate_inline
 from .arms import UNMASKED, Arm
 from .budget import ExperimentConfig, rounds_of, spending

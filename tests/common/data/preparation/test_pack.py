@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from maskdm.data import writer
-from maskdm.data.corpus import RECORD, SPLITS, Corpus, in_memory, open_corpus, verify
+from maskdm.data.corpus import RECORD, SPLITS, Corpus, in_memory, verify
 from maskdm.data.pixels import IsColour, PixelPolicy, Pixels
 from maskdm.data.preparation import pack as packing
 from maskdm.data.preparation.pack import guess_channels, pack
@@ -286,7 +286,7 @@ def test_the_same_call_again_opens_the_corpus_and_another_one_leaves_it_alone(tm
     ):
         with pytest.raises(DataError, match="packed from other data or in another way: choose another folder"):
             pack(source, tmp_path / "corpus", policy)
-    assert content(open_corpus(tmp_path / "corpus")) == content(first)
+    assert content(Corpus.open(tmp_path / "corpus")) == content(first)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_a_corpus_cut_off_anywhere_is_refused(tmp_path_factory: pytest.TempPathF
     file = folder / "corpus" / name
     file.write_bytes(file.read_bytes()[: int(cut * file.stat().st_size)])
     with pytest.raises(DataError):
-        open_corpus(folder / "corpus")
+        Corpus.open(folder / "corpus")
 
 
 def test_a_corpus_that_was_copied_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def test_a_corpus_that_was_copied_is_verified_once(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("maskdm.data.corpus.verify", counted)
     for _ in range(3):
-        open_corpus(tmp_path / "corpus")
+        Corpus.open(tmp_path / "corpus")
     assert len(checked) == 1
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -10,25 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskdm.config import DiffusionConfig, ModelConfig, Stage
-from maskdm.data.batches import batches, class_numbers
-from maskdm.data.corpus import Corpus
-from maskdm.errors import UsageError
-from maskdm.evaluation.grids import save_samples
-from maskdm.metadata import CheckpointMetadata
-from maskdm.networks.masking import effective_ratio, visible_count
-from maskdm.networks.model import build_model, parameter_count
-from maskdm.networks.precision import pick_precision
-from maskdm.run.interruption import Interruption
-from maskdm.run.processes import is_first
-from maskdm.run.reporting import WorkBar, say
-from maskdm.run.runfolder import append_line, claim, keep_lines, read_lines, record_versions, sha256_of
-from maskdm.seeding import derive_seed
-from maskdm.training.checkpoint import load_state, load_weights, save_checkpoint, save_state
-from maskdm.training.distributed import agreed, check_batch, rank, shard, together, whole, world_size
-from maskdm.training.loop import Progress, TrainingState, put_weights, train
-
-from ..tracking.follow import PRETRAINING, Log, follow
+from ..config import DiffusionConfig, ModelConfig, Stage
+from ..data.batches import batches, class_numbers
+from ..data.corpus import Corpus
+from ..errors import UsageError
+from ..metadata import CheckpointMetadata
+from ..networks.masking import effective_ratio, visible_count
+from ..networks.model import build_model, parameter_count
+from ..networks.precision import pick_precision
+from ..run.interruption import Interruption
+from ..run.processes import is_first
+from ..run.reporting import WorkBar, say
+from ..run.runfolder import append_line, claim, keep_lines, read_lines, record_versions, sha256_of
+from ..seeding import derive_seed
+from .checkpoint import load_state, load_weights, save_checkpoint, save_state
+from .distributed import agreed, check_batch, rank, shard, together, whole, world_size
+from .grids import save_samples
+from .loop import Progress, TrainingState, put_weights, train
 
 GRIDS = 8  # of samples through a run
 METRICS_EVERY = 1.0  # seconds between lines of metrics.jsonl, at least one step each
@@ -87,7 +86,7 @@ def pretrain(
     save_every: float = 120.0,
     compiled: bool = False,
     sharded: bool = False,
-    log: Log = "off",
+    following: AbstractContextManager[Any] | None = None,
 ) -> Path:
     """Train a prior on a corpus and return the path of its checkpoint.
 
@@ -100,7 +99,7 @@ def pretrain(
         save_every: seconds between saves of the full state, so what a crash may cost.
         compiled: let torch.compile have the network.
         sharded: spread the network over the processes instead of keeping it in each.
-        log: where lines and samples go besides `out`.
+        following: what passes on the run's lines and samples, entered once no line will be taken back any more.
 
     Raises:
         UsageError: the folder holds another run.
@@ -128,7 +127,7 @@ def pretrain(
     say(
         f"{parameter_count(model):,} parameters; {pick_precision(run.stages[0].training.precision, device)} on {device}"
     )
-    with follow(out, PRETRAINING, log):
+    with following or nullcontext():
         state = train_stages(state, run, corpus, out, device, save_every)
         draw(state, run, out, device)
     if state.skipped:

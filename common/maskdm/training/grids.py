@@ -10,7 +10,7 @@ from ..config import DiffusionConfig, ModelConfig, Precision
 from ..diffusion.sampling import sample
 from ..networks.precision import pick_device, pick_precision
 from ..run.pictures import grid_picture, save_png
-from ..training.checkpoint import load_checkpoint, model_from
+from .checkpoint import load_checkpoint, model_from
 
 
 class Abandoned(Exception):

@@ -1,1 +1,0 @@
-"""A prior from a public corpus."""
