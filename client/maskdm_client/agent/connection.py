@@ -50,7 +50,7 @@ def work(folder: Path, host: str, port: int, kit: OpenedKit | None, wait: float,
         FederationError: the server was not there for `wait` seconds, or the worker died again and again.
         DataError: this site's data cannot be used with the prior that came.
     """
-    server, pause = Server(folder, host, port, wait), FIRST_PAUSE
+    server, pause = Coordinator(folder, host, port, wait), FIRST_PAUSE
     with Caretaker(folder, check) as site:
         while True:
             while not server.is_there():
@@ -82,7 +82,7 @@ def work(folder: Path, host: str, port: int, kit: OpenedKit | None, wait: float,
             pause = min(LONGEST_PAUSE, 2 * pause)
 
 
-class Server:
+class Coordinator:
     """Whether the coordinator is there, and for how long it has not been, or has kept this site out."""
 
     def __init__(self, folder: Path, host: str, port: int, wait: float) -> None:

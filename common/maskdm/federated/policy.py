@@ -34,7 +34,7 @@ Metric = Annotated[str, AfterValidator(_known)]
 Norm = Annotated[float, Field(gt=0, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 Least = Annotated[int, Field(ge=1, strict=True)]
-Asked = Annotated[int, Field(ge=1, le=MOST_ASKED, strict=True)]
+Times = Annotated[int, Field(ge=1, le=MOST_ASKED, strict=True)]
 
 
 class SitePolicy(Frozen):
@@ -46,12 +46,12 @@ class SitePolicy(Frozen):
     max_relative_norm: Norm = 1.0  # of the model's own norm: more is no fine-tuning
     max_norm: Norm | None = None
     max_bytes_per_round: Annotated[int, BeforeValidator(_bytes), Field(ge=1, strict=True)] | None = None
-    max_rounds_per_day: Asked = 50
-    max_rounds: Asked = 200  # of a federation
-    max_measurements_per_day: Asked = 10
-    max_measurements: Asked = 30  # of a federation
-    max_failures: Asked = 3  # of a federation, of work on the images
-    max_evaluations_per_day: Asked = 10
+    max_rounds_per_day: Times = 50
+    max_rounds: Times = 200  # of a federation
+    max_measurements_per_day: Times = 10
+    max_measurements: Times = 30  # of a federation
+    max_failures: Times = 3  # of a federation, of work on the images
+    max_evaluations_per_day: Times = 10
     min_images: Least = 16  # to train on
     min_images_per_update: Least = 256  # seen, counting repetitions
     min_batch: Least = 16

@@ -25,10 +25,10 @@ from maskdm.run.runfolder import atomic_write, claim, owned, read_lines, write_j
 
 from ..lab.experiment.arms import Arm, arms_named, known_arms
 from ..lab.experiment.budget import ExperimentConfig, spending
-from ..lab.experiment.images import LocalImages, check, make_sites, part, pool
+from ..lab.experiment.images import PartedImages, check, make_sites, part, pool
 from ..lab.experiment.page import curves_file, experiment_page
 from ..lab.experiment.quality import Judge
-from ..lab.experiment.summary import Run, sentences, table
+from ..lab.experiment.summary import ArmRun, sentences, table
 from ..lab.experiment.training import CURVE, PICTURE, Place, make_prior, run_federated, run_pooled
 from .options import Device, Out, PrecisionOption, pixel_policy
 
@@ -135,7 +135,7 @@ def experiment(
     print((out / "results.md").read_text(), end="")
 
 
-def run_arm(place: Place, arm: Arm, public: Corpus, images: LocalImages) -> list[Run]:
+def run_arm(place: Place, arm: Arm, public: Corpus, images: PartedImages) -> list[ArmRun]:
     """All seeds of an arm: the first one tries every rate, the others take the best of them."""
     config, found = place.config, []
     best: float | None = None
@@ -145,14 +145,14 @@ def run_arm(place: Place, arm: Arm, public: Corpus, images: LocalImages) -> list
         for lr in config.rates if best is None else (best,):
             _train(place, arm, prior, images, seed, lr)
             curve = tuple(read_lines(place.run(arm, seed, lr) / CURVE))
-            tried.append(Run(arm.name, seed, lr, spending(config, arm).prior_flops, curve))
+            tried.append(ArmRun(arm.name, seed, lr, spending(config, arm).prior_flops, curve))
         run = min(tried, key=lambda run: run.last["fd_validation"])
         best = run.lr
         found.append(run)
     return found
 
 
-def _train(place: Place, arm: Arm, prior: Path, images: LocalImages, seed: int, lr: float) -> None:
+def _train(place: Place, arm: Arm, prior: Path, images: PartedImages, seed: int, lr: float) -> None:
     if (place.run(arm, seed, lr) / PICTURE).exists():  # what a run writes last
         return
     kind = "skewed" if arm.sites == "skewed" else "iid"
@@ -167,7 +167,7 @@ def _train(place: Place, arm: Arm, prior: Path, images: LocalImages, seed: int, 
         run_federated(place, arm, prior, sites, seed, lr)
 
 
-def write_results(place: Place, arms: Mapping[str, Arm], results: dict[str, list[Run]]) -> None:
+def write_results(place: Place, arms: Mapping[str, Arm], results: dict[str, list[ArmRun]]) -> None:
     """results.json for programs, results.md, results.html and curves.svg for people: of the arms that are done."""
     floor, extractor = place.judge.floor(), place.judge.extractor
     about: dict[str, Any] = {

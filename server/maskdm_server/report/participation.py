@@ -7,7 +7,7 @@ from maskdm.run.reporting import readable_size
 from .page.blocks import note, table
 from .page.markup import Markup, tag, together
 from .page.units import count, figure
-from .sites import Part, Site, Sites
+from .sites import Part, SiteHistory, Sites
 
 MOST_COLUMNS, MOST_ROWS = 40, 40
 
@@ -52,12 +52,12 @@ def participation(sites: Sites, rounds: int) -> Markup:
     )
 
 
-def chosen(sites: dict[str, Site]) -> list[tuple[str, Site]]:
+def chosen(sites: dict[str, SiteHistory]) -> list[tuple[str, SiteHistory]]:
     """All sites in the order in which they came, or those that failed most often."""
     if len(sites) <= MOST_ROWS:
         return list(sites.items())
 
-    def trouble(entry: tuple[str, Site]) -> int:
+    def trouble(entry: tuple[str, SiteHistory]) -> int:
         return entry[1].times(Part.ACCEPTED) - entry[1].asked()
 
     return sorted(sites.items(), key=trouble)[:MOST_ROWS]
@@ -69,7 +69,7 @@ def columns(rounds: int) -> list[tuple[int, int]]:
     return [(first, min(first + each - 1, rounds)) for first in range(1, rounds + 1, each)]
 
 
-def _cell(site: Site, span: tuple[int, int]) -> Markup:
+def _cell(site: SiteHistory, span: tuple[int, int]) -> Markup:
     if span[0] == span[1]:
         part = site.part(span[0])
         sign, meaning = SIGNS[part]
@@ -78,14 +78,14 @@ def _cell(site: Site, span: tuple[int, int]) -> Markup:
     return _sum([site], span)
 
 
-def _sum(sites: Sequence[Site], span: tuple[int, int]) -> Markup:
+def _sum(sites: Sequence[SiteHistory], span: tuple[int, int]) -> Markup:
     parts = [site.part(number) for site in sites for number in range(span[0], span[1] + 1)]
     asked, accepted = sum(part != Part.NONE for part in parts), parts.count(Part.ACCEPTED)
     kind = "none" if not asked else "accepted" if asked == accepted else "rejected" if not accepted else "some"
     return tag("td", f"{accepted}/{asked}" if asked else SIGNS[Part.NONE][0], class_=kind)
 
 
-def _sums(shown: list[tuple[str, Site]]) -> Markup:
+def _sums(shown: list[tuple[str, SiteHistory]]) -> Markup:
     header = ["Site", "asked", "accepted", "rejected", "silent", "images", "received from it", "loss before", "after"]
     rows = []
     for name, site in shown:

@@ -33,7 +33,7 @@ class Entry(Row):
 
 
 @dataclass
-class Site:
+class SiteHistory:
     """Of one site: its part in each round, and sums over the rounds that counted."""
 
     parts: bytearray = field(default_factory=bytearray)  # by round
@@ -69,7 +69,7 @@ class Sites:
     """All sites by name, in the order in which they came, and how many messages had which verdict."""
 
     def __init__(self) -> None:
-        self.by_name: dict[str, Site] = {}
+        self.by_name: dict[str, SiteHistory] = {}
         self.verdicts: Counter[tuple[str, str]] = Counter()  # direction and kind of verdict
         self.unreadable = 0
 
@@ -81,7 +81,7 @@ class Sites:
             return
         kind, _, what = entry.verdict.partition(":")
         self.verdicts[entry.direction, entry.verdict if kind == "sent" else kind] += 1
-        site = self.by_name.setdefault(entry.peer, Site())
+        site = self.by_name.setdefault(entry.peer, SiteHistory())
         if entry.direction == "out":
             if kind == "sent":
                 site.training = what.strip() == "train"

@@ -11,7 +11,8 @@ from maskdm.commands.command_line import run
 from maskdm.errors import FederationError
 from maskdm.federated.parcel import Parcel
 from maskdm_client.agent import connection as supervision
-from maskdm_client.commands import app as cli
+from maskdm_client.commands import join_command
+from maskdm_client.commands.app import app
 from maskdm_client.folder.mailbox import Mailbox
 
 
@@ -183,14 +184,14 @@ def test_what_killed_processes_left_half_written_is_removed_at_the_start(
 ) -> None:
     make_site(np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8))  # none alike
     out = tmp_path / "out"
-    monkeypatch.setattr(cli, "work", lambda *_: None)
+    monkeypatch.setattr(join_command, "work", lambda *_: None)
     command = ["--data", str(tmp_path / "hospital-data.npz"), "--out", str(out), "--fraction", "1"]
-    assert run(cli.app, "maskdm-client", command) == 0
+    assert run(app, "maskdm-client", command) == 0
     (out / "work").mkdir()
     left = [out / ".model.safetensors.17.tmp", out / "work" / ".request.bin.17.tmp"]
     kept = [out / "work" / "request.bin", out / "notes.tmp"]
     for path in (*left, *kept):
         path.write_bytes(b"x")
-    assert run(cli.app, "maskdm-client", command) == 0
+    assert run(app, "maskdm-client", command) == 0
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in kept)

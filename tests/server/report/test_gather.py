@@ -19,7 +19,7 @@ from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import append_line, owned, write_json
 from maskdm.training.pretrain import Run
 from maskdm_server.report.gather import Federation, FederationFolder, grids, look_at_run
-from maskdm_server.report.sites import Part, Site, Sites
+from maskdm_server.report.sites import Part, SiteHistory, Sites
 
 from ..conftest import InProcess, config, federate, learner, parcel, silent
 
@@ -43,7 +43,7 @@ def look(folder: Path) -> Federation:
     return found
 
 
-def parts(site: Site, rounds: int) -> list[Part]:
+def parts(site: SiteHistory, rounds: int) -> list[Part]:
     return [site.part(number) for number in range(1, rounds + 1)]
 
 

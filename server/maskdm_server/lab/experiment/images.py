@@ -31,7 +31,7 @@ MOST_TRIES = 1000  # a small concentration may leave a site with next to nothing
 
 
 @dataclass(frozen=True)
-class LocalImages:
+class PartedImages:
     """The local corpus, parted once for all arms and seeds. Rows of the corpus."""
 
     corpus: Corpus
@@ -44,7 +44,7 @@ class LocalImages:
         return torch.from_numpy(np.ascontiguousarray(self.corpus.pixels[rows]))
 
 
-def part(corpus: Corpus, references: int) -> LocalImages:
+def part(corpus: Corpus, references: int) -> PartedImages:
     """Hold out `references` images to choose by, and as many to report.
 
     What belongs together (images of one group, equal images) stands on one side only; the rest of a group of which the
@@ -67,7 +67,7 @@ def part(corpus: Corpus, references: int) -> LocalImages:
     if second + references > ends[-1] * 3 // 4:
         raise UsageError(f"--references {references}: groups of --local are too large to hold out as many: lower it")
     rest = ends[np.searchsorted(ends, second + references)]
-    return LocalImages(
+    return PartedImages(
         corpus,
         np.sort(rows[order[rest:]]),
         np.sort(rows[order[:references]]),
@@ -75,7 +75,7 @@ def part(corpus: Corpus, references: int) -> LocalImages:
     )
 
 
-def check(images: LocalImages, public: Corpus, config: ExperimentConfig, arms: Sequence[Arm]) -> None:
+def check(images: PartedImages, public: Corpus, config: ExperimentConfig, arms: Sequence[Arm]) -> None:
     """Find out before anything is trained what would end the experiment later, or make its numbers worthless.
 
     Raises:
@@ -89,7 +89,7 @@ def check(images: LocalImages, public: Corpus, config: ExperimentConfig, arms: S
             _shares(images, config, sites, seed)
 
 
-def make_sites(images: LocalImages, config: ExperimentConfig, sites: Sites, folder: Path, seed: int) -> list[Path]:
+def make_sites(images: PartedImages, config: ExperimentConfig, sites: Sites, folder: Path, seed: int) -> list[Path]:
     """Folders of the sites' clients, with settings and chosen slices.
 
     Raises:
@@ -120,7 +120,7 @@ def pool(folders: list[Path]) -> Pixels:
     return np.ascontiguousarray(np.moveaxis(np.stack(found), 3, 1))
 
 
-def _shares(images: LocalImages, config: ExperimentConfig, sites: Sites, seed: int) -> list[Rows]:
+def _shares(images: PartedImages, config: ExperimentConfig, sites: Sites, seed: int) -> list[Rows]:
     """Places in `corpus.training_rows`."""
     place = {row: i for i, row in enumerate(images.corpus.training_rows.tolist())}
     local = images.local

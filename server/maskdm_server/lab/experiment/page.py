@@ -13,13 +13,13 @@ from ...report.page.pictures import read_picture
 from ...report.page.units import compact, count, figure
 from .arms import Arm
 from .budget import ExperimentConfig
-from .summary import Run
+from .summary import ArmRun
 
 BY_IMAGES = ("masked", "unmasked", "scratch-short", "scratch")
 BY_COMPUTE = ("masked", "unmasked", "scratch", "everything")
 FEDERATED = ("masked", "federated", "federated-skewed", "federated-scratch-short")
 
-Results = Mapping[str, Sequence[Run]]
+Results = Mapping[str, Sequence[ArmRun]]
 
 
 def experiment_page(
@@ -78,7 +78,7 @@ def experiment_page(
     return page("MaskDM experiment", name, lead, sections, colophon(written))
 
 
-def mean_curve(runs: Sequence[Run], over: str) -> list[tuple[float, float]]:
+def mean_curve(runs: Sequence[ArmRun], over: str) -> list[tuple[float, float]]:
     """Mean distance of the seeds at each point, over "images" or "flops"."""
     points = zip(*(run.curve for run in runs), strict=True)
     return [(float(lines[0][over]), fmean(line["fd"] for line in lines)) for lines in points]

@@ -19,7 +19,7 @@ from maskdm.networks.precision import arithmetic, pick_precision
 from maskdm.training.checkpoint import model_from
 
 from .budget import ExperimentConfig
-from .images import LocalImages
+from .images import PartedImages
 
 LOSS_IMAGES, LOSS_DRAWS = 256, 4
 
@@ -40,7 +40,7 @@ class Reference:
 class Judge:
     """The references of an experiment, and what models are measured with."""
 
-    def __init__(self, images: LocalImages, extractor: Path, config: ExperimentConfig, device: torch.device) -> None:
+    def __init__(self, images: PartedImages, extractor: Path, config: ExperimentConfig, device: torch.device) -> None:
         self.extractor: Extractor = open_extractor(extractor, device=device)
         self._config, self._device = config, device
         self._pixels = images.pixels(images.test[_evenly(len(images.test), LOSS_IMAGES)])

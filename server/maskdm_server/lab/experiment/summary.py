@@ -13,7 +13,7 @@ FEWEST_SEEDS = 3  # that a difference is claimed from
 
 
 @dataclass(frozen=True)
-class Run:
+class ArmRun:
     """One arm with one seed, at the best of the rates that were tried."""
 
     arm: str
@@ -49,7 +49,7 @@ def flops_to_reach(curve: Sequence[Line], distance: float) -> float | None:
     return None
 
 
-def compute_ratio(scratch: Run, other: Run, counted: float) -> float | None:
+def compute_ratio(scratch: ArmRun, other: ArmRun, counted: float) -> float | None:
     """How many times less compute `other` needs to be as good as `scratch` at its best; below 1 it needs more.
 
     None where it never is as good.
@@ -63,7 +63,7 @@ def compute_ratio(scratch: Run, other: Run, counted: float) -> float | None:
     return None if needed is None else spent / needed
 
 
-def table(runs: Mapping[str, Sequence[Run]], floor: Mapping[str, float]) -> str:
+def table(runs: Mapping[str, Sequence[ArmRun]], floor: Mapping[str, float]) -> str:
     """Markdown: distances of each arm and seed."""
     lines = [
         "| arm | seed | rate | distance, best | distance, last | kernel distance, last | held-out loss | PFLOPs |",
@@ -80,7 +80,7 @@ def table(runs: Mapping[str, Sequence[Run]], floor: Mapping[str, float]) -> str:
     return "\n".join([*lines, real])
 
 
-def sentences(runs: Mapping[str, Sequence[Run]], config: ExperimentConfig) -> list[str]:
+def sentences(runs: Mapping[str, Sequence[ArmRun]], config: ExperimentConfig) -> list[str]:
     """Comparisons that the experiment was made for, each with what all seeds say, at the end of each arm's budget."""
     pairs = (
         ("masked", "scratch-short", "the masked prior, at an equal number of local images"),
@@ -103,12 +103,12 @@ def sentences(runs: Mapping[str, Sequence[Run]], config: ExperimentConfig) -> li
     return found
 
 
-def _pairs(first: Sequence[Run], second: Sequence[Run]) -> list[tuple[Run, Run]]:
+def _pairs(first: Sequence[ArmRun], second: Sequence[ArmRun]) -> list[tuple[ArmRun, ArmRun]]:
     """Runs of the same seed."""
     return [(one, other) for one in first for other in second if one.seed == other.seed]
 
 
-def _compared(first: Sequence[Run], second: Sequence[Run], what: str) -> str:
+def _compared(first: Sequence[ArmRun], second: Sequence[ArmRun], what: str) -> str:
     ratios = [one.last["fd"] / other.last["fd"] for one, other in _pairs(first, second)]
     shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     if len(ratios) < FEWEST_SEEDS:
@@ -125,7 +125,7 @@ def _too_few(ratios: str) -> str:
     return f"too few seeds to say (ratios {ratios}; {FEWEST_SEEDS} are the least)"
 
 
-def _cheaper(name: str, scratch: Sequence[Run], masked: Sequence[Run], uses: int) -> list[str]:
+def _cheaper(name: str, scratch: Sequence[ArmRun], masked: Sequence[ArmRun], uses: int) -> list[str]:
     shares = {"counted whole": 1.0, f"counted over {uses} such uses": 1 / uses, "at hand already": 0.0}
     found = []
     for how, counted in shares.items():

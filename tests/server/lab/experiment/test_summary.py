@@ -4,7 +4,7 @@ import pytest
 
 from maskdm.config import DiffusionConfig, MaskConfig, ModelConfig
 from maskdm_server.lab.experiment.budget import ExperimentConfig
-from maskdm_server.lab.experiment.summary import Run, compute_ratio, flops_to_reach, sentences, table
+from maskdm_server.lab.experiment.summary import ArmRun, compute_ratio, flops_to_reach, sentences, table
 
 CONFIG = ExperimentConfig(
     model=ModelConfig.preset("tiny", image_size=32, channels=1),
@@ -16,13 +16,13 @@ CONFIG = ExperimentConfig(
 )
 
 
-def run(arm: str, seed: int, distances: list[float], prior: int = 0) -> Run:
+def run(arm: str, seed: int, distances: list[float], prior: int = 0) -> ArmRun:
     """Measured at 100, 200, … images of 10 FLOPs each."""
     lines = [
         {"images": 100 * i, "flops": prior + 1000 * i, "fd": fd, "fd_validation": fd, "kd": fd / 100, "loss": 0.1}
         for i, fd in enumerate(distances, start=1)
     ]
-    return Run(arm, seed, 1e-3, prior, tuple(lines))
+    return ArmRun(arm, seed, 1e-3, prior, tuple(lines))
 
 
 def test_time_to_reach_is_read_between_the_points() -> None:
@@ -48,7 +48,7 @@ def test_the_prior_counts_as_a_whole_or_shared() -> None:
 def test_the_best_point_is_chosen_by_other_images_than_it_is_reported_on() -> None:
     one = run("a", 0, [30.0, 20.0, 10.0])
     changed = tuple(line | {"fd_validation": value} for line, value in zip(one.curve, (3.0, 1.0, 2.0), strict=True))
-    assert Run("a", 0, 1e-3, 0, changed).best["fd"] == 20.0
+    assert ArmRun("a", 0, 1e-3, 0, changed).best["fd"] == 20.0
 
 
 def test_a_difference_is_claimed_where_all_seeds_have_it() -> None:
