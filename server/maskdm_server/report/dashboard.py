@@ -6,16 +6,20 @@ it through the browser (DNS rebinding). Other users of this machine can connect,
 as those of notebooks do. It answers GET and HEAD of `/TOKEN/` and `/TOKEN/?still`, which does not load itself again.
 """
 
+import asyncio
 import secrets
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
+
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from maskdm.errors import UsageError
 from maskdm.run.reporting import say
@@ -28,14 +32,13 @@ from .page.markup import SECURITY_POLICY, tag, together
 LOOPBACK = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost")
 REFRESH_SECONDS = 5
-STILL = "?still"  # for who reads it slowly, or has it read aloud
+STILL = "still"  # for who reads it slowly, or has it read aloud
 TOKEN_BYTES = 24
 SHARE = 20  # making a page takes one part in so many of the time, at most
-IDLE_SECONDS = 10.0  # for a request to come
-POLL_SECONDS = 0.1  # how soon the end is noticed
+LEAVE_SECONDS = 5  # for answers that are under way at the end
 
-PLAIN = {"Content-Type": "text/plain; charset=utf-8"}
 HEADERS = {
+    "Server": "MaskDM",
     "Content-Security-Policy": f"{SECURITY_POLICY}; frame-ancestors 'none'",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -85,18 +88,27 @@ class Dashboard:
         Raises:
             UsageError: the port is in use.
         """
-        live, secret = LivePage(_maker(folder)), secrets.token_urlsafe(TOKEN_BYTES)
-
-        class Bound(Handler):
-            source, token = live, secret
-
         try:
-            self._server = _Server((LOOPBACK, port), Bound)
+            self._socket = socket.create_server((LOOPBACK, port))
         except OSError as error:
             raise UsageError(f"--dashboard {port} on {LOOPBACK} is in use or not ours: choose another port") from error
-        self.port = int(self._server.server_address[1])
-        self.address = f"http://{LOOPBACK}:{self.port}/{secret}/"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(POLL_SECONDS,), name="dashboard")
+        token = secrets.token_urlsafe(TOKEN_BYTES)
+        config = uvicorn.Config(
+            answering(LivePage(_maker(folder)), token),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=LEAVE_SECONDS,
+        )
+        self._server = uvicorn.Server(config)
+        self.port = int(self._socket.getsockname()[1])
+        self.address = f"http://{LOOPBACK}:{self.port}/{token}/"
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="dashboard")
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -106,77 +118,42 @@ class Dashboard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.should_exit = True
         self._thread.join()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+def answering(live: LivePage, token: str) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """An ASGI application that shows a page to who knows its token."""
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away is no event."""
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await (await answer(Request(scope)))(scope, receive, send)
 
+    async def answer(request: Request) -> Response:
+        hosts = [host.lower() for host in request.headers.getlist("host")]
+        path, query, known = request.scope["raw_path"], request.scope["query_string"], f"/{token}/".encode()
+        if request.method not in ("GET", "HEAD"):
+            return said(405, "Only GET and HEAD are answered.")
+        if len(hosts) != 1 or not {hosts[0], hosts[0].rpartition(":")[0]} & {*NAMES}:
+            return said(403, "This page is for browsers on this machine, under the name localhost.")
+        if not secrets.compare_digest(path, known) or query not in (b"", STILL.encode()):
+            return said(404, "There is nothing here; the terminal says where the page is.")
+        content = await asyncio.to_thread(live.content)
+        if not content:
+            return said(503, "The page could not be made; the terminal says why.")
+        again = {} if query else {"Refresh": str(REFRESH_SECONDS)}
+        return Response(content, 200, {**HEADERS, **again}, "text/html")
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers one connection."""
+    def said(status: int, line: str) -> Response:
+        return PlainTextResponse(f"{line}\n", status, HEADERS)
 
-    source: LivePage
-    token: str
-    timeout = IDLE_SECONDS
-    server_version, sys_version = "MaskDM", ""
-
-    def do_GET(self) -> None:
-        """The page."""
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        """Its headers."""
-        self._answer()
-
-    def _answer(self) -> None:
-        hosts = self.headers.get_all("Host") or []
-        if len(hosts) != 1 or (hosts[0].rpartition(":")[0].lower() not in NAMES and hosts[0].lower() not in NAMES):
-            self._say(HTTPStatus.FORBIDDEN, b"This page is for browsers on this machine, under the name localhost.\n")
-        elif (view := self._view()) is None:
-            self._say(HTTPStatus.NOT_FOUND, b"There is nothing here; the terminal says where the page is.\n")
-        elif content := self.source.content():
-            again = {} if view == STILL else {"Refresh": str(REFRESH_SECONDS)}
-            self._say(HTTPStatus.OK, content, {"Content-Type": "text/html; charset=utf-8"} | again)
-        else:
-            self._say(HTTPStatus.SERVICE_UNAVAILABLE, b"The page could not be made; the terminal says why.\n")
-
-    def _view(self) -> str | None:
-        """What of the page is asked for: nothing, or STILL; None without the token, or where there is no such thing."""
-        known, found = f"/{self.token}/", self.path[: len(self.token) + 2]
-        view = self.path[len(known) :]
-        is_known = secrets.compare_digest(known.encode(), found.encode(errors="replace"))
-        return view if is_known and view in ("", STILL) else None
-
-    def _say(self, status: HTTPStatus, content: bytes, about: Mapping[str, str] = PLAIN) -> None:
-        self.send_response(status)
-        for name, value in {**HEADERS, "Content-Length": str(len(content)), **about}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            with suppress(ConnectionError, TimeoutError):
-                self.wfile.write(content)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """For what the base class refuses: other methods, and what is no HTTP."""
-        status = HTTPStatus.METHOD_NOT_ALLOWED if code == HTTPStatus.NOT_IMPLEMENTED else HTTPStatus(code)
-        self.close_connection = True
-        self._say(status, b"Only GET and HEAD are answered.\n")
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Reloads are no event."""
+    return app
 
 
 def _maker(folder: Path) -> Callable[[], str]:
     federation = FederationFolder(folder)
     note = together(
         f"It loads itself again every {REFRESH_SECONDS} seconds: ",
-        tag("a", "keep it still", href=STILL),
+        tag("a", "keep it still", href=f"?{STILL}"),
         ", or ",
         tag("a", "live", href="."),
         ".",

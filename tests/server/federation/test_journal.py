@@ -115,6 +115,19 @@ def test_what_goes_down_next_is_the_newest_model_and_what_is_published_is_the_sa
     assert load_checkpoint(folder / "model.safetensors")[1].weights == "ema", "the kind of the prior"
 
 
+@pytest.mark.parametrize("last", [9, 99_999, 999_999])  # the last has another number of digits than the file names
+def test_the_newest_round_is_that_of_the_largest_number(folder: Path, prior: dict[str, Tensor], last: int) -> None:
+    do_round(Journal(folder), prior)
+    for path in (folder / "rounds").iterdir():
+        path.rename(path.with_name(path.name.replace("000001", f"{last:06}")))
+    journal = Journal(folder)
+    assert journal.number == last
+    journal.commit(journal.metadata, changed_in(2, prior), moments_in(2), known_in(2), EMA)
+    journal.settle()
+    assert Journal(folder).number == last + 1
+    assert {path.name.partition(".")[0] for path in (folder / "rounds").iterdir()} == {f"{last:06}", f"{last + 1:06}"}
+
+
 @pytest.mark.parametrize("ema", [0.5, 0.999])
 def test_the_published_average_is_its_closed_form(folder: Path, prior: dict[str, Tensor], ema: float) -> None:
     """avg(N) = Π dₖ · prior + Σ (1 − dₖ) Π_{j>k} dⱼ · w(k), with dₖ = min(ema, 1 − (1 + k)^(−2/3))."""

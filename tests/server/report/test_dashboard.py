@@ -2,7 +2,9 @@
 
 import re
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit, urlunsplit
@@ -126,7 +128,7 @@ def test_who_has_not_the_token_learns_nothing(dashboard: Dashboard, change: str)
     target = {
         **{"none": "/", "still": "/?still", "short": f"/{token[:-1]}/", "long": f"/{token}x/", "other": f"/{other}/"},
         **{"case": f"/{token.swapcase()}/", "no slash": f"/{token}", "query": f"/?token={token}", "*": "*"},
-        **{"not ASCII": f"/{token[:-1]}\xff/"},
+        **{"not ASCII": f"/{token[:-1]}%FF/"},
     }[change]
     answer = raw(dashboard, target.encode("latin-1"))
     assert answer.split(b"\r\n")[0].endswith(b"404 Not Found")
@@ -179,6 +181,24 @@ def test_after_the_federation_nobody_listens(folder: Path) -> None:
         assert ask(dashboard)[0].status == 200
     with pytest.raises(OSError, match="refused"):
         ask(dashboard)
+
+
+def test_it_ends_at_once_whoever_is_still_connected_and_leaves_no_thread(folder: Path) -> None:
+    before = set(threading.enumerate())
+    with Dashboard(folder, free_port()) as dashboard, ExitStack() as browsers:
+        assert ask(dashboard)[0].status == 200
+        for begun in (
+            b"",
+            b"GET /",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        ):
+            browser = browsers.enter_context(socket.create_connection(("127.0.0.1", dashboard.port), timeout=60))
+            browser.sendall(begun)
+        assert browser.recv(9) == b"HTTP/1.1 "
+        kept = browsers.pop_all()
+    with kept:
+        assert set(threading.enumerate()) == before
 
 
 def test_a_port_in_use_is_one_line_and_nothing_was_begun(

@@ -1,18 +1,14 @@
 """HTML that text cannot break out of: whatever is not markup already is escaped."""
 
-import html
 from functools import cache
 from importlib.resources import files
+
+from markupsafe import Markup as Markup  # other modules have it from here
+from markupsafe import escape
 
 # Whatever a page holds, it loads nothing and runs nothing.
 SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 LONGEST_TEXT = 300  # characters of one piece of text: strangers choose some of them
-
-
-class Markup(str):
-    """HTML. Made by the functions of this module only, from text that they escape."""
-
-    __slots__ = ()
 
 
 def escaped(text: str) -> Markup:
@@ -21,7 +17,7 @@ def escaped(text: str) -> Markup:
         return text
     if len(text) > LONGEST_TEXT:
         text = text[: LONGEST_TEXT - 1] + "…"
-    return Markup(html.escape("".join(c if c.isprintable() else "?" for c in text)))
+    return escape("".join(c if c.isprintable() else "?" for c in text))
 
 
 def tag(name: str, /, *children: str, **attributes: str | float | bool | None) -> Markup:
@@ -35,7 +31,7 @@ def tag(name: str, /, *children: str, **attributes: str | float | bool | None) -
         if value is None or value is False:
             continue
         shown = key.removesuffix("_").replace("_", "-")
-        opened.append(shown if value is True else f'{shown}="{html.escape(str(value))}"')
+        opened.append(shown if value is True else f'{shown}="{escape(str(value))}"')
     head = f"<{' '.join(opened)}>"
     if name in ("img", "meta", "line", "polyline", "circle", "rect", "path"):
         return Markup(head if name in ("img", "meta") else f"{head}</{name}>")
