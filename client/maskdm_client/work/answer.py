@@ -28,27 +28,13 @@ from maskdm.run.runfolder import write_json
 from maskdm.run.tensorfile import Document, bytes_of, digest_of
 from maskdm.training.checkpoint import model_from, save_checkpoint
 
+from ..folder import events
 from ..folder.carried_over import Kept, forget_others
 from ..folder.events import (
-    ApprovalWanted,
-    DataDoubtful,
-    DataFound,
-    DrawingGoesOn,
-    LossMeasured,
-    LossWithheld,
-    QualityMeasured,
-    QualityWithheld,
-    ReplyHeld,
-    RoundAnswered,
-    SiteFinished,
-    TermsAgreed,
-    TrainingGoesOn,
-    WorkFailed,
-    WorkSuperseded,
     note,
 )
 from ..folder.failures import unexpected
-from ..folder.job import Job
+from ..folder.job import Job, Superseded
 from ..folder.mailbox import Mailbox
 from ..folder.settings import SiteSettings, load_settings
 from ..folder.unfinished import STARTS, Saved
@@ -97,13 +83,13 @@ def answer(
         OSError: the audit log cannot be written, or the disk is full: it may be tried again.
     """
     round_number, ends, kept = 1, False, False
-    event: RoundAnswered | LossMeasured | WorkFailed
+    event: events.RoundAnswered | events.LossMeasured | events.WorkFailed
     key = key or key_of(document, weights)
     job: Job | None = None
 
     def say(event: Event) -> None:
         note(folder, event)
-        if box and isinstance(event, TrainingGoesOn | DrawingGoesOn) and job and not _is_undecided(job):
+        if box and isinstance(event, events.TrainingGoesOn | events.DrawingGoesOn) and job and not _is_undecided(job):
             with suppress(OSError):
                 box.progressed(exchange, event.round, event.images)
 
@@ -129,14 +115,14 @@ def answer(
             kept = True
         released, event = _work(job, received, weights, saved)
     except Superseded:
-        say(WorkSuperseded(round=round_number))
+        say(events.WorkSuperseded(round=round_number))
         raise
     except Exception as error:
         if box and not kept and isinstance(error, OSError) and error.errno in FULL:
             raise
         outcome = outcome_for(error)
         reason = str(error) if isinstance(error, MaskDMError) else unexpected(folder, error)
-        event = WorkFailed(round=round_number, outcome=outcome.name, reason=reason)
+        event = events.WorkFailed(round=round_number, outcome=outcome.name, reason=reason)
         released = code(outcome, round_number, exchange)
     if ends:  # and is not tried again, which would need them
         forget_pixels(folder)
@@ -146,13 +132,13 @@ def answer(
         box.reply(exchange, key if done else "", released)
     if done and job:
         Saved(folder / "work", job.key).forget()
-    say(SiteFinished(**event.model_dump(exclude={"event"}, exclude_unset=True)) if kept else event)
+    say(events.SiteFinished(**event.model_dump(exclude={"event"}, exclude_unset=True)) if kept else event)
     return released
 
 
 def _work(
     job: Job, weights: dict[str, Tensor], packed: Document, saved: Saved
-) -> tuple[Parcel, RoundAnswered | LossMeasured]:
+) -> tuple[Parcel, events.RoundAnswered | events.LossMeasured]:
     """Train or measure; what a failure tells of the images waits for approval like everything else."""
     _begin(job, weights, packed)
     try:
@@ -166,7 +152,7 @@ def _work(
         raise
 
 
-def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, RoundAnswered]:
+def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, events.RoundAnswered]:
     plan, policy, work = job.plan, job.settings.policy, job.folder / "work"
     problem = problem_of_size(size(plan.shapes(), plan.encoding, plan.topk_share), policy)
     if problem:
@@ -185,10 +171,10 @@ def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, 
     residual.keep(update, released.arrays)
     moments.keep({name: tuple(t.shape) for name, t in done.moments.items()}, lambda name: done.moments[name].cpu())
     told = report.model_dump() | {"loss_before": done.before.loss, "loss_after": done.after.loss}
-    return released, RoundAnswered(rounds=plan.rounds, bytes=released.size(), **told)
+    return released, events.RoundAnswered(rounds=plan.rounds, bytes=released.size(), **told)
 
 
-def _measure(job: Job, weights: dict[str, Tensor]) -> tuple[Parcel, LossMeasured]:
+def _measure(job: Job, weights: dict[str, Tensor]) -> tuple[Parcel, events.LossMeasured]:
     started, plan = time.monotonic(), job.plan
     model, images = _prepare(job, weights)
     found = held_out_loss(model, job, images)
@@ -197,13 +183,13 @@ def _measure(job: Job, weights: dict[str, Tensor]) -> tuple[Parcel, LossMeasured
         try:
             quality = measure_quality(model, job, images)
         except (NotEvaluated, PolicyRefused) as reason:
-            job.say(QualityWithheld(round=plan.round, reason=str(reason)))
+            job.say(events.QualityWithheld(round=plan.round, reason=str(reason)))
     nine = _report(job, images, found, found, 0, time.monotonic() - started, 0)
     report = QualityReport.model_validate(nine.model_dump() | quality)
     released = check_numbers(report, job.settings.policy, job.folder / AUDIT)
     if plan.quality and quality:
-        job.say(QualityMeasured(round=plan.round, drawn=plan.quality.images, quality=quality))
-    return released, LossMeasured(loss=found.loss, round=plan.round, rounds=plan.rounds)
+        job.say(events.QualityMeasured(round=plan.round, drawn=plan.quality.images, quality=quality))
+    return released, events.LossMeasured(loss=found.loss, round=plan.round, rounds=plan.rounds)
 
 
 def _report(
@@ -220,7 +206,7 @@ def _report(
     tells = policy.share_loss and len(images.held_out) >= policy.min_held_out
     if before.one_stands_out or after.one_stands_out:
         tells = False
-        job.say(LossWithheld(round=job.plan.round))
+        job.say(events.LossWithheld(round=job.plan.round))
     return Report(
         round=job.plan.round,
         exchange=job.plan.exchange,
@@ -254,7 +240,7 @@ def _hold(job: Job, released: Parcel | None = None, lengths: tuple[float, float]
         }
     write_json(folder / HELD, summary)
     record(folder / AUDIT, "out", plan.round, "held until somebody here approves it", released)
-    job.say(ReplyHeld(action=plan.action, **_for_people(job)))
+    job.say(events.ReplyHeld(action=plan.action, **_for_people(job)))
     (folder / "work" / STARTS).unlink(missing_ok=True)  # whoever waits has survived the work, however often it waits
     if not wait_for_decision(folder, terms_of(plan), job.superseded):
         raise Superseded
@@ -303,7 +289,7 @@ def _begin(job: Job, weights: dict[str, Tensor], packed: Document) -> None:
     plan = job.plan
     how = check_policy(job.settings, plan, job.folder)
     if how:
-        job.say(TermsAgreed(how=how, fingerprint=terms_of(plan).fingerprint()))
+        job.say(events.TermsAgreed(how=how, fingerprint=terms_of(plan).fingerprint()))
     check_weights(job, weights, packed)
     if not _is_undecided(job):
         return
@@ -311,7 +297,7 @@ def _begin(job: Job, weights: dict[str, Tensor], packed: Document) -> None:
         raise NotApproved("nobody here approved this federation before it ended (approve-first-round)")
     if plan.action == "train":  # which may take longer than the coordinator waits: a person can decide meanwhile
         write_json(job.folder / HELD, _waiting(plan))
-        job.say(ApprovalWanted(**_for_people(job)))
+        job.say(events.ApprovalWanted(**_for_people(job)))
     else:
         _hold(job)
 
@@ -329,7 +315,7 @@ def _prepare(job: Job, weights: dict[str, Tensor]) -> tuple[Network, LocalImages
     (check_allowance if _is_undecided(job) else use_allowance)(job, kind)
     if (plan.round == 1 and plan.action != "evaluate") or plan.action == "finish":
         summary = images.corpus.summary()
-        job.say(DataFound(summary=summary, train=len(images.train), held_out=len(images.held_out)))
+        job.say(events.DataFound(summary=summary, train=len(images.train), held_out=len(images.held_out)))
         for warning in compare(images.corpus, plan.model):
-            job.say(DataDoubtful(reason=warning))
+            job.say(events.DataDoubtful(reason=warning))
     return model_from(weights, shape, pick_device(settings.device)), images

@@ -72,6 +72,10 @@ class Result(Frozen, extra="ignore"):
     bytes_up: int
 
 
+class Trouble(Event):
+    """What a report lists as having gone wrong."""
+
+
 class RoundsBegun(Event):
     """The rounds begin, or begin again."""
 
@@ -136,7 +140,7 @@ class ModelEvaluated(QualityLine, Event):
         )
 
 
-class ReplyRejected(Event):
+class ReplyRejected(Trouble):
     """A site's reply does not count."""
 
     event: Literal["rejected"] = "rejected"
@@ -148,7 +152,7 @@ class ReplyRejected(Event):
         return f"round {self.round}: the reply of site {self.site} was rejected: {self.reason}"
 
 
-class ReplyLate(Event):
+class ReplyLate(Trouble):
     """A reply to an earlier exchange came."""
 
     event: Literal["late"] = "late"
@@ -172,7 +176,7 @@ class SiteAtWork(Event):
         return f"round {self.round}: site {self.site} is at {self.images:,} images, all at {self.all:,}"
 
 
-class SiteSilent(Event):
+class SiteSilent(Trouble):
     """A site made no progress, or is gone."""
 
     event: Literal["silent"] = "silent"
@@ -184,7 +188,7 @@ class SiteSilent(Event):
         return f"round {self.round}: site {self.site} is not waited for any more: {self.reason}"
 
 
-class SiteRests(Event):
+class SiteRests(Trouble):
     """A site failed too often to be asked in the next rounds."""
 
     event: Literal["rests"] = "rests"
@@ -196,7 +200,7 @@ class SiteRests(Event):
         return f"site {self.site} failed again and again; it is left alone until round {self.until}"
 
 
-class UpdateAgainst(Event):
+class UpdateAgainst(Trouble):
     """An update that was let in points against the others."""
 
     event: Literal["against"] = "against"
@@ -212,7 +216,7 @@ class UpdateAgainst(Event):
         )
 
 
-class RoundRepeated(Event):
+class RoundRepeated(Trouble):
     """Too few updates came in an attempt at a round."""
 
     event: Literal["retry"] = "retry"
@@ -225,11 +229,16 @@ class RoundRepeated(Event):
         return f"round {self.round}: {self.accepted} usable updates, {self.needed} needed; trying again"
 
 
-class RoundDone(RoundLine, Event):
+class _OfRounds(Event):
+    """So that the key comes first in the line."""
+
+    rounds: int
+
+
+class RoundDone(RoundLine, _OfRounds):
     """A round counts."""
 
     event: Literal["round"] = "round"
-    rounds: int
 
     def words(self) -> str:
         return (
@@ -250,7 +259,7 @@ class FederationFinished(Result, Event):
         return f"held-out loss: prior {_loss(self.loss_prior)} → final {_loss(self.loss_final)}"
 
 
-class DiskFull(Event):
+class DiskFull(Trouble):
     """Room is waited for."""
 
     event: Literal["disk full"] = "disk full"
@@ -261,7 +270,7 @@ class DiskFull(Event):
         return f"round {self.round}: the disk is full; make room within {self.seconds / 60:.0f} minutes"
 
 
-class RoundsCrashed(Event):
+class RoundsCrashed(Trouble):
     """The process that runs the rounds ended by a fault of its own, and is started again."""
 
     event: Literal["crashed"] = "crashed"

@@ -16,17 +16,8 @@ from maskdm.run.tensorfile import chunks, fp32
 
 from ..aggregation.optimizers import Moments
 from ..aggregation.updates import Aggregate
+from . import events
 from .closing import against, finetuned, known_after, new_aggregate, new_intake, next_weights, round_line
-from .events import (
-    FederationFinished,
-    Result,
-    RoundDone,
-    RoundLine,
-    RoundRepeated,
-    RoundsBegun,
-    SiteRests,
-    SitesAwaited,
-)
 from .exchange import POLL_SECONDS, Exchange, new_exchange
 from .intake import Intake
 from .journal import Journal, Known
@@ -82,7 +73,9 @@ class Rounds:
         config, model = self._config, self.journal.metadata.model
         down = self.journal.model_path().stat().st_size
         later, up = changes_size(config, model) or down, update_size(config, model)
-        self._writer.say(RoundsBegun(round=self.journal.number, bytes_down=down, bytes_down_later=later, bytes_up=up))
+        self._writer.say(
+            events.RoundsBegun(round=self.journal.number, bytes_down=down, bytes_down_later=later, bytes_up=up)
+        )
 
     def evaluate_prior(self) -> None:
         """What the federation is measured by, once.
@@ -127,7 +120,7 @@ class Rounds:
                     self._commit(aggregate, line, known_after(self.journal.known, line, standings, intake))
                     return
             accepted, needed = aggregate.count, config.min_replies
-            self._writer.say(RoundRepeated(round=number, attempt=attempt, accepted=accepted, needed=needed))
+            self._writer.say(events.RoundRepeated(round=number, attempt=attempt, accepted=accepted, needed=needed))
         raise FederationError(
             f"round {number}: fewer than {config.min_replies} usable updates came in {len(PAUSES)} attempts: see "
             f"events.jsonl for the reasons; the last good model was kept"
@@ -160,11 +153,11 @@ class Rounds:
             standings[site] = standings.get(site, Standing()).failed(number)
             if standings[site].rests_until > number + 1:
                 name, until = self._link.name(site), standings[site].rests_until
-                self._writer.say(SiteRests(round=number, site=name, until=until))
+                self._writer.say(events.SiteRests(round=number, site=name, until=until))
         for site, (report, _) in intake.reports.items():
             standings[site] = standings.get(site, Standing()).answered(report.examples)
 
-    def _commit(self, aggregate: Aggregate, line: RoundLine, known: Known) -> None:
+    def _commit(self, aggregate: Aggregate, line: events.RoundLine, known: Known) -> None:
         """Make the round count."""
         journal, write = self.journal, self._writer.write
         for event in against(line):
@@ -173,7 +166,7 @@ class Rounds:
         metadata = finetuned(journal.metadata, line.round, line.images_seen)
         write(lambda: journal.commit(metadata, changed, self._moments, known, self._config.server_ema))
         write(journal.settle)
-        self._writer.say(RoundDone.model_validate({"rounds": self._config.rounds, **line.model_dump()}))
+        self._writer.say(events.RoundDone.model_validate({"rounds": self._config.rounds, **line.model_dump()}))
 
     def finish(self) -> None:
         """Choose the final model, give it to every site, learn its held-out loss, and let the sites go."""
@@ -192,7 +185,7 @@ class Rounds:
             measurements.evaluate(chosen, model)
         exchange, reports = measurements.hand_out("finish", model)
         asked = [*lines, *read_lines(self._folder / QUALITY)]
-        result = Result(
+        result = events.Result(
             rounds=journal.number,
             model_of_round=chosen,
             stopped_by_patience=self._config.patience if self.has_stopped() else 0,
@@ -206,7 +199,7 @@ class Rounds:
         )
         document = result.model_dump(mode="json")
         self._writer.write(lambda: write_json(self._folder / "result.json", document))
-        self._writer.say(FederationFinished.model_validate(document))
+        self._writer.say(events.FederationFinished.model_validate(document))
 
     def _exchange(self, plan: RoundPlan, weights: Path | None = None, **more: Any) -> Exchange:
         usual = {"deadline": self._config.round_deadline, "limit": self._config.round_limit}
@@ -252,7 +245,7 @@ class Rounds:
                 since, most = self._clock(), there
             if there != told:
                 told = there
-                self._writer.say(SitesAwaited(clients=there, needed=needed))
+                self._writer.say(events.SitesAwaited(clients=there, needed=needed))
             if self._clock() - since > seconds:
                 return False
             self._pause(POLL_SECONDS)

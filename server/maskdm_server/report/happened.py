@@ -8,25 +8,7 @@ from pydantic import ValidationError
 
 from maskdm.run.events import parsed
 
-from ..federation.events import (
-    KINDS,
-    AnyEvent,
-    DiskFull,
-    FederationFinished,
-    PlanSent,
-    ReplyLate,
-    ReplyRejected,
-    RoundDone,
-    RoundRepeated,
-    RoundsBegun,
-    RoundsCrashed,
-    RoundsFailed,
-    SiteAtWork,
-    SiteRests,
-    SitesAwaited,
-    SiteSilent,
-    UpdateAgainst,
-)
+from ..federation import events
 from .files import Row
 
 KEPT = 200  # of the newest faults
@@ -67,46 +49,38 @@ class Happened:
     def take(self, line: bytes) -> None:
         """Count one line of the file."""
         try:
-            time, event = When.model_validate_json(line).time, parsed(KINDS, line)
+            time, event = When.model_validate_json(line).time, parsed(events.KINDS, line)
             if event:
-                self._take(event, event.words(), time)
+                self._take(event, time)
         except (ValidationError, OverflowError):
             self.unreadable += bool(line.strip())
             return
         self.begun, self.ended = self.begun or time, time
 
-    def _take(self, event: AnyEvent, words: str, time: float) -> None:
+    def _take(self, event: events.AnyEvent, time: float) -> None:
         match event:
-            case RoundsBegun():
+            case events.RoundsBegun():
                 self.starts += 1
                 self.failure = self.waiting = self.at_work = None
                 if self.starts > 1:
                     self._count("began again", time, f"the rounds began again after round {event.round}")
-            case SitesAwaited():
+            case events.SitesAwaited():
                 self.waiting = event.clients, event.needed
-            case PlanSent(action="train"):
+            case events.PlanSent(action="train"):
                 self.waiting, self.at_work = None, (event.round, event.clients, 0)
-            case SiteAtWork() if self.at_work:
+            case events.SiteAtWork() if self.at_work:
                 self.at_work = *self.at_work[:2], event.all
-            case RoundDone() | FederationFinished():
+            case events.RoundDone() | events.FederationFinished():
                 self.waiting = self.at_work = None
-            case RoundsFailed():
+            case events.RoundsFailed():
                 self.failure = event.reason
                 self._count(event.event, time, event.reason)
-            case ReplyRejected():
+            case events.ReplyRejected():
                 if len(self.reasons) < MOST_REASONS:
                     self.reasons[re.sub(r"\d[\d.,e+-]*", "…", event.reason)] += 1
-                self._count(event.event, time, words)
-            case (
-                UpdateAgainst()
-                | SiteSilent()
-                | ReplyLate()
-                | SiteRests()
-                | RoundRepeated()
-                | DiskFull()
-                | RoundsCrashed()
-            ):
-                self._count(event.event, time, words)
+                self._count(event.event, time, event.words())
+            case events.Trouble():
+                self._count(event.event, time, event.words())
 
     def _count(self, kind: str, time: float, words: str) -> None:
         self.counted[kind] += 1
