@@ -121,6 +121,25 @@ def test_a_plan_reaches_the_mailbox_as_it_came(make_site: MakeSite) -> None:
     assert (request.exchange, request.document, bytes(request.weights)) == (5, DOCUMENT, PACKED_WEIGHTS)
 
 
+@pytest.mark.parametrize(
+    ("changes", "verdict", "round_number"),
+    [({}, "train", 3), ({"protocol": 99}, "no plan", 1), ({"round": 0}, "no plan", 1), ({"more": 1}, "no plan", 1)],
+)
+def test_what_comes_is_written_down_by_what_it_asks_for_or_as_no_plan(
+    make_site: MakeSite,
+    ask: Callable[..., tuple[str, bytes]],
+    changes: dict[str, Any],
+    verdict: str,
+    round_number: int,
+) -> None:
+    folder = make_site()
+    document, packed = ask(round=3, rounds=3)
+    changed = json.dumps(json.loads(document) | changes)
+    answered(RecordDict({"plan": question(document=changed), "weights": weights(packed)}), folder)
+    came = read_lines(folder / "audit.jsonl")[0]
+    assert (came["direction"], came["verdict"], came["round"]) == ("in", verdict, round_number)
+
+
 def test_a_site_that_needs_longer_says_how_far_it_is(make_site: MakeSite) -> None:
     folder = make_site()
     working = {"outcome": int(Outcome.WORKING), "exchange": 5}
@@ -324,20 +343,28 @@ def test_where_the_audit_log_cannot_be_written_no_path_leaves(make_site: MakeSit
     assert str(folder) not in words
 
 
-def test_carrying_messages_does_not_need_pytorch_which_takes_seconds_to_import(tmp_path: Path) -> None:
+def test_carrying_messages_does_not_need_pytorch_which_takes_seconds_to_import(
+    tmp_path: Path, ask: Callable[..., tuple[str, bytes]]
+) -> None:
+    document, packed = ask(exchange=6)
+    (tmp_path / "plan.json").write_text(document)
+    (tmp_path / "weights").write_bytes(packed)
     script = f"""
         import sys, time
         from pathlib import Path
         import numpy as np
         from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+        from maskdm.federated.flower_records import packed_record
         from maskdm.federated.parcel import Parcel
         from maskdm_client.flower.client_app import app
         from maskdm_client.folder.mailbox import Mailbox
 
         folder = Path({str(tmp_path)!r})
 
-        def outcome(**plan):
+        def outcome(weights=None, **plan):
             content = RecordDict({{"plan": ConfigRecord({{"wait": 0.0, "document": "", **plan}})}})
+            if weights:
+                content["weights"] = packed_record(weights)
             context = Context(1, 2, {{"site": str(folder)}}, RecordDict({{}}), {{}})
             about = Metadata(1, "", 1, 2, "", "", time.time(), 3600.0, "train")
             reply = app(Message(content, metadata=about), context)
@@ -349,12 +376,14 @@ def test_carrying_messages_does_not_need_pytorch_which_takes_seconds_to_import(t
         found.append(outcome(exchange=5))
         box.reply(5, "key", Parcel({{"a": np.zeros(3, np.uint16)}}, {{"outcome": 0}}))
         found.append(outcome(exchange=5))
+        plan = (folder / "plan.json").read_text()
+        found.append(outcome((folder / "weights").read_bytes(), exchange=6, document=plan))
         print(found, "torch" in sys.modules)
     """
     (tmp_path / "config.json").write_text(json.dumps({"site": {"data": "pictures"}}))
     command = [sys.executable, "-c", textwrap.dedent(script)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.stdout == "[5, 8, 7, 0] False\n", ended.stderr
+    assert ended.stdout == "[5, 8, 7, 0, 7] False\n", ended.stderr
 
 
 def test_in_flowers_simulation_a_virtual_site_does_the_work_when_it_is_asked(
