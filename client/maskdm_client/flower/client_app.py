@@ -18,7 +18,7 @@ from maskdm.run.tensorfile import pack
 from ..folder.mailbox import Mailbox, note
 from ..folder.settings import load_settings
 from ..gate.gate import release, release_outcome, release_progress
-from ..gate.record_incoming import record_foreign, record_plan, record_progress_question, round_in
+from ..gate.record_incoming import record_foreign, record_plan, record_progress_question
 
 PACKED = "maskdm.packed"  # how our arrays are serialised: one safetensors document
 LONGEST_WAIT = 600.0
@@ -71,9 +71,9 @@ def carry(asked: tuple[int, float, str, bytes] | None, folder: Path) -> Parcel:
     if asked is None:
         return release_outcome(Outcome.PLAN_REFUSED, 1, 0, audit)
     exchange, seconds, document, weights = asked
-    round_number = round_in(document)
+    round_number = 1
     if document:
-        record_plan(audit, exchange, document, weights)
+        round_number = record_plan(audit, exchange, document, weights)
     else:
         with suppress(OSError, TypeError):
             round_number = Mailbox(folder).progress(exchange)[0]

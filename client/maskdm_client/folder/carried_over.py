@@ -4,12 +4,12 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import atomic_write
-from maskdm.run.tensorfile import chunks, fp32
+from maskdm.run.tensorfile import Stored, chunks, fp32
+from maskdm.training.checkpoint import tensors_in
 
 KINDS = ("rest", "residual", "moments")  # files are named KIND-FEDERATION-…
 
@@ -30,7 +30,7 @@ class Kept:
     def before(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """What the last round before this one left; nothing where there was none, or it has other shapes or names."""
         earlier = self._earlier() if self.wanted else []
-        found = load_file(self._path(max(earlier))) if earlier else {}
+        found = tensors_in(Stored(self._path(max(earlier)))) if earlier else {}
         return found if {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes else {}
 
     def keep(self, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], Tensor]) -> None:

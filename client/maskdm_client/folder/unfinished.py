@@ -7,13 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from maskdm.config import TrainingConfig
 from maskdm.run.runfolder import atomic_write, write_json
-from maskdm.run.tensorfile import chunks, fp32
-from maskdm.training.checkpoint import load_state, save_state
+from maskdm.run.tensorfile import Stored, chunks, fp32
+from maskdm.training.checkpoint import load_state, save_state, tensors_in
 from maskdm.training.loop import TrainingState
 
 # What a crash may cost; a save takes at most a twentieth of the time between two.
@@ -53,7 +52,7 @@ class Saved:
         path = self._folder / about["state"]
         load_state(path, state)
         told = {name: about[name] for name in TOLD}
-        return Unfinished(halves=load_file(_halves_of(path)), **told)
+        return Unfinished(halves=tensors_in(Stored(_halves_of(path))), **told)
 
     def keep(self, state: TrainingState, training: TrainingConfig, unfinished: Unfinished) -> None:
         """Save, if it is time to; where that fails, e.g. on a full disk, what was saved before stays."""

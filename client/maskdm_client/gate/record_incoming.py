@@ -17,8 +17,9 @@ from .gate import COORDINATOR
 ACTIONS = ("train", "measure", "evaluate", "finish")
 
 
-def record_plan(audit: Path, exchange: int, document: str, weights: bytes) -> None:
-    """Write down a plan with its weights, which nobody has looked at yet."""
+def record_plan(audit: Path, exchange: int, document: str, weights: bytes) -> int:
+    """Write down a plan with its weights, which nobody has looked at yet; the round that it says it is of, 1 where it
+    says none."""
     plan = _plan_in(document)
     action = plan.get("action")
     verdict = action if action in ACTIONS else "no plan"
@@ -28,7 +29,9 @@ def record_plan(audit: Path, exchange: int, document: str, weights: bytes) -> No
         verdict += ", weights that cannot be read"
         size = len(document.encode()) + len(weights)
         message = Message(size, {"exchange": exchange}, {}, hashlib.sha256(weights).hexdigest())
-    _record(audit, _round_of(plan), verdict, message)
+    round_number = _round_of(plan)
+    _record(audit, round_number, verdict, message)
+    return round_number
 
 
 def record_progress_question(audit: Path, round_number: int, exchange: int) -> None:
@@ -39,11 +42,6 @@ def record_progress_question(audit: Path, round_number: int, exchange: int) -> N
 def record_foreign(audit: Path, size: int) -> None:
     """Write down a message of so many bytes that is none of a coordinator's."""
     _record(audit, 1, "refused: not what a coordinator sends", replace(auditlog.NOTHING, bytes=size))
-
-
-def round_in(document: str) -> int:
-    """The round that a plan says it is of; 1 where it says none."""
-    return _round_of(_plan_in(document))
 
 
 def _round_of(plan: Mapping[str, Any]) -> int:

@@ -21,7 +21,7 @@ from maskdm.federated.policy import SIMULATED, as_toml
 from maskdm.run.processes import Child, free_port
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write, owned
-from maskdm.training.checkpoint import load_checkpoint
+from maskdm.training.checkpoint import describe_checkpoint
 
 from ..federation.folder import federation_config
 from ..federation.settings import FederationConfig
@@ -54,7 +54,7 @@ def serve_command(
     federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
 ) -> None:
     """Hand a prior to institutions, gather their updates round by round, and keep the federated model."""
-    _, metadata = load_checkpoint(prior, "--prior")
+    metadata = describe_checkpoint(prior, "--prior")
     config = cli.configure(FederationConfig, federation_config(prior, federation))
     _check_steps(config.evaluate_steps, metadata.diffusion)
     address, at = address_of(tls, insecure, host, port)
@@ -82,7 +82,7 @@ def simulate(
     federation: dict[str, Any] = {},  # noqa: B006  what with_options gives
 ) -> None:
     """Run a whole federation on this machine: a real Flower server and real clients on loopback."""
-    _, metadata = load_checkpoint(prior, "--prior")
+    metadata = describe_checkpoint(prior, "--prior")
     if len(data) not in (1, clients):
         raise UsageError(f"--data is given {len(data)} times for --clients {clients}: give it once, or once a client")
     everyone = min(clients, federation["clients_per_round"] or clients)

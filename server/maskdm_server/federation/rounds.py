@@ -81,7 +81,7 @@ class Rounds:
     def __init__(self, link: Link, folder: Path, config: FederationConfig, pause: Pause, clock: Clock) -> None:
         self._link, self._folder, self._config, self._pause, self._clock = link, folder, config, pause, clock
         self._number = 0  # of the round in progress
-        self.journal = self._write(lambda: Journal(folder, config.keep_every))
+        self.journal = self._write(lambda: Journal(folder, config.prior_sha256, config.keep_every))
         self._moments: Moments = self.journal.moments()
         self._began = False
 
