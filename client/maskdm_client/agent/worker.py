@@ -9,7 +9,6 @@ from pathlib import Path
 from maskdm.errors import GateRefused
 from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.parcel import Outcome
-from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import write_json
 
 from ..folder.events import DiskRefused, WorkFailed, note
@@ -19,7 +18,7 @@ from ..folder.unfinished import STARTS, saved_at
 from ..gate.gate import check_again, code
 from ..refusals import NotApproved, PolicyRefused, Superseded
 from ..work.answer import answer, check_policy
-from ..work.weights import key_of
+from ..work.weights import Came
 
 RETRY_SECONDS = 5.0
 # Work that ended this process so often, and never came further, is not tried again: memory may not suffice for it.
@@ -55,15 +54,17 @@ def _answer(box: Mailbox, done: str, folder: Path) -> None:
     """Answer the request that lies there; `done` is the key of the work whose reply lies there."""
     request = box.request()
     assert request is not None
-    key = key_of(request.document, request.weights)
-    if key and key == done:  # the same work under another number: the reply was lost on its way
+    came = Came(request.document, request.weights)
+    if came.key and came.key == done:  # the same work under another number: the reply was lost on its way
         # What may not leave any more is asked of the work itself, which says why.
         with suppress(GateRefused, PolicyRefused, NotApproved):
             settings, parcel = load_settings(folder), box.take_reply()[1]
-            check_policy(settings, RoundPlan.model_validate_json(request.document), folder)
-            box.reply(request.exchange, key, check_again(parcel, request.exchange, settings.policy, folder / AUDIT))
+            check_policy(settings, came.plan, folder)
+            box.reply(
+                request.exchange, came.key, check_again(parcel, request.exchange, settings.policy, folder / AUDIT)
+            )
             return
-    answer(request.document, request.weights, folder, box, request.exchange, key)
+    answer(came, folder, box, request.exchange)
 
 
 def _give_up(box: Mailbox, exchange: int, folder: Path) -> None:

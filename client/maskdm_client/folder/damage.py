@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from maskdm.run.tensorfile import Stored
+from maskdm.training.checkpoint import tensors_in
 
 from .events import LeftoverDropped, note
 
@@ -17,8 +17,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: it is not whole, or holds what is no number.
         OSError: it cannot be read.
     """
-    stored = Stored(path)
-    found = {name: torch.from_numpy(stored[name]) for name in stored}
+    found = tensors_in(Stored(path))
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise ValueError("it holds what is no number")
     return found

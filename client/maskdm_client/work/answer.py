@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from maskdm.data.preparation.preflight import compare
-from maskdm.errors import MaskDMError, plain
+from maskdm.errors import MaskDMError
 from maskdm.federated.auditlog import AUDIT
 from maskdm.federated.encoding import size
 from maskdm.federated.parcel import Outcome, Parcel, QualityReport, Report, rounded
-from maskdm.federated.plan import RoundPlan, work_key
+from maskdm.federated.plan import RoundPlan
 from maskdm.federated.terms import terms_of
-from maskdm.metadata import first_problem
 from maskdm.networks.model import Network
 from maskdm.networks.precision import pick_device
 from maskdm.run.events import Event
 from maskdm.run.runfolder import write_json
-from maskdm.run.tensorfile import Document, bytes_of, digest_of
+from maskdm.run.tensorfile import Document, digest_of
 from maskdm.training.checkpoint import model_from, save_checkpoint
 
 from ..folder import events
@@ -34,7 +32,7 @@ from ..folder.events import (
     note,
 )
 from ..folder.failures import unexpected
-from ..folder.job import Job, Superseded
+from ..folder.job import Job
 from ..folder.mailbox import Mailbox
 from ..folder.settings import SiteSettings, load_settings
 from ..folder.unfinished import STARTS, Saved
@@ -56,19 +54,12 @@ from .local_data import LocalImages, forget_pixels, local_images
 from .plausible import check_weights
 from .quality import measure_quality
 from .residual import Residual
-from .weights import key_of, read_weights
+from .weights import Came, read_weights
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def answer(
-    document: str,
-    weights: Document,
-    folder: Path,
-    box: Mailbox | None = None,
-    exchange: int = 0,
-    key: str = "",
-) -> Parcel:
+def answer(came: Came, folder: Path, box: Mailbox | None = None, exchange: int = 0) -> Parcel:
     """Do what the plan asks and return what passed the gate; a failure becomes a code, its reason stays in `folder`.
 
     Whoever carries the messages writes down what comes in, and lets out what is returned (`gate.release`).
@@ -76,7 +67,6 @@ def answer(
     Args:
         box: where to leave the reply, to say how far the work is, and to look for a newer plan.
         exchange: of the request, for an answer to what is no plan.
-        key: of the work, where it is known.
 
     Raises:
         Superseded: a newer request lies in the box; this one is not worth an answer.
@@ -84,7 +74,6 @@ def answer(
     """
     round_number, ends, kept = 1, False, False
     event: events.RoundAnswered | events.LossMeasured | events.WorkFailed
-    key = key or key_of(document, weights)
     job: Job | None = None
 
     def say(event: Event) -> None:
@@ -97,14 +86,12 @@ def answer(
         return box is not None and box.asked() != exchange
 
     try:
-        plan = _read_plan(document)
+        plan = came.plan
         if box and plan.exchange != exchange:
             raise PlanRefused("the coordinator's plan was refused: it has another number than its message")
         exchange, round_number = plan.exchange, plan.round
-        received, _ = read_weights(weights, plan, folder / "work" if box else None)
-        # Of all weights: of those alone that training changes, others could be sent under one key, to be counted once
-        # and to meet the same draws.
-        whole = work_key(plan, (bytes_of(received[name].numpy()) for name in sorted(received)))
+        received = read_weights(came, folder / "work" if box else None)
+        whole = came.key_of(received)
         job = Job(plan, whole, load_settings(folder), folder, say, superseded)
         saved = Saved(folder / "work", whole)
         if job.settings.threads:
@@ -113,7 +100,7 @@ def answer(
             ends = True
             save_checkpoint(folder / "model.safetensors", received, plan.model)
             kept = True
-        released, event = _work(job, received, weights, saved)
+        released, event = _work(job, received, came.packed, saved)
     except Superseded:
         say(events.WorkSuperseded(round=round_number))
         raise
@@ -129,7 +116,7 @@ def answer(
     # Only what was done well is worth sending again; a failure may have passed when the work is asked for again.
     done = released.scalars["outcome"] == Outcome.DONE
     if box:
-        box.reply(exchange, key if done else "", released)
+        box.reply(exchange, came.key if done else "", released)
     if done and job:
         Saved(folder / "work", job.key).forget()
     say(events.SiteFinished(**event.model_dump(exclude={"event"}, exclude_unset=True)) if kept else event)
@@ -271,13 +258,6 @@ def check_policy(settings: SiteSettings, plan: RoundPlan, folder: Path) -> str:
     if problem:
         raise PolicyRefused(problem)
     return agree(folder, terms_of(plan), settings.policy, settings.approve)
-
-
-def _read_plan(document: str) -> RoundPlan:
-    try:
-        return RoundPlan.model_validate_json(document)
-    except ValidationError as error:
-        raise PlanRefused(f"the coordinator's plan was refused: {plain(first_problem(error))}") from error
 
 
 def _begin(job: Job, weights: dict[str, Tensor], packed: Document) -> None:

@@ -12,7 +12,7 @@ from ..data.sources.groups import with_groups
 from ..data.sources.layouts import LAYOUTS, with_layout
 from ..run.reporting import say
 from ..run.runfolder import owned
-from ..training.checkpoint import load_checkpoint
+from ..training.checkpoint import describe_checkpoint
 from . import command_line as cli
 from .image_options import Channels, GroupCsv, GroupRegex, Upscale, Window, channels_of, window_of
 
@@ -35,7 +35,7 @@ def prepare(
 ) -> None:
     """Pack images once, so that training reads them without decoding; leaves a report and a contact sheet."""
     wanted_channels = channels_of(channels)
-    metadata = load_checkpoint(prior, "--prior")[1] if prior else None
+    metadata = describe_checkpoint(prior, "--prior") if prior else None
     source = with_groups(with_layout(data, layout, boxes), group_regex, group_csv)
     values = {
         "image_size": image_size,

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
 from torch import Tensor
 
 from ..data.corpus import Corpus
@@ -17,6 +15,7 @@ from ..data.preparation.cache import cache_folder
 from ..errors import UsageError
 from ..run.reporting import WorkBar, say
 from ..run.runfolder import atomic_write
+from ..run.tensorfile import Stored, chunks, layout_of
 from .distances import Moments, moments
 from .extractors.features import Extractor
 
@@ -50,8 +49,8 @@ def real_features(
     Raises:
         UsageError: the cache cannot be written.
     """
-    about = [VERSION, corpus.manifest.sha256, hashlib.sha256(rows.tobytes()).hexdigest(), extractor.sha256]
-    key = json.dumps([*about, extractor.resize])
+    asked = [VERSION, corpus.manifest.sha256, hashlib.sha256(rows.tobytes()).hexdigest(), extractor.sha256]
+    key = json.dumps([*asked, extractor.resize])
     name = f"{extractor.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     path = (cache or cache_folder()) / "features" / name
     if found := _read(path, key, len(rows)):
@@ -68,7 +67,9 @@ def real_features(
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         tensors = {"features": features, "mean": computed.moments.mean, "covariance": computed.moments.covariance}
-        atomic_write(path, save(tensors, {KEY: key, DIGEST: _digest(tensors)}))
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        about = {KEY: key, DIGEST: _digest(tensors)}
+        atomic_write(path, chunks(layout_of(arrays), arrays.__getitem__, about))
     except OSError as error:
         raise UsageError(
             f"features are kept in {path.parent}, which cannot be written ({error.strerror}): set MASKDM_CACHE to "
@@ -80,10 +81,10 @@ def real_features(
 def _read(path: Path, key: str, rows: int) -> RealFeatures | None:
     """What a file holds, or None where it is missing, damaged or about something else."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in ("features", "mean", "covariance")}
-    except (safetensors.SafetensorError, OSError, ValueError):
+        stored = Stored(path)
+        metadata = stored.metadata
+        tensors = {name: torch.from_numpy(stored[name]) for name in ("features", "mean", "covariance")}
+    except (OSError, ValueError, KeyError):
         return None
     if metadata.get(KEY) != key or metadata.get(DIGEST) != _digest(tensors) or len(tensors["features"]) != rows:
         return None

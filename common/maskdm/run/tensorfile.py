@@ -22,7 +22,7 @@ Arrays = Mapping[str, NDArray[np.generic]]
 Document = bytes | bytearray | memoryview | mmap | NDArray[np.uint8]
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name → NumPy's name of the type, shape
 
-_CODES = {"float32": "F32", "uint32": "U32", "uint16": "U16", "int8": "I8", "uint8": "U8"}
+_CODES = {"float64": "F64", "float32": "F32", "uint32": "U32", "uint16": "U16", "int8": "I8", "uint8": "U8"}
 _TYPES = {code: np.dtype(name) for name, code in _CODES.items()}
 _METADATA = "__metadata__"
 _MAX_HEADER = 10_000_000  # a hundred thousand weights; JSON of hostile form takes twenty times its size in memory
@@ -134,6 +134,9 @@ class Stored(Mapping[str, NDArray[np.generic]]):
         assert array.size == count, f"{self._path} became shorter"
         return array.reshape(place.shape)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # a mapping would read the array to know
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
@@ -241,5 +244,5 @@ def _entry(entry: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:
     if math.prod(side or 1 for side in shape) >= 2**60:  # which NumPy refuses to make even of no values
         raise ValueError("an array of too many values")
     if kind not in _TYPES or len(entry) != 3:
-        raise ValueError("an array of unknown type")
+        raise ValueError(f"an array of unknown type ({', '.join(_TYPES)} are known)")
     return start, end, kind, tuple(shape)

@@ -1,12 +1,9 @@
 """Checkpoints: safetensors whose metadata is JSON. Strict names, shapes and dtypes; nothing is ever unpickled."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -18,9 +15,11 @@ from ..networks.model import Network, network, resize_positions
 from ..networks.trainable import expected_shapes
 from ..run.processes import is_first
 from ..run.runfolder import atomic_write
-from ..run.tensorfile import chunks, fp32
+from ..run.tensorfile import Stored, chunks, fp32
 from .distributed import as_part_of, whole
 from .loop import TrainingState, optimizer_shapes, optimizer_tensors, put_weights, restore_optimizer
+
+Checkpoint = tuple[dict[str, Tensor], CheckpointMetadata]
 
 
 def save_checkpoint(path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
@@ -34,15 +33,14 @@ def _write(path: Path, tensors: Mapping[str, Tensor], document: str) -> None:
         atomic_write(path, chunks(layout, lambda name: tensors[name].float().cpu().numpy(), {METADATA_KEY: document}))
 
 
-def load_checkpoint(path: Path, option: str = "--model") -> tuple[dict[str, Tensor], CheckpointMetadata]:
+def load_checkpoint(path: Path, option: str = "--model") -> Checkpoint:
     """Read and check a checkpoint.
 
     Raises:
         CheckpointError: missing, truncated, foreign, from a newer version, or not fitting its own description.
     """
-    metadata = describe_checkpoint(path, option)
-    with _opened(path, option) as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}
+    stored, metadata = _described(path, option)
+    weights = tensors_in(stored)
     for name, tensor in weights.items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise CheckpointError(f"{option} {path}: weight {name} is not finite fp32: the file is damaged")
@@ -55,21 +53,24 @@ def describe_checkpoint(path: Path, option: str = "--model") -> CheckpointMetada
     Raises:
         CheckpointError: as `load_checkpoint`, but for values.
     """
+    return _described(path, option)[1]
+
+
+def _described(path: Path, option: str) -> tuple[Stored, CheckpointMetadata]:
     if not path.is_file():
         raise CheckpointError(f"{option} {path} does not exist or is no file: give a .safetensors written by MaskDM")
-    with _opened(path, option) as file:
-        metadata = _parse_metadata(file.metadata() or {}, path, option)
-        _check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, metadata, path, option)
-    return metadata
-
-
-@contextmanager
-def _opened(path: Path, option: str) -> Iterator[Any]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        stored = Stored(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{option} {path} is not a whole safetensors file ({error}): copy it again") from error
+    metadata = _parse_metadata(stored.metadata, path, option)
+    _check_shapes({name: shape for name, (_, shape) in stored.layout.items()}, metadata, path, option)
+    return stored, metadata
+
+
+def tensors_in(stored: Stored) -> dict[str, Tensor]:
+    """All arrays of a file, in memory of their own."""
+    return {name: torch.from_numpy(array) for name, array in stored.items()}
 
 
 def model_from(weights: dict[str, Tensor], config: ModelConfig, device: torch.device | str = "cpu") -> Network:
@@ -118,9 +119,8 @@ def load_state(path: Path, state: TrainingState) -> None:
         CheckpointError: the file is damaged or belongs to another model; `state` is as it was.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            counts = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        stored = Stored(path)
+        counts, tensors = json.loads(stored.metadata[METADATA_KEY]), tensors_in(stored)
         numbers = [int(counts[name]) for name in ("images_seen", "steps", "skipped")]
         weights, average, moments = (_under(tensors, f"{kind}.") for kind in ("raw", "ema", "optimizer"))
         expected = {name: parameter.shape for name, parameter in state.model.named_parameters()}
@@ -131,7 +131,7 @@ def load_state(path: Path, state: TrainingState) -> None:
             raise ValueError("moments of another optimiser")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("what is no number")
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"--out: {path} cannot be resumed ({error}): use --resume never and a new --out"
         ) from error

@@ -10,7 +10,7 @@ from ..config import DiffusionConfig, ModelConfig, Precision
 from ..diffusion.sampling import sample
 from ..networks.precision import pick_device, pick_precision
 from ..run.pictures import grid_picture, save_png
-from .checkpoint import load_checkpoint, model_from
+from .checkpoint import Checkpoint, model_from
 
 
 class Abandoned(Exception):
@@ -51,9 +51,9 @@ def save_samples(
     save_png(picture, grid_picture(drawn.numpy()))
 
 
-def draw_samples(checkpoint: Path, picture: Path, seed: int, count: int) -> None:
-    """`save_samples` of a checkpoint, unless the picture is there already or `count` is 0."""
+def draw_samples(load: Callable[[], Checkpoint], picture: Path, seed: int, count: int) -> None:
+    """`save_samples` of a checkpoint, which is loaded unless the picture is there already or `count` is 0."""
     if picture.exists() or not count:
         return
-    weights, metadata = load_checkpoint(checkpoint)
+    weights, metadata = load()
     save_samples(picture, weights, metadata.model, metadata.diffusion, seed=seed, count=count)

@@ -9,7 +9,7 @@ import typer
 from maskdm.diffusion.sampling import check_steps
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import owned
-from maskdm.training.checkpoint import load_checkpoint
+from maskdm.training.checkpoint import describe_checkpoint
 
 from ..flower.serve import address_of, serve
 from ..report.dashboard import Dashboard
@@ -40,7 +40,7 @@ def serve_command(
     federation: dict[str, Any],
 ) -> None:
     """Hand a prior to institutions, gather their updates round by round, and keep the federated model."""
-    _, metadata = load_checkpoint(prior, "--prior")
+    metadata = describe_checkpoint(prior, "--prior")
     config = chosen_federation(prior, federation)
     check_steps(config.evaluate_steps, metadata.diffusion, "--evaluate-steps")
     address, at = address_of(tls, insecure, host, port)

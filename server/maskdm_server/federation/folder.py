@@ -16,6 +16,7 @@ from maskdm.training.grids import draw_samples
 from .settings import MAY_CHANGE, FederationConfig, FederationOptions, update_size
 
 SAMPLES = 16  # in each grid
+PIECE = 2**20  # bytes copied at a time
 
 
 def federation_config(prior: Path, options: FederationOptions) -> FederationConfig:
@@ -40,7 +41,7 @@ def begin(
     """Make FED ready, or see that it goes on with this very federation; returns True where nothing is left to do."""
     identity = {"federation": config.model_dump(mode="json"), "simulation": dict(simulation)}
     claim(out, "federation", identity, may_change=MAY_CHANGE)
-    _, metadata = load_checkpoint(prior, "--prior")
+    weights, metadata = load_checkpoint(prior, "--prior")
     needed = update_size(config, metadata.model)
     if config.max_upload and needed > config.max_upload:
         raise UsageError(
@@ -48,7 +49,8 @@ def begin(
             f"or topk, or --train norm-bias or adapters"
         )
     if not (out / "prior.safetensors").exists():
-        atomic_write(out / "prior.safetensors", prior.read_bytes())
+        with prior.open("rb") as file:
+            atomic_write(out / "prior.safetensors", iter(lambda: file.read(PIECE), b""))
     if _is_done(out, config):
         say(f"all rounds are done: {out / 'model.safetensors'}")
         return True
@@ -60,15 +62,16 @@ def begin(
         f"prior: {shape.image_size}x{shape.image_size} pixels, {shape.channels} channels, "
         f"{metadata.images_seen:,} images seen"
     )
-    draw_samples(out / "prior.safetensors", out / "samples" / "before.png", config.seed, sample_count)
+    draw_samples(lambda: (weights, metadata), out / "samples" / "before.png", config.seed, sample_count)
     return False
 
 
 def conclude(out: Path, config: FederationConfig, sample_count: int = SAMPLES) -> Path:
     """Leave samples of the final model, and no file of Flower's."""
-    draw_samples(out / "model.safetensors", out / "samples" / "after.png", config.seed, sample_count)
+    model = out / "model.safetensors"
+    draw_samples(lambda: load_checkpoint(model), out / "samples" / "after.png", config.seed, sample_count)
     shutil.rmtree(out / ".flwr", ignore_errors=True)
-    return out / "model.safetensors"
+    return model
 
 
 def _is_done(out: Path, config: FederationConfig) -> bool:

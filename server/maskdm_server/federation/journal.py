@@ -22,7 +22,7 @@ from maskdm.config import Frozen
 from maskdm.errors import CheckpointError
 from maskdm.metadata import METADATA_KEY, CheckpointMetadata
 from maskdm.networks.trainable import expected_shapes
-from maskdm.run.runfolder import atomic_write, keep_lines, read_lines, sha256_of
+from maskdm.run.runfolder import atomic_write, keep_lines, read_lines
 from maskdm.run.tensorfile import Arrays, Stored, chunks, fp32, layout_of
 from maskdm.training.checkpoint import describe_checkpoint, load_checkpoint
 
@@ -47,8 +47,11 @@ class Known(Frozen):
 class Journal:
     """The last whole round of FED, or the prior where there is none yet."""
 
-    def __init__(self, folder: Path, keep_every: int = 0) -> None:
+    def __init__(self, folder: Path, prior_sha256: str, keep_every: int = 0) -> None:
         """Find the last whole round, and bring model.safetensors and rounds.jsonl to where it is.
+
+        Args:
+            prior_sha256: what the federation calls its prior, also in its terms; sites hold what comes against it.
 
         Raises:
             CheckpointError: the journal is damaged.
@@ -64,8 +67,7 @@ class Journal:
             self.known = self._known()
             self._publish()
         else:
-            prior = sha256_of(self.model_path())
-            self.metadata = self.metadata.model_copy(update={"prior_sha256": prior, "rounds": 0})
+            self.metadata = self.metadata.model_copy(update={"prior_sha256": prior_sha256, "rounds": 0})
         self._mend_lines()
 
     def model_path(self, number: int | None = None) -> Path:

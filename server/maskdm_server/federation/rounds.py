@@ -63,7 +63,7 @@ class Rounds:
     def __init__(self, link: Link, folder: Path, config: FederationConfig, pause: Pause, clock: Clock) -> None:
         self._link, self._folder, self._config, self._pause, self._clock = link, folder, config, pause, clock
         self._writer = Writer(folder, pause, clock)
-        self.journal = self._writer.write(lambda: Journal(folder, config.keep_every))
+        self.journal = self._writer.write(lambda: Journal(folder, config.prior_sha256, config.keep_every))
         self._measurements = Measurements(link, folder, config, self.journal, self._writer, self._exchange)
         self._moments: Moments = self.journal.moments()
         self._began = False

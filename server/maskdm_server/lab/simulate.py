@@ -25,7 +25,7 @@ from maskdm.run.processes import Child, free_port, script
 from maskdm.run.reporting import say
 from maskdm.run.runfolder import atomic_write, owned
 from maskdm.seeding import derive_seed
-from maskdm.training.checkpoint import load_checkpoint
+from maskdm.training.checkpoint import describe_checkpoint
 
 from ..federation.settings import FederationConfig, FederationOptions
 from ..flower.serve import serve
@@ -72,7 +72,7 @@ def simulate(
         UsageError: sources that do not fit the clients, or cannot be shared out so.
         FederationError: no quorum.
     """
-    _, metadata = load_checkpoint(prior, "--prior")
+    metadata = describe_checkpoint(prior, "--prior")
     check_steps(config.evaluate_steps, metadata.diffusion, "--evaluate-steps")
     if len(data) not in (1, clients):
         raise UsageError(f"--data is given {len(data)} times for --clients {clients}: give it once, or once a client")

@@ -24,6 +24,7 @@ from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.gate.approval import APPROVALS
 from maskdm_client.refusals import Superseded
 from maskdm_client.work.answer import answer
+from maskdm_client.work.weights import Came
 
 Ask = Callable[..., tuple[str, bytes]]
 MakeSite = Callable[..., Path]
@@ -57,9 +58,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Exchanges of the requests that were worked on, rather than answered from what lay there."""
     begun: list[int] = []
 
-    def counted(document: str, weights: bytes, folder: Path, box: Mailbox, exchange: int, key: str) -> Parcel:
+    def counted(came: Came, folder: Path, box: Mailbox, exchange: int) -> Parcel:
         begun.append(exchange)
-        return answer(document, weights, folder, box, exchange, key)
+        return answer(came, folder, box, exchange)
 
     monkeypatch.setattr(worker, "answer", counted)
     return begun
@@ -210,11 +211,11 @@ def test_a_request_that_comes_while_another_is_answered_is_next(
     box = Mailbox(folder)
     box.ask(1, *ask(exchange=1))
 
-    def answered(document: str, weights: bytes, folder: Path, box: Mailbox, exchange: int, key: str) -> None:
+    def answered(came: Came, folder: Path, box: Mailbox, exchange: int) -> None:
         begun.append(exchange)
         if exchange == 1:
             box.ask(2, *ask(exchange=2, round=2))
-        box.reply(exchange, key, Parcel({}, {"outcome": 0, "round": exchange, "exchange": exchange}))
+        box.reply(exchange, came.key, Parcel({}, {"outcome": 0, "round": exchange, "exchange": exchange}))
 
     monkeypatch.setattr(worker, "answer", answered)
     work(folder, monkeypatch)
@@ -227,11 +228,11 @@ def test_a_plan_that_contradicts_its_message_about_the_exchange_does_not_keep_th
 ) -> None:
     folder, begun = make_site(), []
 
-    def counted(document: str, weights: bytes, folder: Path, box: Mailbox, exchange: int, key: str) -> Parcel:
+    def counted(came: Came, folder: Path, box: Mailbox, exchange: int) -> Parcel:
         begun.append(exchange)
         if len(begun) > 1:
             raise Idle
-        return answer(document, weights, folder, box, exchange, key)
+        return answer(came, folder, box, exchange)
 
     monkeypatch.setattr(worker, "answer", counted)
     Mailbox(folder).ask(1, *ask(local_images=8, exchange=2))
@@ -453,7 +454,7 @@ def test_superseded_work_is_no_failure(make_site: MakeSite, ask: Ask) -> None:
     box = Mailbox(folder)
     box.ask(2, *ask(exchange=2, round=2))
     with pytest.raises(Superseded):
-        answer(*ask(exchange=1), folder, box, 1)
+        answer(Came(*ask(exchange=1)), folder, box, 1)
     assert [line["event"] for line in read_lines(folder / "events.jsonl")] == [
         "agreed",
         "data",

@@ -36,6 +36,7 @@ from maskdm_client.work import fine_tuning
 from maskdm_client.work.answer import answer
 from maskdm_client.work.fine_tuning import Done, fine_tune, held_out_loss
 from maskdm_client.work.local_data import LocalImages, local_images
+from maskdm_client.work.weights import Came
 
 MakePlan = Callable[..., RoundPlan]
 MakeSite = Callable[..., Path]
@@ -142,7 +143,7 @@ def test_what_goes_up_is_what_was_asked_for_and_improves_the_model_of_who_adds_i
     changes = {"train": train, "adapter_rank": 2, "encoding": encoding, "topk_share": 0.5}
     changes |= {"local_images": 480, "lr": 3e-3 if train == "all" else 2e-2}
     plan = make_plan(**changes)
-    sent = answer(*ask(**changes), site.folder)
+    sent = answer(Came(*ask(**changes)), site.folder)
     check(sent.arrays, plan.shapes(), plan.encoding, plan.topk_share)
     key = work_key(plan, (bytes_of(site.weights[name].numpy()) for name in sorted(site.weights)))
     before = site.loss(plan, site.weights, key)

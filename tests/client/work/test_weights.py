@@ -15,7 +15,7 @@ from maskdm.run.tensorfile import pack
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.refusals import RestMissing
 from maskdm_client.work.answer import answer
-from maskdm_client.work.weights import key_of, read_weights
+from maskdm_client.work.weights import Came, read_weights
 
 Ask = Callable[..., tuple[str, bytes]]
 MakePlan = Callable[..., RoundPlan]
@@ -41,7 +41,7 @@ def at(folder: Path, question: tuple[str, bytes], exchange: int) -> Parcel:
     box.ask(exchange, *question)
     request = box.request()
     assert request is not None  # of which weights lie in a file that nobody may write to
-    return answer(request.document, request.weights, folder, box, exchange)
+    return answer(Came(request.document, request.weights), folder, box, exchange)
 
 
 def outcome(parcel: Parcel) -> Outcome:
@@ -103,17 +103,16 @@ def test_another_federation_makes_room_for_itself(make_site: MakeSite, ask: Ask)
 def test_the_same_work_has_the_same_key_whether_its_weights_come_whole_or_in_part(
     ask: Ask, part_of: Ask, weights: dict[str, Tensor], make_plan: MakePlan, train: Trainable
 ) -> None:
-    assert key_of(*ask(train=train)) == key_of(*part_of(train=train, exchange=9)) != ""
+    assert Came(*ask(train=train)).key == Came(*part_of(train=train, exchange=9)).key != ""
     changed = make_plan(train=train).changed()[-1]
     other = {**weights, changed: weights[changed] + 1}
-    assert key_of(*ask(other, train=train)) != key_of(*ask(train=train))
+    assert Came(*ask(other, train=train)).key != Came(*ask(train=train)).key
 
 
 def test_a_virtual_site_neither_keeps_nor_completes(
-    tmp_path: Path, ask: Ask, part_of: Ask, make_plan: MakePlan, weights: dict[str, Tensor]
+    tmp_path: Path, ask: Ask, part_of: Ask, weights: dict[str, Tensor]
 ) -> None:
-    plan = make_plan(train="norm-bias")
-    found, _ = read_weights(ask(train="norm-bias")[1], plan, None)
+    found = read_weights(Came(*ask(train="norm-bias")), None)
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     with pytest.raises(RestMissing):
-        read_weights(part_of(train="norm-bias")[1], plan, tmp_path)
+        read_weights(Came(*part_of(train="norm-bias")), tmp_path)

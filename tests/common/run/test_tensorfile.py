@@ -23,8 +23,8 @@ from safetensors.numpy import load, save
 
 from maskdm.run.tensorfile import Arrays, Document, Stored, chunks, layout_of, pack, size_of, unpack
 
-KINDS = ("float32", "uint32", "uint16", "int8", "uint8")
-FOREIGN = ("BOOL", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I16", "BF16", "F16", "I32", "F64", "I64", "U64", "C64")
+KINDS = ("float64", "float32", "uint32", "uint16", "int8", "uint8")
+FOREIGN = ("BOOL", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I16", "BF16", "F16", "I32", "I64", "U64", "C64")
 LITTLE_MEMORY = 256 * 1024  # bytes, for reading a document of a few hundred
 
 shapes = arrays_of.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)

@@ -224,8 +224,11 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(
 def test_weights_of_another_type_are_refused(
     tmp_path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata
 ) -> None:
-    weights["norm.bias"] = weights["norm.bias"].half()
-    with pytest.raises(CheckpointError, match="not finite fp32"):
+    half = weights | {"norm.bias": weights["norm.bias"].half()}
+    with pytest.raises(CheckpointError, match="an array of unknown type"):
+        load_checkpoint(write(tmp_path / "half.safetensors", half, metadata))
+    weights["norm.bias"] = weights["norm.bias"].double()
+    with pytest.raises(CheckpointError, match=r"norm\.bias is not finite fp32"):
         load_checkpoint(write(tmp_path / "a.safetensors", weights, metadata))
 
 

@@ -24,6 +24,7 @@ from maskdm_server.federation.journal import KEPT, Journal, Known, published_aft
 from maskdm_server.federation.selection import Standing
 
 EMA = 0.9
+NAME = "a" * 64  # of the prior
 ROUNDS = 3
 
 NewFolder = Callable[[str], Path]
@@ -66,11 +67,11 @@ def files_of(folder: Path) -> set[str]:
 def test_all_that_a_round_left_is_there_when_the_journal_is_opened_again(
     folder: Path, prior: dict[str, Tensor], ema: float
 ) -> None:
-    first = Journal(folder)
+    first = Journal(folder, NAME)
     assert (first.number, first.known, first.moments()) == (0, Known(), {})
     for number in (1, 2, 3):
         do_round(first, prior, ema)
-        again = Journal(folder)
+        again = Journal(folder, NAME)
         assert again.number == first.number == number
         assert again.known == known_in(number)
         found, expected = again.moments(), moments_in(number)
@@ -85,7 +86,7 @@ def test_all_that_a_round_left_is_there_when_the_journal_is_opened_again(
 def test_weights_and_moments_may_be_changed_without_changing_the_journal(
     folder: Path, prior: dict[str, Tensor]
 ) -> None:
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     do_round(journal, prior)
     digests = {name: sha256_of(folder / name) for name in files_of(folder)}
     for name in prior:
@@ -97,9 +98,9 @@ def test_weights_and_moments_may_be_changed_without_changing_the_journal(
 
 
 def test_a_new_federation_names_its_prior_and_counts_its_rounds_from_nothing(folder: Path) -> None:
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     assert journal.model_path() == folder / "prior.safetensors"
-    assert journal.metadata.prior_sha256 == sha256_of(folder / "prior.safetensors")
+    assert journal.metadata.prior_sha256 == NAME
     assert journal.metadata.rounds == 0
     assert not (folder / "model.safetensors").exists()
 
@@ -107,7 +108,7 @@ def test_a_new_federation_names_its_prior_and_counts_its_rounds_from_nothing(fol
 def test_what_goes_down_next_is_the_newest_model_and_what_is_published_is_the_same_file_without_an_average(
     folder: Path, prior: dict[str, Tensor]
 ) -> None:
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     for _ in range(2):
         do_round(journal, prior, ema=0)
         assert sha256_of(folder / "model.safetensors") == sha256_of(journal.model_path())
@@ -117,21 +118,21 @@ def test_what_goes_down_next_is_the_newest_model_and_what_is_published_is_the_sa
 
 @pytest.mark.parametrize("last", [9, 99_999, 999_999])  # the last has another number of digits than the file names
 def test_the_newest_round_is_that_of_the_largest_number(folder: Path, prior: dict[str, Tensor], last: int) -> None:
-    do_round(Journal(folder), prior)
+    do_round(Journal(folder, NAME), prior)
     for path in (folder / "rounds").iterdir():
         path.rename(path.with_name(path.name.replace("000001", f"{last:06}")))
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     assert journal.number == last
     journal.commit(journal.metadata, changed_in(2, prior), moments_in(2), known_in(2), EMA)
     journal.settle()
-    assert Journal(folder).number == last + 1
+    assert Journal(folder, NAME).number == last + 1
     assert {path.name.partition(".")[0] for path in (folder / "rounds").iterdir()} == {f"{last:06}", f"{last + 1:06}"}
 
 
 @pytest.mark.parametrize("ema", [0.5, 0.999])
 def test_the_published_average_is_its_closed_form(folder: Path, prior: dict[str, Tensor], ema: float) -> None:
     """avg(N) = Π dₖ · prior + Σ (1 − dₖ) Π_{j>k} dⱼ · w(k), with dₖ = min(ema, 1 − (1 + k)^(−2/3))."""
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     models: list[dict[str, Tensor]] = []
     for number in range(1, 6):
         do_round(journal, prior, ema)
@@ -150,7 +151,7 @@ def test_the_published_average_is_its_closed_form(folder: Path, prior: dict[str,
 
 
 def test_old_rounds_are_removed_but_the_last_two_every_nth_and_the_best(folder: Path, prior: dict[str, Tensor]) -> None:
-    journal = Journal(folder, keep_every=4)
+    journal = Journal(folder, NAME, keep_every=4)
     best = {1: 0, 2: 1, 3: 1, 4: 1, 5: 1, 6: 5, 7: 5, 8: 5, 9: 5, 10: 5, 11: 10}
     kept = {
         5: {1, 4, 5},
@@ -168,11 +169,11 @@ def test_old_rounds_are_removed_but_the_last_two_every_nth_and_the_best(folder: 
     assert KEPT == 2
     journal.adopt(10)
     assert load_checkpoint(folder / "model.safetensors")[1].rounds == 10
-    assert Journal(folder).number == 11
+    assert Journal(folder, NAME).number == 11
 
 
 def test_the_prior_can_be_adopted_and_stays_where_it_is(folder: Path, prior: dict[str, Tensor]) -> None:
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     do_round(journal, prior)
     journal.adopt(0)
     assert sha256_of(folder / "model.safetensors") == sha256_of(folder / "prior.safetensors")
@@ -187,7 +188,7 @@ def test_where_files_cannot_have_two_names_the_model_is_copied(
         raise PermissionError("no such thing here")
 
     monkeypatch.setattr(os, "link", refuse)
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     for number in (1, 2):
         do_round(journal, prior, ema=0)
         assert load_checkpoint(folder / "model.safetensors")[1].rounds == number
@@ -207,7 +208,7 @@ def test_where_files_cannot_have_two_names_the_model_is_copied(
 def test_a_damaged_round_is_named_and_the_one_before_is_gone_on_from_once_it_is_removed(
     folder: Path, prior: dict[str, Tensor], which: str, damage: str
 ) -> None:
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     do_round(journal, prior)
     do_round(journal, prior)
     path = folder / "rounds" / which
@@ -216,10 +217,10 @@ def test_a_damaged_round_is_named_and_the_one_before_is_gone_on_from_once_it_is_
     if damage != "gone":
         path.write_bytes(content[: -10 if damage == "cut" else 0])
     with pytest.raises(CheckpointError, match=rf"--out.* .*{which}"):
-        Journal(folder)
+        Journal(folder, NAME)
     for name in ("000002.safetensors", "000002.state.safetensors"):
         (folder / "rounds" / name).unlink(missing_ok=True)
-    again = Journal(folder)
+    again = Journal(folder, NAME)
     assert (again.number, again.known) == (1, known_in(1))
     assert load_checkpoint(folder / "model.safetensors")[1].rounds == 1
     assert [line["round"] for line in read_lines(folder / "rounds.jsonl")] == [1]
@@ -228,28 +229,28 @@ def test_a_damaged_round_is_named_and_the_one_before_is_gone_on_from_once_it_is_
 def test_a_line_that_a_crash_left_out_is_added_and_one_of_a_round_that_was_taken_back_is_dropped(
     folder: Path, prior: dict[str, Tensor]
 ) -> None:
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     for _ in range(3):
         do_round(journal, prior)
     path = folder / "rounds.jsonl"
     whole = path.read_text()
     assert [line["round"] for line in read_lines(path)] == [1, 2, 3]
     path.write_text("".join(whole.splitlines(keepends=True)[:2]))
-    Journal(folder)
+    Journal(folder, NAME)
     assert path.read_text() == whole
     append_line(path, {"round": 4})
-    Journal(folder)
+    Journal(folder, NAME)
     assert path.read_text() == whole
 
 
 def test_a_line_that_a_crash_tore_is_replaced(folder: Path, prior: dict[str, Tensor]) -> None:
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     for _ in range(2):
         do_round(journal, prior)
     path = folder / "rounds.jsonl"
     whole = path.read_text()
     path.write_text(whole[:-20])
-    Journal(folder)
+    Journal(folder, NAME)
     assert path.read_text() == whole
 
 
@@ -282,7 +283,7 @@ self_fsync = os.fsync
 
 def live(folder: Path, prior: dict[str, Tensor], ema: float) -> None:
     """What a coordinator does to the journal: it opens it and adds what is missing of the rounds."""
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     while journal.number < ROUNDS:
         do_round(journal, prior, ema)
 
@@ -308,7 +309,7 @@ def test_a_crash_at_any_write_costs_at_most_the_round_in_progress(
         published = folder / "model.safetensors"
         if done > 1:
             assert load_checkpoint(published)[1].rounds in (done - 1, done)
-        journal = Journal(folder)
+        journal = Journal(folder, NAME)
         assert journal.number == done
         assert journal.known == (known_in(done) if done else Known())
         assert [line["round"] for line in read_lines(folder / "rounds.jsonl")] == list(range(1, done + 1))
@@ -340,7 +341,7 @@ def test_a_crash_leaves_no_file_for_ever(
         if machine.writes < dies_at:
             break
         live(folder, prior, EMA)
-        do_round(Journal(folder), prior)  # one more, which may tidy up
+        do_round(Journal(folder, NAME), prior)  # one more, which may tidy up
         rounds = {f"rounds/{n:06d}{kind}.safetensors" for n in (3, 4) for kind in ("", ".state")}
         left[dies_at] = files_of(folder) - rounds - files_of(whole)
     assert {dies_at: names for dies_at, names in left.items() if names} == {}
@@ -363,7 +364,7 @@ def test_a_write_that_failed_may_be_tried_again(
     """Any number of times, at any of the writes."""
     whole, folder = new_folder("whole"), new_folder("fed")
     live(whole, prior, EMA)
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     write, refused = runfolder.atomic_write, Counter[str]()
 
     def failing(path: Path, content: Any) -> None:
@@ -391,7 +392,7 @@ def test_a_write_that_failed_may_be_tried_again(
 def test_a_round_that_did_not_fit_leaves_the_journal_as_it_was(
     folder: Path, prior: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, small: CheckpointMetadata
 ) -> None:
-    journal = Journal(folder)
+    journal = Journal(folder, NAME)
     do_round(journal, prior)
     before = {name: sha256_of(folder / name) for name in files_of(folder)}
     write = runfolder.atomic_write
@@ -406,14 +407,14 @@ def test_a_round_that_did_not_fit_leaves_the_journal_as_it_was(
         do_round(journal, prior)
     assert (journal.number, journal.known, journal.metadata.rounds) == (1, known_in(1), 1)
     assert {name: sha256_of(folder / name) for name in before} == before
-    assert Journal(folder).number == 1
+    assert Journal(folder, NAME).number == 1
 
 
 @pytest.mark.parametrize("ema", [0.0, EMA])
 def test_what_was_published_after_an_earlier_round_can_be_read_again(
     folder: Path, prior: dict[str, Tensor], ema: float
 ) -> None:
-    journal, published = Journal(folder, keep_every=1), []
+    journal, published = Journal(folder, NAME, keep_every=1), []
     for _ in range(4):
         do_round(journal, prior, ema)
         published.append(load_checkpoint(folder / "model.safetensors")[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskdm.errors import FederationError
 from maskdm.metadata import CheckpointMetadata
-from maskdm.training.checkpoint import save_checkpoint
+from maskdm.training.checkpoint import load_checkpoint, save_checkpoint
 from maskdm.training.grids import Abandoned, draw_samples, save_samples
 from maskdm_server.federation import round_pictures as pictures
 from maskdm_server.federation.events import RoundDone, SiteAtWork
@@ -56,7 +56,7 @@ def test_a_grid_is_drawn_after_every_so_many_rounds_with_the_noise_of_the_first(
         for event in (SiteAtWork(round=2, site="1", images=1, all=1), done(1), done(2), done(2)):
             samples.hear(event)
     assert drawn(folder) == ["round-000002.png"]
-    draw_samples(folder / "model.safetensors", folder / "samples" / "same.png", 3, 4)
+    draw_samples(lambda: load_checkpoint(folder / "model.safetensors"), folder / "samples" / "same.png", 3, 4)
     with (
         Image.open(folder / "samples" / "same.png") as same,
         Image.open(folder / "samples" / "round-000002.png") as grid,

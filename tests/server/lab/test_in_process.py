@@ -16,7 +16,7 @@ from maskdm.config import ModelConfig
 from maskdm.metadata import CheckpointMetadata
 from maskdm.networks.model import build_model
 from maskdm.run.runfolder import read_lines
-from maskdm.training.checkpoint import load_checkpoint, save_checkpoint
+from maskdm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from maskdm_server.commands.app import app
 from maskdm_server.federation import folder
 from maskdm_server.lab import in_process as inline
@@ -35,9 +35,9 @@ def prior(tmp_path: Path, tiny: ModelConfig, metadata: CheckpointMetadata) -> Pa
 def simulate(tmp_path: Path, prior: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command on small grey pictures; returns the exit code."""
 
-    def draw(checkpoint: Path, picture: Path, *_: Any) -> None:
+    def draw(load: Callable[[], Checkpoint], picture: Path, *_: Any) -> None:
         """Sampling is tested elsewhere and takes longer than all the rest."""
-        load_checkpoint(checkpoint)
+        load()
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_bytes(b"")
 

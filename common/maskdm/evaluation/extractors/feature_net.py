@@ -8,10 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import safetensors
 import torch
 from pydantic import Field, ValidationError
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +17,7 @@ from ...config import Frozen
 from ...data.batches import batch_rows
 from ...errors import UsageError
 from ...run.runfolder import atomic_write
+from ...run.tensorfile import Stored, chunks, layout_of
 from ...seeding import generator
 from .mobilenet import resized
 
@@ -112,16 +111,15 @@ def accuracy(net: FeatureNet, images: Tensor, labels: Tensor) -> float:
 
 def save_feature_net(path: Path, net: FeatureNet, config: FeatureNetConfig) -> None:
     """Write it whole or not at all; `config` may say more than the one it was made with."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in net.state_dict().items()}
-    atomic_write(path, save(tensors, {KEY: config.model_dump_json()}))
+    arrays = {name: tensor.numpy(force=True) for name, tensor in net.state_dict().items()}
+    atomic_write(path, chunks(layout_of(arrays), arrays.__getitem__, {KEY: config.model_dump_json()}))
 
 
 def is_feature_net(path: Path) -> bool:
     """Whether a file says that it is one."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return KEY in (file.metadata() or {})
-    except (safetensors.SafetensorError, OSError, ValueError):
+        return KEY in Stored(path).metadata
+    except (OSError, ValueError):
         return False
 
 
@@ -134,14 +132,14 @@ def load_feature_net(
         UsageError: damaged, or not what it says.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            config = FeatureNetConfig.model_validate(json.loads(file.metadata()[KEY]))
-            weights = {name: file.get_tensor(name) for name in file.keys()}
+        stored = Stored(path)
+        config = FeatureNetConfig.model_validate(json.loads(stored.metadata[KEY]))
+        weights = {name: torch.from_numpy(array) for name, array in stored.items()}
         net = FeatureNet(config)
         net.load_state_dict(weights, strict=True)
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError("a weight is not finite")
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ValidationError) as error:
         raise UsageError(f"{option} {path} is a damaged feature network: copy it again") from error
     return config, net.to(device).eval()
 
