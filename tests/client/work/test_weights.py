@@ -1,5 +1,6 @@
 """Weights that come down in part: the rest stays at the site, and the work is the same as with whole ones."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from maskdm.federated.plan import RoundPlan
 from maskdm.run.tensorfile import pack
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.refusals import RestMissing
+from maskdm_client.work import weights as under_test
 from maskdm_client.work.answer import answer
 from maskdm_client.work.weights import Came, read_weights
 
@@ -107,6 +109,31 @@ def test_the_same_work_has_the_same_key_whether_its_weights_come_whole_or_in_par
     changed = make_plan(train=train).changed()[-1]
     other = {**weights, changed: weights[changed] + 1}
     assert Came(*ask(other, train=train)).key != Came(*ask(train=train)).key
+
+
+@pytest.mark.parametrize(("train", "hashed"), [("all", 1), ("norm-bias", 2), ("adapters", 2)])
+def test_a_plan_and_its_weights_are_parsed_once_and_all_of_them_hashed_once(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, train: Trainable, hashed: int
+) -> None:
+    """Where only some are trained, these have a key of their own."""
+    done: Counter[str] = Counter()
+
+    def counted(name: str, act: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any) -> Any:
+            done[name] += 1
+            return act(*arguments)
+
+        return counting
+
+    for name in ("unpack", "work_key"):
+        monkeypatch.setattr(under_test, name, counted(name, getattr(under_test, name)))
+    monkeypatch.setattr(RoundPlan, "model_validate_json", counted("parsed", RoundPlan.model_validate_json))
+    came = Came(*ask(train=train))
+    key, weights = came.key, read_weights(came, None)
+    whole = came.key_of(weights)
+    assert came.key == key
+    assert (whole == key) == (train == "all")
+    assert done == {"unpack": 1, "parsed": 1, "work_key": hashed}
 
 
 def test_a_virtual_site_neither_keeps_nor_completes(

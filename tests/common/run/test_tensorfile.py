@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from maskdm.run.tensorfile import Arrays, Document, Stored, chunks, layout_of, pack, size_of, unpack
+from maskdm.run.tensorfile import Arrays, Document, Hashed, Stored, chunks, digest_of, layout_of, pack, size_of, unpack
 
 KINDS = ("float64", "float32", "uint32", "uint16", "int8", "uint8")
 FOREIGN = ("BOOL", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I16", "BF16", "F16", "I32", "I64", "U64", "C64")
@@ -255,6 +255,26 @@ def test_arrays_of_a_file_are_in_memory_one_at_a_time_and_belong_to_whoever_aske
     one = 2**20
     assert one < peak_of(look_at_all, b"") < 2 * one + 2 * LITTLE_MEMORY
     assert not Stored(path)["a"].any()
+
+
+def test_whether_an_array_is_there_and_what_it_is_needs_no_reading_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(WHOLE)
+    stored = Stored(path)
+    path.unlink()
+    assert "wide" in stored
+    assert "other" not in stored
+    assert stored.keys() == EXAMPLE.keys()
+    assert layout_of(stored) == layout_of(EXAMPLE)
+
+
+def test_a_digest_is_that_of_names_and_values_in_whatever_order_they_were_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(WHOLE)
+    for order in (sorted(EXAMPLE), sorted(EXAMPLE, reverse=True), [*EXAMPLE, *EXAMPLE], ["wide"], []):
+        hashed = Hashed(tmp_path / "a")
+        for name in order:
+            assert hashed[name].tobytes() == EXAMPLE[name].tobytes()
+        assert digest_of(hashed) == digest_of(EXAMPLE) == digest_of(hashed)
 
 
 # What is refused: documents come from strangers.
