@@ -1,6 +1,7 @@
 """Fixtures that every test shares: one thread, reproducible properties, and the smallest model that is a model."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -38,4 +39,5 @@ def metadata(tiny: ModelConfig) -> CheckpointMetadata:
         effective_mask_ratio=0.5,
         images_seen=640,
         seed=3,
+        created=datetime(2026, 1, 1, tzinfo=UTC),  # on which the draws of a site's work hang, too
     )

@@ -104,6 +104,7 @@ SITE: list[tuple[dict[str, Any], str]] = [
         "20 images; training on 1,000, held out 10",
     ),
     ({"event": "data warning", "reason": "dark"}, "WARNING: dark"),
+    ({"event": "dropped", "reason": "moments cannot be used"}, "WARNING: moments cannot be used"),
     (
         {"event": "measured", "loss": 0.5, "round": 1, "rounds": 3},
         "round 1/3: held-out loss 0.5000 with the model that came",

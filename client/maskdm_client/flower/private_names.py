@@ -7,7 +7,7 @@ from maskdm.federated.flower_names import Replaced, Used
 
 USED: Used = {
     "flwr.common.constant": "TIMESTAMP_HEADER",
-    "flwr.proto.fleet_pb2": "ActivateNodeRequest",
+    "flwr.proto.fleet_pb2": "ActivateNodeRequest PullMessagesRequest",
     "flwr.supercore.cli.flower_superexec": "flower_superexec",
     "flwr.supercore.constant": "TaskType.SERVER_APP",
     "flwr.supercore.error": (

@@ -139,7 +139,7 @@ DOCUMENTS = [
     foreign({"a": []}),
     foreign({"__metadata__": 3}),
     foreign({"__metadata__": {"a": 1}}),
-    foreign(entry(dtype="F64")),
+    foreign(entry(dtype="F16")),
     foreign(entry(dtype=["U8"])),
     foreign(entry(shape=3)),
     foreign(entry(shape=[-1])),
