@@ -18,7 +18,7 @@ from ..folder.unfinished import STARTS, saved_at
 from ..gate.gate import check_again, code
 from ..refusals import NotApproved, PolicyRefused, Superseded
 from ..work.answer import answer, check_policy
-from ..work.weights import Came
+from ..work.weights import PlanWithWeights
 
 RETRY_SECONDS = 5.0
 # Work that ended this process so often, and never came further, is not tried again: memory may not suffice for it.
@@ -54,7 +54,7 @@ def _answer(box: Mailbox, done: str, folder: Path) -> None:
     """Answer the request that lies there; `done` is the key of the work whose reply lies there."""
     request = box.request()
     assert request is not None
-    came = Came(request.document, request.weights)
+    came = PlanWithWeights(request.document, request.weights)
     if came.key and came.key == done:  # the same work under another number: the reply was lost on its way
         # What may not leave any more is asked of the work itself, which says why.
         with suppress(GateRefused, PolicyRefused, NotApproved):

@@ -15,7 +15,7 @@ from .damage import read_tensors, say_dropped
 KINDS = ("rest", "residual", "moments")  # files are named KIND-FEDERATION-…
 
 
-class Kept:
+class CarriedOver:
     """One file a round, so that a round that is done again starts from what the round before it left.
 
     Args:

@@ -24,7 +24,7 @@ ABOUT = "training.json"
 STARTS = "starts.json"  # of the worker over this work, since it was last saved
 
 
-class Unfinished(NamedTuple):
+class Resumed(NamedTuple):
     """What is known of training that was begun, beside its state."""
 
     loss_before: float
@@ -36,14 +36,14 @@ class Unfinished(NamedTuple):
 TOLD = ("loss_before", "one_stands_out", "seconds")  # in the description
 
 
-class Saved:
+class UnfinishedWork:
     """The state of unfinished training, on disk: a description that names the file of the state it describes."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._about, self._key = folder, folder / ABOUT, key
         self._saved, self._took = time.monotonic(), 0.0
 
-    def restore(self, state: TrainingState, halves: Mapping[str, Tensor]) -> Unfinished | None:
+    def restore(self, state: TrainingState, halves: Mapping[str, Tensor]) -> Resumed | None:
         """Put what was saved into `state`; returns what else there was, or None where the work is new.
 
         What is damaged is dropped, `state` stays as it was, and the work is new too.
@@ -68,9 +68,9 @@ class Saved:
             self.forget()
             say_dropped(self._about, error.__cause__ or error)  # a CheckpointError's own advice is for a coordinator
             return None
-        return Unfinished(loss, bool(odd), seconds, found)
+        return Resumed(loss, bool(odd), seconds, found)
 
-    def keep(self, state: TrainingState, training: TrainingConfig, unfinished: Unfinished) -> None:
+    def keep(self, state: TrainingState, training: TrainingConfig, unfinished: Resumed) -> None:
         """Save, if it is time to; where that fails, e.g. on a full disk, what was saved before stays."""
         now = time.monotonic()
         if now - self._saved < max(SAVE_SECONDS, SAVE_SHARE * self._took):

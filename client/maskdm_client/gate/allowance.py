@@ -18,7 +18,7 @@ from ..refusals import PolicyRefused
 REMEMBERED = 365 * DAY  # no federation lasts longer
 
 
-class Kind(NamedTuple):
+class Allowance(NamedTuple):
     """Something that may be asked only so often."""
 
     file: str
@@ -27,10 +27,10 @@ class Kind(NamedTuple):
     per_federation: str | None
 
 
-UPDATES = Kind("updates.json", "updates", "max_rounds_per_day", "max_rounds")
-MEASUREMENTS = Kind("measurements.json", "measurements", "max_measurements_per_day", "max_measurements")
-FAILURES = Kind("failures.json", "failures of work on the images", None, "max_failures")
-EVALUATIONS = Kind("evaluations.json", "evaluations", "max_evaluations_per_day", None)
+UPDATES = Allowance("updates.json", "updates", "max_rounds_per_day", "max_rounds")
+MEASUREMENTS = Allowance("measurements.json", "measurements", "max_measurements_per_day", "max_measurements")
+FAILURES = Allowance("failures.json", "failures of work on the images", None, "max_failures")
+EVALUATIONS = Allowance("evaluations.json", "evaluations", "max_evaluations_per_day", None)
 
 
 class Used(NamedTuple):
@@ -41,7 +41,7 @@ class Used(NamedTuple):
     federation: str
 
 
-def check_allowance(job: Job, kind: Kind) -> None:
+def check_allowance(job: Job, kind: Allowance) -> None:
     """See that this work may be done too.
 
     Raises:
@@ -50,7 +50,7 @@ def check_allowance(job: Job, kind: Kind) -> None:
     _before(job, kind)
 
 
-def use_allowance(job: Job, kind: Kind) -> None:
+def use_allowance(job: Job, kind: Allowance) -> None:
     """Count this work; what is asked for again, or begun again after a crash, counts once.
 
     Raises:
@@ -61,7 +61,7 @@ def use_allowance(job: Job, kind: Kind) -> None:
     write_json(job.folder / kind.file, [*before, Used(time.time(), job.key, job.plan.federation)])
 
 
-def _before(job: Job, kind: Kind) -> list[Used]:
+def _before(job: Job, kind: Allowance) -> list[Used]:
     """What is to be remembered, without the last one where it is of this very work."""
     policy, federation = job.settings.policy, job.plan.federation
     used = [one for one in _read(job.folder, kind) if one.when > time.time() - REMEMBERED]
@@ -74,7 +74,7 @@ def _before(job: Job, kind: Kind) -> list[Used]:
     return used
 
 
-def _check(policy: SitePolicy, kind: Kind, name: str, span: str, count: int) -> None:
+def _check(policy: SitePolicy, kind: Allowance, name: str, span: str, count: int) -> None:
     allowed = getattr(policy, name)
     if count >= allowed:
         raise PolicyRefused(
@@ -88,7 +88,7 @@ def _is_of_today(used: Used) -> bool:
     return used.when > time.time() - DAY
 
 
-def _read(folder: Path, kind: Kind) -> list[Used]:
+def _read(folder: Path, kind: Allowance) -> list[Used]:
     try:
         read = json.loads((folder / kind.file).read_text())
         found = [Used(float(when), work, federation) for when, work, federation in read]

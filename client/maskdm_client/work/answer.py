@@ -27,7 +27,7 @@ from maskdm.run.tensorfile import Document, digest_of
 from maskdm.training.checkpoint import model_from, save_checkpoint
 
 from ..folder import events
-from ..folder.carried_over import Kept, forget_others
+from ..folder.carried_over import CarriedOver, forget_others
 from ..folder.events import (
     note,
 )
@@ -35,7 +35,7 @@ from ..folder.failures import unexpected
 from ..folder.job import Job
 from ..folder.mailbox import Mailbox
 from ..folder.settings import SiteSettings, load_settings
-from ..folder.unfinished import STARTS, Saved
+from ..folder.unfinished import STARTS, UnfinishedWork
 from ..gate.allowance import FAILURES, MEASUREMENTS, UPDATES, check_allowance, use_allowance
 from ..gate.approval import HELD, agree, decision, wait_for_decision
 from ..gate.gate import check_numbers, check_update, code, norms, problem_of_size, record
@@ -54,12 +54,12 @@ from .local_data import LocalImages, forget_pixels, local_images
 from .plausible import check_weights
 from .quality import measure_quality
 from .residual import Residual
-from .weights import Came, read_weights
+from .weights import PlanWithWeights, read_weights
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def answer(came: Came, folder: Path, box: Mailbox | None = None, exchange: int = 0) -> Parcel:
+def answer(came: PlanWithWeights, folder: Path, box: Mailbox | None = None, exchange: int = 0) -> Parcel:
     """Do what the plan asks and return what passed the gate; a failure becomes a code, its reason stays in `folder`.
 
     Whoever carries the messages writes down what comes in, and lets out what is returned (`gate.release`).
@@ -93,7 +93,7 @@ def answer(came: Came, folder: Path, box: Mailbox | None = None, exchange: int =
         received = read_weights(came, folder / "work" if box else None)
         whole = came.key_of(received)
         job = Job(plan, whole, load_settings(folder), folder, say, superseded)
-        saved = Saved(folder / "work", whole)
+        saved = UnfinishedWork(folder / "work", whole)
         if job.settings.threads:
             torch.set_num_threads(job.settings.threads)
         if plan.action == "finish":
@@ -118,13 +118,13 @@ def answer(came: Came, folder: Path, box: Mailbox | None = None, exchange: int =
     if box:
         box.reply(exchange, came.key if done else "", released)
     if done and job:
-        Saved(folder / "work", job.key).forget()
+        UnfinishedWork(folder / "work", job.key).forget()
     say(events.SiteFinished(**event.model_dump(exclude={"event"}, exclude_unset=True)) if kept else event)
     return released
 
 
 def _work(
-    job: Job, weights: dict[str, Tensor], packed: Document, saved: Saved
+    job: Job, weights: dict[str, Tensor], packed: Document, saved: UnfinishedWork
 ) -> tuple[Parcel, events.RoundAnswered | events.LossMeasured]:
     """Train or measure; what a failure tells of the images waits for approval like everything else."""
     _begin(job, weights, packed)
@@ -139,13 +139,13 @@ def _work(
         raise
 
 
-def _train(job: Job, weights: dict[str, Tensor], saved: Saved) -> tuple[Parcel, events.RoundAnswered]:
+def _train(job: Job, weights: dict[str, Tensor], saved: UnfinishedWork) -> tuple[Parcel, events.RoundAnswered]:
     plan, policy, work = job.plan, job.settings.policy, job.folder / "work"
     problem = problem_of_size(size(plan.shapes(), plan.encoding, plan.topk_share), policy)
     if problem:
         raise TooLarge(problem)
     model, images = _prepare(job, weights)
-    moments = Kept(work, "moments", plan, wanted=plan.keep_moments and policy.kept_moments)
+    moments = CarriedOver(work, "moments", plan, wanted=plan.keep_moments and policy.kept_moments)
     done = fine_tune(model, job, weights, images, saved, moments)
     report = _report(job, images, done.before, done.after, done.images_seen, done.seconds, done.skipped_steps)
     residual = Residual(work, plan)

@@ -26,10 +26,10 @@ from maskdm.training.loop import (
     train,
 )
 
-from ..folder.carried_over import Kept
+from ..folder.carried_over import CarriedOver
 from ..folder.events import LossMeasured, TrainingGoesOn
 from ..folder.job import Job
-from ..folder.unfinished import Saved, Unfinished
+from ..folder.unfinished import Resumed, UnfinishedWork
 from ..refusals import Superseded
 from .concentration import HALVES, Concentration, without_faint
 from .local_data import LocalImages
@@ -71,8 +71,8 @@ def fine_tune(
     job: Job,
     weights: dict[str, Tensor],
     images: LocalImages,
-    saved: Saved,
-    moments: Kept,
+    saved: UnfinishedWork,
+    moments: CarriedOver,
 ) -> Done:
     """Train for the images or the minutes that the plan gives, whichever end first, and measure before and after.
 
@@ -118,7 +118,7 @@ def fine_tune(
 
     def on_progress(progress: Progress) -> None:
         job.say(TrainingGoesOn(round=plan.round, images=progress.images, of=training.images))
-        saved.keep(state, training, Unfinished(*before, seconds(), concentration.tensors()))
+        saved.keep(state, training, Resumed(*before, seconds(), concentration.tensors()))
 
     order = batches(
         images.corpus.pixels,

@@ -12,14 +12,14 @@ from maskdm.federated.encoding import decode
 from maskdm.federated.plan import RoundPlan
 from maskdm.run.tensorfile import Arrays
 
-from ..folder.carried_over import Kept
+from ..folder.carried_over import CarriedOver
 
 
 class Residual:
     """What is left over of the updates of a federation."""
 
     def __init__(self, folder: Path, plan: RoundPlan) -> None:
-        self._plan, self._kept = plan, Kept(folder, "residual", plan, wanted=plan.encoding in ("int8", "topk"))
+        self._plan, self._kept = plan, CarriedOver(folder, "residual", plan, wanted=plan.encoding in ("int8", "topk"))
 
     def added_to(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The update and what earlier rounds rounded away."""

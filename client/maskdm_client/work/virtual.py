@@ -18,7 +18,7 @@ from ..gate.gate import release
 from ..gate.record_incoming import record_plan
 from .answer import answer as answer_plan
 from .local_data import SLICE, choose_slice, read_slice
-from .weights import Came
+from .weights import PlanWithWeights
 
 
 def prepare(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -44,7 +44,7 @@ def answer(document: str, weights: bytes, folder: Path) -> Parcel:
     _choose_slice(folder)
     audit = folder / AUDIT
     record_plan(audit, 0, document, weights)
-    parcel = answer_plan(Came(document, weights), folder)
+    parcel = answer_plan(PlanWithWeights(document, weights), folder)
     failed = bool(parcel.scalars["outcome"])  # a code leaves whatever the policy says, and where it cannot be read
     return release(
         parcel, int(parcel.scalars["round"]), SitePolicy() if failed else load_settings(folder).policy, audit

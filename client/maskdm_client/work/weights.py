@@ -23,7 +23,7 @@ from maskdm.run.tensorfile import Arrays, Document, Stored, bytes_of, chunks, la
 from ..refusals import PlanRefused, RestMissing
 
 
-class Came:
+class PlanWithWeights:
     """A plan and weights as they came; each is read, and hashed, once, when it is asked for first."""
 
     def __init__(self, document: str, packed: Document) -> None:
@@ -69,7 +69,7 @@ class Came:
         return sorted(name for name in self.arrays if name in changed or self.plan.action != "train")
 
 
-def read_weights(asked: Came, folder: Path | None) -> dict[str, Tensor]:
+def read_weights(asked: PlanWithWeights, folder: Path | None) -> dict[str, Tensor]:
     """All weights, fp32 and only to be read, since they lie in what came.
 
     Args:

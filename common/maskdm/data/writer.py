@@ -49,7 +49,7 @@ class Packed:
     tally: Tally
 
 
-class Writer:
+class CorpusWriter:
     """The unfinished corpus on disk: what was appended, and how far it is safe."""
 
     def __init__(self, out: Path, job: str, policy: PixelPolicy) -> None:

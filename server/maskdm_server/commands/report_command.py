@@ -11,7 +11,7 @@ from maskdm.run.runfolder import atomic_write
 
 from ..report.federation_page import federation_page
 from ..report.files import read_row
-from ..report.gather import FederationFolder, Kind, look_at_run
+from ..report.gather import FederationFolder, RunKind, look_at_run
 from ..report.run_page import run_page
 
 PAGE = "report.html"
@@ -40,7 +40,7 @@ def page_of(folder: Path) -> str:
     Raises:
         UsageError: the folder holds neither.
     """
-    about = read_row(folder / "config.json", Kind)
+    about = read_row(folder / "config.json", RunKind)
     now = time.time()
     if about and about.kind == "federation" and (federation := FederationFolder(folder).look()):
         return federation_page(federation, written=now)

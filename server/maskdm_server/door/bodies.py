@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import IO, Any, NamedTuple
 
-from .keys import Refused
+from .keys import RequestRefused
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -35,8 +35,8 @@ async def read_body(receive: Receive, largest: int, folder: Path, digest: str | 
         digest: that it must have.
 
     Raises:
-        Refused: 400 the client went away; 401 it is not what was signed; 413 it is larger than `largest` bytes; 503 it
-            comes too slowly, or the disk is full: a client of ours tries again.
+        RequestRefused: 400 the client went away; 401 it is not what was signed; 413 it is larger than `largest` bytes;
+            503 it comes too slowly, or the disk is full: a client of ours tries again.
     """
     loop, size, hashed = asyncio.get_running_loop(), 0, hashlib.sha256()
     started = loop.time()
@@ -47,11 +47,11 @@ async def read_body(receive: Receive, largest: int, folder: Path, digest: str | 
                 while True:
                     message = await receive()
                     if message["type"] != "http.request":
-                        raise Refused(400)
+                        raise RequestRefused(400)
                     piece = message.get("body", b"")
                     size += len(piece)
                     if size > largest:
-                        raise Refused(413)
+                        raise RequestRefused(413)
                     file.write(piece)
                     if digest is not None:
                         hashed.update(piece)
@@ -61,8 +61,8 @@ async def read_body(receive: Receive, largest: int, folder: Path, digest: str | 
                     clock.reschedule(min(loop.time() + LONGEST_PAUSE, slowest))
             file.seek(0)
         except (TimeoutError, OSError):
-            raise Refused(503) from None
+            raise RequestRefused(503) from None
         if digest is not None and hashed.hexdigest() != digest:
-            raise Refused(401)
+            raise RequestRefused(401)
         unfinished.pop_all()
     return Body(size, file)

@@ -25,10 +25,10 @@ from maskdm.errors import UsageError
 from maskdm.federated.flower_names import UNFIT, require
 
 from .bodies import Message, Receive, read_body
-from .keys import KEYS, Keys, Refused
+from .keys import KEYS, Keys, RequestRefused
 from .private_names import REPLACED, USED
 from .questions import Questions
-from .traffic import Tally
+from .traffic import TrafficTally
 from .trees import TREES, Malformed, TooMany, objects, parts
 
 CHUNK = 5 * 2**20  # Flower's own for arrays
@@ -80,7 +80,7 @@ class Door:
             limits: of connections, which are told who signed on them.
             refusals: counts them.
         """
-        self._app, self._folder, self._tally = app, folder, Tally(folder)
+        self._app, self._folder, self._tally = app, folder, TrafficTally(folder)
         self._private_port, self._keys, self._limits, self._refusals = private_port, keys, limits, refusals
         self._secret = b"Bearer " + (folder / SECRET).read_bytes()
         self._most_objects = -(-largest_update // CHUNK) + OTHER_OBJECTS
@@ -101,7 +101,7 @@ class Door:
             return
         try:
             await (self._private if scope["server"][1] == self._private_port else self._public)(scope, receive, send)
-        except Refused as refused:
+        except RequestRefused as refused:
             await _answer(send, refused)
             if self._refusals:
                 self._refusals.count(str(refused.status))
@@ -112,27 +112,27 @@ class Door:
         """A SuperNode's request.
 
         Raises:
-            Refused: it is none.
+            RequestRefused: it is none.
         """
         # As it was sent: encoded in another way it would be measured as one path here and taken for another there.
         path, method = bytes(scope["raw_path"]).decode("ascii", "replace"), scope["method"]
         if len(scope["headers"]) > MOST_HEADERS:
-            raise Refused(431)
+            raise RequestRefused(431)
         if (method, path) == ("GET", HEALTH) and not scope["query_string"]:
             await self._app(scope, receive, send)
             return
         name = path.removeprefix(FLEET)
         if method != "POST" or name not in self._largest or FLEET + name != path or scope["query_string"]:
-            raise Refused(404)
+            raise RequestRefused(404)
         headers = dict(reversed(scope["headers"]))  # of several the first counts, as for Flower
         node, digest = None, None
         if self._keys:
             node, digest = self._keys.signer(method, path, headers)
             if self._limits and scope["client"] and not self._limits.sign(tuple(scope["client"]), node):
-                raise Refused(503)
+                raise RequestRefused(503)
         length = headers.get(b"content-length", b"")
         if not length.isdigit():
-            raise Refused(411)
+            raise RequestRefused(411)
         if int(length[:20]) > self._largest[name]:
             self._check_size(name, node)
         size, file = await read_body(receive, self._largest[name], self._folder, digest)
@@ -146,11 +146,11 @@ class Door:
         """Flower's own processes, and with the secret who submits runs.
 
         Raises:
-            Refused: it is neither.
+            RequestRefused: it is neither.
         """
         path, given = str(scope["path"]), dict(scope["headers"]).get(b"authorization", b"")
         if path.startswith(FLEET) or (path.startswith(CONTROL) and not secrets.compare_digest(given, self._secret)):
-            raise Refused(404)
+            raise RequestRefused(404)
         with (await read_body(receive, LARGEST_REQUEST, self._folder)).file as file:
             body = file.read()
         if await self._pass(scope, receive, send, body, None) and path == ASK:  # and not from anybody on this machine
@@ -188,36 +188,36 @@ class Door:
         """Refuse what says that it is too large."""
         if name == "push-messages" and node is not None:
             self._tally.refuse(node)
-        raise Refused(413)
+        raise RequestRefused(413)
 
     def _look_at(self, name: str, body: bytes, node: int | None) -> int | None:
         """The node that sends a request, as far as that can be told.
 
         Raises:
-            Refused: 400 no client of ours would send it; 403 it names objects of a question, with other parts; 413 it
-                names more than an update can have.
+            RequestRefused: 400 no client of ours would send it; 403 it names objects of a question, with other parts;
+                413 it names more than an update can have.
         """
         try:
             found = parts(body)
             if node is None:
                 node = _node_in(found)
             if name == "push-object" and _size_without(CONTENT, found) > BESIDE_CONTENT:
-                raise Refused(413)
+                raise RequestRefused(413)
             if name == "push-messages":
                 if _size_without(TREES, found) > BESIDE_NAMES:
                     raise TooMany
                 if self._questions.are_changed_by(objects(body, self._most_objects)):
-                    raise Refused(403)
+                    raise RequestRefused(403)
         except Malformed:
-            raise Refused(400) from None
+            raise RequestRefused(400) from None
         except TooMany:
             if node is not None:
                 self._tally.refuse(node)
-            raise Refused(413) from None
+            raise RequestRefused(413) from None
         return node
 
 
-async def _answer(send: Send, refused: Refused) -> None:
+async def _answer(send: Send, refused: RequestRefused) -> None:
     """Refuse, and end the connection: of what else comes on it nothing is read."""
     body = json.dumps(refused.said).encode() if refused.said else b""
     headers = [(b"connection", b"close"), (b"content-length", str(len(body)).encode())]

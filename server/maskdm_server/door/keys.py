@@ -33,7 +33,7 @@ UNKNOWN = {"code": 2004, "detail": "this server does not let this key in"}
 OLD_CLIENT = {"code": 1001, "detail": "this server wants signed requests: install its version of maskdm-client"}
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not passed on, the HTTP status that says why, and what else is said."""
 
     def __init__(self, status: int, said: Mapping[str, Any] | None = None) -> None:
@@ -60,25 +60,25 @@ class Keys:
         """Who signed a request; takes about a millisecond where the key is known, else some microseconds.
 
         Raises:
-            Refused: 401 nobody who may come in, or too long ago; 426 one who may, by an old client; 503 there are no
-                keys yet.
+            RequestRefused: 401 nobody who may come in, or too long ago; 426 one who may, by an old client; 503 there
+                are no keys yet.
         """
         self._look()
         if self._read is None:
-            raise Refused(503)
+            raise RequestRefused(503)
         try:
             key = b64decode(headers[KEY], validate=True)
             timestamp = headers[TIMESTAMP].decode("ascii")
             age = (datetime.now(UTC) - datetime.fromisoformat(timestamp)).total_seconds()
         except (KeyError, ValueError, TypeError, binascii.Error):  # a time without a zone among them
-            raise Refused(401) from None
+            raise RequestRefused(401) from None
         if not -SKEW_SECONDS < age < OLDEST_SECONDS + SKEW_SECONDS:
-            raise Refused(401)
+            raise RequestRefused(401)
         node = self._nodes.get(key)
         if node is None:
-            raise Refused(401, UNKNOWN)
+            raise RequestRefused(401, UNKNOWN)
         if SIGNATURE.encode() not in headers:
-            raise Refused(426, OLD_CLIENT)
+            raise RequestRefused(426, OLD_CLIENT)
         try:
             digest = headers[DIGEST.encode()].decode("ascii")
             signature = b64decode(headers[SIGNATURE.encode()], validate=True)
@@ -86,7 +86,7 @@ class Keys:
             assert isinstance(public, ec.EllipticCurvePublicKey), "provision makes no others"
             public.verify(signature, signed_text(method, path, timestamp, digest), ec.ECDSA(hashes.SHA256()))
         except (KeyError, ValueError, binascii.Error, InvalidSignature):
-            raise Refused(401) from None
+            raise RequestRefused(401) from None
         return Signed(node, digest)
 
     def _look(self) -> None:

@@ -16,7 +16,7 @@ MOST_NODES = 10_000
 REFUSAL_SECONDS = 1.0
 
 
-class Tally:
+class TrafficTally:
     """The side that writes."""
 
     def __init__(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ from .journal import Journal
 from .selection import Standing
 from .settings import FederationConfig, round_plan
 from .transport import Link
-from .writing import Writer
+from .writing import FederationWriter
 
 QUALITY = "quality.jsonl"
 # How long a site may take to measure a model, and a multiple of that for all of them together.
@@ -33,7 +33,7 @@ class Measurements:
         folder: Path,
         config: FederationConfig,
         journal: Journal,
-        writer: Writer,
+        writer: FederationWriter,
         exchange: Callable[..., Exchange],
     ) -> None:
         """

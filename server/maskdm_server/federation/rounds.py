@@ -25,7 +25,7 @@ from .quality import QUALITY, Measurements
 from .selection import Standing, choose
 from .settings import FederationConfig, changes_size, round_plan, update_size
 from .transport import Link
-from .writing import Clock, Pause, Writer
+from .writing import Clock, FederationWriter, Pause
 
 # Under-quorum rounds are tried again before the run gives up, after pauses of so many seconds.
 PAUSES = (0.0, 10.0, 30.0)
@@ -62,7 +62,7 @@ class Rounds:
 
     def __init__(self, link: Link, folder: Path, config: FederationConfig, pause: Pause, clock: Clock) -> None:
         self._link, self._folder, self._config, self._pause, self._clock = link, folder, config, pause, clock
-        self._writer = Writer(folder, pause, clock)
+        self._writer = FederationWriter(folder, pause, clock)
         self.journal = self._writer.write(lambda: Journal(folder, config.prior_sha256, config.keep_every))
         self._measurements = Measurements(link, folder, config, self.journal, self._writer, self._exchange)
         self._moments: Moments = self.journal.moments()

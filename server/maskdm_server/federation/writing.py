@@ -23,7 +23,7 @@ Clock = Callable[[], float]
 T = TypeVar("T")
 
 
-class Writer:
+class FederationWriter:
     """Writes into one federation's folder."""
 
     def __init__(self, folder: Path, pause: Pause, clock: Clock) -> None:

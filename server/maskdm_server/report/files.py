@@ -64,14 +64,14 @@ def _without_folder(value: Any) -> Any:
     return f"…/{Path(value).name}" if isinstance(value, str) and value.startswith("/") else value
 
 
-class Tally(Protocol):
+class LineTally(Protocol):
     """What lines add up to."""
 
     def take(self, line: bytes) -> None:
         """Count one more."""
 
 
-T = TypeVar("T", bound=Tally)
+T = TypeVar("T", bound=LineTally)
 
 
 class Followed(Generic[T]):

@@ -23,7 +23,7 @@ State = Literal["starting", "waiting", "running", "finished", "stopped by patien
 Settings = Mapping[str, Any]
 
 
-class Kind(Row):
+class RunKind(Row):
     """What config.json says that its folder holds."""
 
     kind: str

@@ -7,17 +7,17 @@ from maskdm.run.reporting import readable_size
 from .page.blocks import note, table
 from .page.markup import Markup, tag, together
 from .page.units import count, figure
-from .sites import Part, SiteHistory, Sites
+from .sites import Participation, SiteHistory, Sites
 
 MOST_COLUMNS, MOST_ROWS = 40, 40
 
 # What a cell shows, and what it says to those who hear the page.
 SIGNS = {
-    Part.NONE: ("·", "not asked: away, resting or not drawn"),
-    Part.ASKED: ("…", "asked, no answer (yet)"),
-    Part.ACCEPTED: ("✓", "update accepted"),
-    Part.REJECTED: ("✕", "update rejected"),
-    Part.SILENT: ("○", "silent: not waited for any more"),
+    Participation.NONE: ("·", "not asked: away, resting or not drawn"),
+    Participation.ASKED: ("…", "asked, no answer (yet)"),
+    Participation.ACCEPTED: ("✓", "update accepted"),
+    Participation.REJECTED: ("✕", "update rejected"),
+    Participation.SILENT: ("○", "silent: not waited for any more"),
 }
 
 
@@ -58,7 +58,7 @@ def chosen(sites: dict[str, SiteHistory]) -> list[tuple[str, SiteHistory]]:
         return list(sites.items())
 
     def trouble(entry: tuple[str, SiteHistory]) -> int:
-        return entry[1].times(Part.ACCEPTED) - entry[1].asked()
+        return entry[1].times(Participation.ACCEPTED) - entry[1].asked()
 
     return sorted(sites.items(), key=trouble)[:MOST_ROWS]
 
@@ -80,16 +80,18 @@ def _cell(site: SiteHistory, span: tuple[int, int]) -> Markup:
 
 def _sum(sites: Sequence[SiteHistory], span: tuple[int, int]) -> Markup:
     parts = [site.part(number) for site in sites for number in range(span[0], span[1] + 1)]
-    asked, accepted = sum(part != Part.NONE for part in parts), parts.count(Part.ACCEPTED)
+    asked, accepted = sum(part != Participation.NONE for part in parts), parts.count(Participation.ACCEPTED)
     kind = "none" if not asked else "accepted" if asked == accepted else "rejected" if not accepted else "some"
-    return tag("td", f"{accepted}/{asked}" if asked else SIGNS[Part.NONE][0], class_=kind)
+    return tag("td", f"{accepted}/{asked}" if asked else SIGNS[Participation.NONE][0], class_=kind)
 
 
 def _sums(shown: list[tuple[str, SiteHistory]]) -> Markup:
     header = ["Site", "asked", "accepted", "rejected", "silent", "images", "received from it", "loss before", "after"]
     rows = []
     for name, site in shown:
-        times = [count(site.times(part)) for part in (Part.ACCEPTED, Part.REJECTED, Part.SILENT)]
+        times = [
+            count(site.times(part)) for part in (Participation.ACCEPTED, Participation.REJECTED, Participation.SILENT)
+        ]
         numbers = [count(site.images), readable_size(site.bytes_up), figure(site.loss_before), figure(site.loss_after)]
         rows.append([name, count(site.asked()), *times, *numbers])
     return table("What each site did; the losses are those of its newest accepted update", header, rows)

@@ -11,7 +11,7 @@ from .files import Row, parsed
 LAST_ROUND = 100_000
 
 
-class Part(IntEnum):
+class Participation(IntEnum):
     """What a site did in a round."""
 
     NONE = 0  # it was not asked: away, resting, or not drawn
@@ -21,7 +21,7 @@ class Part(IntEnum):
     SILENT = 4
 
 
-class Entry(Row):
+class AuditEntry(Row):
     """What is used of a line of an audit log."""
 
     direction: Literal["in", "out"]
@@ -44,23 +44,23 @@ class SiteHistory:
     loss_before: float | None = None  # of the newest update that was accepted
     loss_after: float | None = None
 
-    def part(self, number: int) -> Part:
+    def part(self, number: int) -> Participation:
         """In a round."""
-        return Part(self.parts[number]) if number < len(self.parts) else Part.NONE
+        return Participation(self.parts[number]) if number < len(self.parts) else Participation.NONE
 
-    def times(self, part: Part) -> int:
+    def times(self, part: Participation) -> int:
         """In how many rounds it did so."""
         return self.parts.count(part)
 
     def asked(self) -> int:
         """In how many rounds it was asked to train."""
-        return len(self.parts) - self.times(Part.NONE)
+        return len(self.parts) - self.times(Participation.NONE)
 
-    def put(self, number: int, part: Part) -> None:
+    def put(self, number: int, part: Participation) -> None:
         """Note its part in a round; another attempt at the round replaces it."""
         if number >= len(self.parts):
             self.parts.extend(bytes(number + 1 - len(self.parts)))
-        if self.parts[number] == Part.ACCEPTED:
+        if self.parts[number] == Participation.ACCEPTED:
             self.images -= self.newest_images
         self.parts[number] = part
 
@@ -75,7 +75,7 @@ class Sites:
 
     def take(self, line: bytes) -> None:
         """Count one line of the log."""
-        entry = parsed(Entry, line)
+        entry = parsed(AuditEntry, line)
         if entry is None or not 0 <= entry.round <= LAST_ROUND:
             self.unreadable += bool(line.strip())
             return
@@ -86,15 +86,15 @@ class Sites:
             if kind == "sent":
                 site.training = what.strip() == "train"
                 if site.training:
-                    site.put(entry.round, Part.ASKED)
+                    site.put(entry.round, Participation.ASKED)
             return
         site.bytes_up += entry.bytes
         if not site.training:
             return
         if kind == "accepted":
-            site.put(entry.round, Part.ACCEPTED)
+            site.put(entry.round, Participation.ACCEPTED)
             site.newest_images = int(entry.scalars.get("images_seen", 0))
             site.images += site.newest_images
             site.loss_before, site.loss_after = entry.scalars.get("loss_before"), entry.scalars.get("loss_after")
         elif kind in ("rejected", "silent"):
-            site.put(entry.round, Part.REJECTED if kind == "rejected" else Part.SILENT)
+            site.put(entry.round, Participation.REJECTED if kind == "rejected" else Participation.SILENT)

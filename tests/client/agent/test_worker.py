@@ -24,7 +24,7 @@ from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.gate.approval import APPROVALS
 from maskdm_client.refusals import Superseded
 from maskdm_client.work.answer import answer
-from maskdm_client.work.weights import Came
+from maskdm_client.work.weights import PlanWithWeights
 
 Ask = Callable[..., tuple[str, bytes]]
 MakeSite = Callable[..., Path]
@@ -58,7 +58,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Exchanges of the requests that were worked on, rather than answered from what lay there."""
     begun: list[int] = []
 
-    def counted(came: Came, folder: Path, box: Mailbox, exchange: int) -> Parcel:
+    def counted(came: PlanWithWeights, folder: Path, box: Mailbox, exchange: int) -> Parcel:
         begun.append(exchange)
         return answer(came, folder, box, exchange)
 
@@ -211,7 +211,7 @@ def test_a_request_that_comes_while_another_is_answered_is_next(
     box = Mailbox(folder)
     box.ask(1, *ask(exchange=1))
 
-    def answered(came: Came, folder: Path, box: Mailbox, exchange: int) -> None:
+    def answered(came: PlanWithWeights, folder: Path, box: Mailbox, exchange: int) -> None:
         begun.append(exchange)
         if exchange == 1:
             box.ask(2, *ask(exchange=2, round=2))
@@ -228,7 +228,7 @@ def test_a_plan_that_contradicts_its_message_about_the_exchange_does_not_keep_th
 ) -> None:
     folder, begun = make_site(), []
 
-    def counted(came: Came, folder: Path, box: Mailbox, exchange: int) -> Parcel:
+    def counted(came: PlanWithWeights, folder: Path, box: Mailbox, exchange: int) -> Parcel:
         begun.append(exchange)
         if len(begun) > 1:
             raise Idle
@@ -454,7 +454,7 @@ def test_superseded_work_is_no_failure(make_site: MakeSite, ask: Ask) -> None:
     box = Mailbox(folder)
     box.ask(2, *ask(exchange=2, round=2))
     with pytest.raises(Superseded):
-        answer(Came(*ask(exchange=1)), folder, box, 1)
+        answer(PlanWithWeights(*ask(exchange=1)), folder, box, 1)
     assert [line["event"] for line in read_lines(folder / "events.jsonl")] == [
         "agreed",
         "data",

@@ -14,7 +14,7 @@ from maskdm.run.runfolder import read_lines
 from maskdm.seeding import derive_seed
 from maskdm_client.folder.job import Job
 from maskdm_client.work.answer import answer
-from maskdm_client.work.weights import Came
+from maskdm_client.work.weights import PlanWithWeights
 
 Ask = Callable[..., tuple[str, bytes]]
 MakePlan = Callable[..., RoundPlan]
@@ -48,7 +48,7 @@ def steps(found: dict[str, Tensor]) -> set[float]:
 def test_the_optimiser_counts_its_steps_and_goes_on_through_the_rounds(make_site: MakeSite, ask: Ask) -> None:
     folder = make_site()
     for number in (1, 2, 4):  # it was not asked in the third
-        answer(Came(*ask(round=number, rounds=5, local_images=32, batch_size=8, keep_moments=True)), folder)
+        answer(PlanWithWeights(*ask(round=number, rounds=5, local_images=32, batch_size=8, keep_moments=True)), folder)
     found = moments(folder)
     assert found.keys() == {2, 4}  # what the last round began with, and what it left
     assert steps(found[2]) == {8.0}
@@ -62,7 +62,7 @@ def test_moments_change_what_the_next_round_gives_and_without_them_nothing_is_ke
     kept, anew = make_site(name="kept"), make_site(name="anew")
     replies = {}
     for folder, keep in ((kept, True), (anew, False)):
-        replies[folder] = [answer(Came(*ask(round=number, keep_moments=keep)), folder) for number in (1, 2)]
+        replies[folder] = [answer(PlanWithWeights(*ask(round=number, keep_moments=keep)), folder) for number in (1, 2)]
     assert same(replies[kept][0], replies[anew][0])
     assert not same(replies[kept][1], replies[anew][1])
     assert not moments(anew)
@@ -70,20 +70,20 @@ def test_moments_change_what_the_next_round_gives_and_without_them_nothing_is_ke
 
 def test_a_round_done_again_is_the_same_and_leaves_the_same(make_site: MakeSite, ask: Ask) -> None:
     folder = make_site()
-    answer(Came(*ask(round=1, keep_moments=True)), folder)
-    second = answer(Came(*ask(round=2, keep_moments=True)), folder)
+    answer(PlanWithWeights(*ask(round=1, keep_moments=True)), folder)
+    second = answer(PlanWithWeights(*ask(round=2, keep_moments=True)), folder)
     left = moments(folder)
-    again = answer(Came(*ask(round=2, keep_moments=True, exchange=8)), folder)
+    again = answer(PlanWithWeights(*ask(round=2, keep_moments=True, exchange=8)), folder)
     assert same(second, again)
     assert all(equal(moments(folder)[number], found) for number, found in left.items())
 
 
 def test_what_the_gate_stops_leaves_the_moments_of_earlier_rounds_as_they_are(make_site: MakeSite, ask: Ask) -> None:
     folder = make_site()
-    answer(Came(*ask(round=1, keep_moments=True)), folder)
+    answer(PlanWithWeights(*ask(round=1, keep_moments=True)), folder)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"max_relative_norm": 1.0', '"max_relative_norm": 1e-9'))
-    assert answer(Came(*ask(round=2, keep_moments=True)), folder).scalars["outcome"] == Outcome.GATE_REFUSED
+    assert answer(PlanWithWeights(*ask(round=2, keep_moments=True)), folder).scalars["outcome"] == Outcome.GATE_REFUSED
     assert moments(folder).keys() == {1}
 
 
@@ -91,18 +91,18 @@ def test_what_the_gate_stops_leaves_the_moments_of_earlier_rounds_as_they_are(ma
 @pytest.mark.parametrize("train", ["norm-bias", "adapters"])
 def test_moments_of_other_parameters_are_not_taken(make_site: MakeSite, ask: Ask, train: str) -> None:
     folder = make_site()
-    answer(Came(*ask(round=1, keep_moments=True)), folder)
+    answer(PlanWithWeights(*ask(round=1, keep_moments=True)), folder)
     (folder / "approvals.json").unlink()  # other terms
-    changed = answer(Came(*ask(round=2, keep_moments=True, train=train)), folder)
+    changed = answer(PlanWithWeights(*ask(round=2, keep_moments=True, train=train)), folder)
     assert changed.scalars["outcome"] == Outcome.DONE
-    fresh = answer(Came(*ask(round=2, train=train)), make_site(name="fresh"))
+    fresh = answer(PlanWithWeights(*ask(round=2, train=train)), make_site(name="fresh"))
     assert same(changed, fresh)
 
 
 def test_another_federation_removes_them(make_site: MakeSite, ask: Ask) -> None:
     folder = make_site()
-    answer(Came(*ask(round=1, keep_moments=True)), folder)
-    answer(Came(*ask(round=1, federation="f" * 16)), folder)
+    answer(PlanWithWeights(*ask(round=1, keep_moments=True)), folder)
+    answer(PlanWithWeights(*ask(round=1, federation="f" * 16)), folder)
     assert not moments(folder)
 
 
@@ -129,10 +129,10 @@ def test_what_is_damaged_is_dropped_with_a_word_and_the_rounds_go_on(
 ) -> None:
     folder = make_site()
     wanted = {"keep_moments": True} if kind == "moments" else {"encoding": "int8"}
-    answer(Came(*ask(round=1, rounds=3, local_images=8, **wanted)), folder)
+    answer(PlanWithWeights(*ask(round=1, rounds=3, local_images=8, **wanted)), folder)
     (path,) = (folder / "work").glob(f"{kind}-*")
     damage(path)
-    more = [Came(*ask(round=n, rounds=3, local_images=8, **wanted)) for n in (2, 3)]
+    more = [PlanWithWeights(*ask(round=n, rounds=3, local_images=8, **wanted)) for n in (2, 3)]
     outcomes = [answer(came, folder).scalars["outcome"] for came in more]
     assert outcomes == [Outcome.DONE, Outcome.DONE]
     assert not path.exists()

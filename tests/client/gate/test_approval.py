@@ -26,7 +26,7 @@ from maskdm_client.refusals import NotApproved, Superseded
 from maskdm_client.work import answer as site
 from maskdm_client.work.answer import answer
 from maskdm_client.work.fine_tuning import fine_tune
-from maskdm_client.work.weights import Came
+from maskdm_client.work.weights import PlanWithWeights
 
 Ask = Callable[..., tuple[str, bytes]]
 FEDERATION, OTHER = "0123456789abcdef", "fedcba9876543210"
@@ -57,7 +57,7 @@ def terms(make_plan: Callable[..., RoundPlan]) -> Terms:
 def outcome(folder: Path, asked: tuple[str, bytes], exchange: int) -> Outcome:
     box = Mailbox(folder)
     box.ask(exchange, *asked)
-    return Outcome(int(answer(Came(*asked), folder, box, exchange).scalars["outcome"]))
+    return Outcome(int(answer(PlanWithWeights(*asked), folder, box, exchange).scalars["outcome"]))
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def test_what_would_leave_is_described_without_anything_of_the_images(
     while_waiting(monkeypatch, lambda: decide(held))
     box = Mailbox(held)
     box.ask(1, *ask(local_images=8, exchange=1))
-    left = answer(Came(*ask(local_images=8, exchange=1)), held, box, 1)
+    left = answer(PlanWithWeights(*ask(local_images=8, exchange=1)), held, box, 1)
     summary = json.loads((held / "work" / "approval.json").read_text())
     assert (summary["terms"]["federation"], summary["round"], summary["rounds"]) == (FEDERATION, 1, 2)
     assert (summary["bytes"], summary["arrays"]) == (left.size(), len(left.arrays))
@@ -152,9 +152,9 @@ def test_who_waits_makes_way_for_what_is_asked_next(held: Path, ask: Ask, monkey
     first = ask(local_images=8, exchange=1)
     box.ask(1, *first)
     with pytest.raises(Superseded):
-        answer(Came(*first), held, box, 1)
+        answer(PlanWithWeights(*first), held, box, 1)
     assert box.replied() is None
-    assert answer(Came(*newer), held, box, 2).scalars["outcome"] == Outcome.DONE
+    assert answer(PlanWithWeights(*newer), held, box, 2).scalars["outcome"] == Outcome.DONE
     assert json.loads((held / "work" / "approval.json").read_text())["round"] == 2
 
 
@@ -253,7 +253,7 @@ def test_before_approval_the_coordinator_is_not_told_how_far_the_work_is(
     asked = ask(local_images=8, exchange=1)
     monkeypatch.setattr(Mailbox, "progressed", lambda *_: pytest.fail("progress was told"))
     box.ask(1, *asked)
-    answer(Came(*asked), held, box, 1)
+    answer(PlanWithWeights(*asked), held, box, 1)
 
 
 def test_terms_that_change_after_an_approval_wait_again_and_the_change_is_shown(

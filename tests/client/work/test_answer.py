@@ -24,12 +24,12 @@ from maskdm_client.folder import unfinished as saved
 from maskdm_client.folder.failures import LOG
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.folder.settings import load_settings
-from maskdm_client.folder.unfinished import Saved
+from maskdm_client.folder.unfinished import UnfinishedWork
 from maskdm_client.work import answer as site
 from maskdm_client.work import fine_tuning
 from maskdm_client.work.local_data import choose_slice
 from maskdm_client.work.virtual import answer
-from maskdm_client.work.weights import Came
+from maskdm_client.work.weights import PlanWithWeights
 
 MakePlan = Callable[..., tuple[str, bytes]]
 MakeSite = Callable[..., Path]
@@ -241,9 +241,9 @@ def test_a_disk_that_is_full_at_the_end_costs_no_decoded_images_and_it_is_tried_
     with monkeypatch.context() as patch:
         patch.setattr(site, "save_checkpoint", full)
         with pytest.raises(OSError, match="no space left"):
-            site.answer(Came(*finish), folder, box, 7)
+            site.answer(PlanWithWeights(*finish), folder, box, 7)
     assert box.replied() is None
-    assert site.answer(Came(*finish), folder, box, 7).scalars["outcome"] == Outcome.DONE
+    assert site.answer(PlanWithWeights(*finish), folder, box, 7).scalars["outcome"] == Outcome.DONE
     assert not (folder / "corpus").exists()
 
 
@@ -303,7 +303,7 @@ def test_work_that_was_interrupted_goes_on_where_it_was_saved_and_ends_the_same(
     folder = make_site()
     whole = answer(*plan(), folder)
 
-    keep = Saved.keep
+    keep = UnfinishedWork.keep
 
     def killed(self: Any, state: Any, *rest: Any) -> None:
         keep(self, state, *rest)
@@ -311,7 +311,7 @@ def test_work_that_was_interrupted_goes_on_where_it_was_saved_and_ends_the_same(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Saved, "keep", killed)
+        patch.setattr(UnfinishedWork, "keep", killed)
         with pytest.raises(KeyboardInterrupt):
             answer(*plan(exchange=8), folder)
     again = answer(*plan(exchange=9), folder)
@@ -327,7 +327,7 @@ def test_other_work_does_not_take_up_what_was_saved(
     monkeypatch.setattr(saved, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(saved, "SAVE_SHARE", 0)
     monkeypatch.setattr(fine_tuning, "REPORT_SECONDS", 0.0)
-    monkeypatch.setattr(Saved, "forget", lambda self: None)
+    monkeypatch.setattr(UnfinishedWork, "forget", lambda self: None)
     folder = make_site()
     answer(*plan(), folder)
     answer(*plan(round=2), folder)
@@ -392,7 +392,7 @@ def test_while_it_trains_a_site_says_in_its_mailbox_how_far_it_is(
     folder = make_site()
     box = Mailbox(folder)
     box.ask(7, *plan(round=2, local_images=24))
-    site.answer(Came(*plan(round=2, local_images=24)), folder, box, 7)
+    site.answer(PlanWithWeights(*plan(round=2, local_images=24)), folder, box, 7)
     assert said == [(7, 2, 8), (7, 2, 16), (7, 2, 24)]
 
 
@@ -438,7 +438,7 @@ def test_updates_are_counted_before_they_leave_and_one_too_many_is_not_even_made
     for number, action in ((1, "train"), (2, "measure"), (3, "train"), (4, "train"), (5, "finish")):
         asked = plan(local_images=8, exchange=number, round=number, action=action)
         box.ask(number, *asked)
-        outcomes.append(site.answer(Came(*asked), folder, box, number).scalars["outcome"])
+        outcomes.append(site.answer(PlanWithWeights(*asked), folder, box, number).scalars["outcome"])
     assert counted == [1, 1, 2, 2, 2]
     assert outcomes == [Outcome.DONE, Outcome.DONE, Outcome.DONE, Outcome.POLICY, Outcome.DONE], (
         "numbers are no updates"
@@ -491,7 +491,7 @@ def test_once_the_final_model_is_there_the_federation_has_ended_whatever_measuri
     spoil(folder, monkeypatch)
     box = Mailbox(folder)
     box.ask(7, *plan(action="finish", round=2))
-    assert site.answer(Came(*plan(action="finish", round=2)), folder, box, 7).scalars["outcome"] == outcome
+    assert site.answer(PlanWithWeights(*plan(action="finish", round=2)), folder, box, 7).scalars["outcome"] == outcome
     assert (folder / "model.safetensors").exists()
     (finished,) = events(folder, "finished")
     assert finished["reason"]
@@ -509,4 +509,4 @@ def test_where_nothing_can_be_said_the_work_is_done_all_the_same(
     monkeypatch.setattr(Mailbox, "progressed", full)
     box = Mailbox(folder)
     box.ask(7, *plan())
-    assert site.answer(Came(*plan()), folder, box, 7).scalars["outcome"] == Outcome.DONE
+    assert site.answer(PlanWithWeights(*plan()), folder, box, 7).scalars["outcome"] == Outcome.DONE

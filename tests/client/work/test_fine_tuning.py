@@ -26,17 +26,17 @@ from maskdm.training import loop as training
 from maskdm.training.checkpoint import model_from, save_state
 from maskdm.training.loop import TrainingState
 from maskdm_client.folder import unfinished as saved
-from maskdm_client.folder.carried_over import Kept
+from maskdm_client.folder.carried_over import CarriedOver
 from maskdm_client.folder.events import LossMeasured, TrainingGoesOn
 from maskdm_client.folder.job import Job
 from maskdm_client.folder.settings import SiteSettings, load_settings
-from maskdm_client.folder.unfinished import Saved
+from maskdm_client.folder.unfinished import UnfinishedWork
 from maskdm_client.refusals import Superseded
 from maskdm_client.work import fine_tuning
 from maskdm_client.work.answer import answer
 from maskdm_client.work.fine_tuning import Done, fine_tune, held_out_loss
 from maskdm_client.work.local_data import LocalImages, local_images
-from maskdm_client.work.weights import Came
+from maskdm_client.work.weights import PlanWithWeights
 
 MakePlan = Callable[..., RoundPlan]
 MakeSite = Callable[..., Path]
@@ -84,8 +84,8 @@ class Site:
             on(event)
 
         model = model_from(self.weights, plan.model.model)
-        unfinished = Saved(work, key)
-        moments = Kept(work, "moments", plan, wanted=True)
+        unfinished = UnfinishedWork(work, key)
+        moments = CarriedOver(work, "moments", plan, wanted=True)
         done = fine_tune(model, self.job(plan, key, say, superseded), self.weights, self.images, unfinished, moments)
         unfinished.forget()
         return done
@@ -143,7 +143,7 @@ def test_what_goes_up_is_what_was_asked_for_and_improves_the_model_of_who_adds_i
     changes = {"train": train, "adapter_rank": 2, "encoding": encoding, "topk_share": 0.5}
     changes |= {"local_images": 480, "lr": 3e-3 if train == "all" else 2e-2}
     plan = make_plan(**changes)
-    sent = answer(Came(*ask(**changes)), site.folder)
+    sent = answer(PlanWithWeights(*ask(**changes)), site.folder)
     check(sent.arrays, plan.shapes(), plan.encoding, plan.topk_share)
     key = work_key(plan, (bytes_of(site.weights[name].numpy()) for name in sorted(site.weights)))
     before = site.loss(plan, site.weights, key)

@@ -36,7 +36,7 @@ from maskdm_client.work import quality
 from maskdm_client.work.answer import answer as answer_in_mailbox
 from maskdm_client.work.local_data import local_images
 from maskdm_client.work.virtual import answer
-from maskdm_client.work.weights import Came
+from maskdm_client.work.weights import PlanWithWeights
 
 MakePlan = Callable[..., tuple[str, bytes]]
 MakeSite = Callable[..., Path]
@@ -230,7 +230,7 @@ def test_while_images_are_drawn_the_coordinator_can_be_told_how_far_it_is(
     box = Mailbox(folder)
     document, packed = evaluation()
     box.ask(7, document, packed)
-    answer_in_mailbox(Came(document, packed), folder, box, 7)
+    answer_in_mailbox(PlanWithWeights(document, packed), folder, box, 7)
     assert box.progress(7) == (1, DRAWN)
 
 
@@ -248,7 +248,7 @@ def test_a_newer_question_ends_it(
 
     monkeypatch.setattr(quality, "drawn", interrupted)
     with pytest.raises(Superseded):
-        answer_in_mailbox(Came(document, packed), folder, box, 7)
+        answer_in_mailbox(PlanWithWeights(document, packed), folder, box, 7)
     assert box.replied() is None
     assert (folder / "evaluations.json").exists(), "what was begun counts"
 

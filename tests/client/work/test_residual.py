@@ -17,7 +17,7 @@ from maskdm.federated.plan import RoundPlan
 from maskdm.run.tensorfile import Arrays
 from maskdm_client.work.answer import answer
 from maskdm_client.work.residual import Residual
-from maskdm_client.work.weights import Came
+from maskdm_client.work.weights import PlanWithWeights
 
 Ask = Callable[..., tuple[str, bytes]]
 MakePlan = Callable[..., RoundPlan]
@@ -191,16 +191,16 @@ def test_at_a_site_a_round_done_again_is_the_same_and_builds_on_what_the_round_b
     make_site: MakeSite, ask: Ask, encoding: str
 ) -> None:
     folder = make_site()
-    answer(Came(*ask(encoding=encoding, round=1)), folder)
-    second = answer(Came(*ask(encoding=encoding, round=2)), folder)
+    answer(PlanWithWeights(*ask(encoding=encoding, round=1)), folder)
+    second = answer(PlanWithWeights(*ask(encoding=encoding, round=2)), folder)
     left = {name: data for name, data in files(folder / "work").items() if name.startswith("residual-")}
     assert len(left) == 2
-    again = answer(Came(*ask(encoding=encoding, round=2, exchange=8)), folder)
+    again = answer(PlanWithWeights(*ask(encoding=encoding, round=2, exchange=8)), folder)
     assert all((second.arrays[name] == again.arrays[name]).all() for name in second.arrays)
     assert left.items() <= files(folder / "work").items()
     for name in left:
         (folder / "work" / name).unlink()
-    without = answer(Came(*ask(encoding=encoding, round=2)), folder)
+    without = answer(PlanWithWeights(*ask(encoding=encoding, round=2)), folder)
     assert any((second.arrays[name] != without.arrays[name]).any() for name in second.arrays)
 
 
@@ -209,9 +209,9 @@ def test_what_the_gate_stops_leaves_the_residual_of_earlier_rounds_as_it_is(
     make_site: MakeSite, ask: Ask, encoding: str
 ) -> None:
     folder = make_site()
-    answer(Came(*ask(encoding=encoding, round=1)), folder)
+    answer(PlanWithWeights(*ask(encoding=encoding, round=1)), folder)
     before = files(folder / "work")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"max_relative_norm": 1.0', '"max_relative_norm": 1e-9'))
-    assert answer(Came(*ask(encoding=encoding, round=2)), folder).scalars["outcome"] == Outcome.GATE_REFUSED
+    assert answer(PlanWithWeights(*ask(encoding=encoding, round=2)), folder).scalars["outcome"] == Outcome.GATE_REFUSED
     assert files(folder / "work") == before

@@ -17,7 +17,7 @@ from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.refusals import RestMissing
 from maskdm_client.work import weights as under_test
 from maskdm_client.work.answer import answer
-from maskdm_client.work.weights import Came, read_weights
+from maskdm_client.work.weights import PlanWithWeights, read_weights
 
 Ask = Callable[..., tuple[str, bytes]]
 MakePlan = Callable[..., RoundPlan]
@@ -43,7 +43,7 @@ def at(folder: Path, question: tuple[str, bytes], exchange: int) -> Parcel:
     box.ask(exchange, *question)
     request = box.request()
     assert request is not None  # of which weights lie in a file that nobody may write to
-    return answer(Came(request.document, request.weights), folder, box, exchange)
+    return answer(PlanWithWeights(request.document, request.weights), folder, box, exchange)
 
 
 def outcome(parcel: Parcel) -> Outcome:
@@ -105,10 +105,10 @@ def test_another_federation_makes_room_for_itself(make_site: MakeSite, ask: Ask)
 def test_the_same_work_has_the_same_key_whether_its_weights_come_whole_or_in_part(
     ask: Ask, part_of: Ask, weights: dict[str, Tensor], make_plan: MakePlan, train: Trainable
 ) -> None:
-    assert Came(*ask(train=train)).key == Came(*part_of(train=train, exchange=9)).key != ""
+    assert PlanWithWeights(*ask(train=train)).key == PlanWithWeights(*part_of(train=train, exchange=9)).key != ""
     changed = make_plan(train=train).changed()[-1]
     other = {**weights, changed: weights[changed] + 1}
-    assert Came(*ask(other, train=train)).key != Came(*ask(train=train)).key
+    assert PlanWithWeights(*ask(other, train=train)).key != PlanWithWeights(*ask(train=train)).key
 
 
 @pytest.mark.parametrize(("train", "hashed"), [("all", 1), ("norm-bias", 2), ("adapters", 2)])
@@ -128,7 +128,7 @@ def test_a_plan_and_its_weights_are_parsed_once_and_all_of_them_hashed_once(
     for name in ("unpack", "work_key"):
         monkeypatch.setattr(under_test, name, counted(name, getattr(under_test, name)))
     monkeypatch.setattr(RoundPlan, "model_validate_json", counted("parsed", RoundPlan.model_validate_json))
-    came = Came(*ask(train=train))
+    came = PlanWithWeights(*ask(train=train))
     key, weights = came.key, read_weights(came, None)
     whole = came.key_of(weights)
     assert came.key == key
@@ -139,7 +139,7 @@ def test_a_plan_and_its_weights_are_parsed_once_and_all_of_them_hashed_once(
 def test_a_virtual_site_neither_keeps_nor_completes(
     tmp_path: Path, ask: Ask, part_of: Ask, weights: dict[str, Tensor]
 ) -> None:
-    found = read_weights(Came(*ask(train="norm-bias")), None)
+    found = read_weights(PlanWithWeights(*ask(train="norm-bias")), None)
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     with pytest.raises(RestMissing):
-        read_weights(Came(*part_of(train="norm-bias")), tmp_path)
+        read_weights(PlanWithWeights(*part_of(train="norm-bias")), tmp_path)

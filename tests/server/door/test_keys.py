@@ -23,7 +23,7 @@ from maskdm.federated.signing import DIGEST, SIGNATURE
 from maskdm_client.flower.signatures import SignedRequests
 from maskdm_server.door import keys as under_test
 from maskdm_server.door.door import CHUNK
-from maskdm_server.door.keys import KEYS, OLD_CLIENT, UNKNOWN, Keys, Refused, Signed
+from maskdm_server.door.keys import KEYS, OLD_CLIENT, UNKNOWN, Keys, RequestRefused, Signed
 
 from .test_door import MESSAGES, PUSH, Knocking, pushed
 
@@ -185,7 +185,7 @@ def test_keys_are_read_anew_when_they_change_and_kept_while_they_cannot_be_read(
 def tried(keys: Keys, client: Client) -> int:
     try:
         signed = keys.signer("POST", PUSH, dict(client.headers(PUSH, b"")))
-    except Refused as refused:
+    except RequestRefused as refused:
         return refused.status
     assert isinstance(signed, Signed)
     return signed.node

@@ -31,7 +31,7 @@ from ..archives import Part
 from ..corpus import RECORD, SPLITS, Corpus, Tally, is_corpus
 from ..pixels import IsColour, PixelPolicy, to_pixels
 from ..sources.source import Entry, Source
-from ..writer import Packed, Writer
+from ..writer import CorpusWriter, Packed
 
 ALONE_SECONDS = 0.5  # work that is done sooner starts no other process
 CHUNK_BYTES = 1 << 21  # of decoded images
@@ -94,7 +94,7 @@ def pack(
     if is_corpus(out) and (corpus := _packed_before(out, job, option, replace)):
         return corpus
     try:
-        with Interruption() as interruption, Writer(out, job, policy) as writer:
+        with Interruption() as interruption, CorpusWriter(out, job, policy) as writer:
             _check_room(out, option, policy, (total or 0) - writer.entries)
             with WorkBar("prepare", total, writer.entries) as bar:
                 for part in _decoded(islice(_listed(source), writer.entries, None), policy, workers):

@@ -207,20 +207,20 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_is_taken_for_whole(
 ) -> None:
     monkeypatch.setattr(packing, "CHUNK_BYTES", 64 * 8)
     monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
-    kept: Callable[..., Any] = writer.Writer.add
+    kept: Callable[..., Any] = writer.CorpusWriter.add
     left = iter([None, None])
 
-    def add(self: writer.Writer, part: writer.Packed) -> None:
+    def add(self: writer.CorpusWriter, part: writer.Packed) -> None:
         if next(left, 1):
             raise OSError(errno.ENOSPC, "No space left on device")
         kept(self, part)
 
-    monkeypatch.setattr(writer.Writer, "add", add)
+    monkeypatch.setattr(writer.CorpusWriter, "add", add)
     with pytest.raises(DataError, match="the disk is full: free some space and run the same command again"):
         pack(Generated(40), tmp_path / "corpus", POLICY)
     with pytest.raises(DataError, match="holds no images"):
         open_source(tmp_path / "corpus")
-    monkeypatch.setattr(writer.Writer, "add", kept)
+    monkeypatch.setattr(writer.CorpusWriter, "add", kept)
     assert len(pack(Generated(40), tmp_path / "corpus", POLICY)) == 40
 
 
@@ -386,12 +386,12 @@ def test_workers_end_when_the_process_that_packs_is_killed(tmp_path: Path) -> No
         "if __name__ == '__main__':\n"
         "    packing.ALONE_SECONDS = 0.0\n"
         "    packing.CHUNK_BYTES = 64 * 8\n"
-        "    kept = writer.Writer.add\n"
+        "    kept = writer.CorpusWriter.add\n"
         "    def add(self, part):\n"
         "        kept(self, part)\n"
         "        print(self.entries, flush=True)\n"
         "        if self.entries > 100: sys.stdin.read()\n"
-        "    writer.Writer.add = add\n"
+        "    writer.CorpusWriter.add = add\n"
         "    packing.pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), PixelPolicy(image_size=8, channels=1),"
         " workers=2)\n"
     )
