@@ -42,12 +42,13 @@ from maskdm.run.runfolder import write_json
 from maskdm.training.checkpoint import save_checkpoint
 from maskdm_client.agent import worker
 from maskdm_client.commands import app as client
+from maskdm_client.commands import join_command
 from maskdm_client.flower import client_app
 from maskdm_client.folder.mailbox import Mailbox
 from maskdm_client.folder.settings import load_settings
 from maskdm_client.work import fine_tuning
 from maskdm_client.work.local_data import local_images, read_slice
-from maskdm_server.commands import federation_commands
+from maskdm_server.commands import serve_command
 from maskdm_server.commands.app import app as server
 from maskdm_server.federation.folder import begin
 from maskdm_server.federation.rounds import run_federation
@@ -216,7 +217,7 @@ def of_images(data: Path, folder: Path, kit: Path) -> Table:
 
     def join(out: Path, *options: str) -> None:
         arguments = ["--data", str(data), "--out", str(out), "--fraction", "0.5", "--threads", "1", *options]
-        with patch.object(client, "work", lambda *_: None):
+        with patch.object(join_command, "work", lambda *_: None):
             assert not command_line.run(client.app, "maskdm-client", arguments)
 
     for name, options in (("no kit names the model", ()), ("the kit names the model", ("--kit", str(kit)))):
@@ -312,7 +313,7 @@ def of_weights(data: Path, prior: Path, folder: Path, rule: str, encoding: str) 
         (folder / "policy.toml").write_text(POLICY)
         arguments = ["--data", str(data), "--fraction", "0.5", "--seed", str(number), "--device", "cpu"]
         arguments += ["--policy", str(folder / "policy.toml"), "--threads", "1"]
-        with patch.object(client, "work", lambda *_: None):
+        with patch.object(join_command, "work", lambda *_: None):
             assert not command_line.run(client.app, "maskdm-client", [*arguments, "--out", str(folders[-1])])
     arguments = ["serve", "--insecure", "--prior", str(prior), "--out", str(out / "fed"), "--rounds", "2"]
     arguments += ["--min-clients", str(SITES), "--min-replies", str(SITES), "--byzantine", "0", "--local-images", "16"]
@@ -325,7 +326,7 @@ def of_weights(data: Path, prior: Path, folder: Path, rule: str, encoding: str) 
         return out
 
     with counted(data) as counts:
-        with patch.object(federation_commands, "serve", serve):
+        with patch.object(serve_command, "serve", serve):
             assert not command_line.run(server, "maskdm-server", arguments)
         (config,), start, way = configs, counts.take(), Way(folders, out, counts)
         with patch.object(fine_tuning, "HELD_OUT_DRAWS", 16):

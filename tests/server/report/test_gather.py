@@ -19,7 +19,7 @@ from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import append_line, owned, write_json
 from maskdm.training.pretrain import Run
 from maskdm_server.report.gather import Federation, FederationFolder, grids, look_at_run
-from maskdm_server.report.sites import Part, SiteHistory, Sites
+from maskdm_server.report.sites import Participation, SiteHistory, Sites
 
 from ..conftest import InProcess, config, federate, learner, parcel, silent
 
@@ -43,7 +43,7 @@ def look(folder: Path) -> Federation:
     return found
 
 
-def parts(site: SiteHistory, rounds: int) -> list[Part]:
+def parts(site: SiteHistory, rounds: int) -> list[Participation]:
     return [site.part(number) for number in range(1, rounds + 1)]
 
 
@@ -60,11 +60,11 @@ def test_a_finished_federation_is_known_in_full(finished: Path) -> None:
     assert [line.clients for line in found.rounds] == [2, 1, 2]
     assert found.losses() == (0.5, 0.5)
     sites = found.sites.by_name
-    assert parts(sites["1"], 3) == [Part.ACCEPTED] * 3
-    assert parts(sites["2"], 3) == [Part.ACCEPTED, Part.REJECTED, Part.ACCEPTED]
-    assert parts(sites["3"], 3)[0] == Part.SILENT
+    assert parts(sites["1"], 3) == [Participation.ACCEPTED] * 3
+    assert parts(sites["2"], 3) == [Participation.ACCEPTED, Participation.REJECTED, Participation.ACCEPTED]
+    assert parts(sites["3"], 3)[0] == Participation.SILENT
     assert (sites["1"].images, sites["2"].images) == (3 * 64, 2 * 64)
-    assert sites["1"].times(Part.ACCEPTED) == sites["1"].asked() == 3
+    assert sites["1"].times(Participation.ACCEPTED) == sites["1"].asked() == 3
     assert found.audit is not None
     assert found.audit.problem == ""
     assert found.audit.lines == sum(found.sites.verdicts.values())
@@ -160,7 +160,13 @@ def test_what_a_site_did_in_the_last_attempt_at_a_round_counts(tmp_path: Path) -
     for line in path.read_bytes().splitlines():
         sites.take(line)
     site = sites.by_name["a"]
-    assert parts(site, 5) == [Part.NONE, Part.NONE, Part.NONE, Part.REJECTED, Part.NONE]
+    assert parts(site, 5) == [
+        Participation.NONE,
+        Participation.NONE,
+        Participation.NONE,
+        Participation.REJECTED,
+        Participation.NONE,
+    ]
     assert (site.images, site.bytes_up, site.asked()) == (0, 31, 1)
     assert sites.verdicts["in", "accepted"] == 3
     assert sites.verdicts["out", "sent: train"] == 2

@@ -19,7 +19,7 @@ from maskdm_server.commands.report_command import page_of
 from maskdm_server.federation.events import RoundLine
 from maskdm_server.report.agreement import agreement
 from maskdm_server.report.participation import MOST_COLUMNS, MOST_ROWS, columns, participation
-from maskdm_server.report.sites import Part, SiteHistory, Sites
+from maskdm_server.report.sites import Participation, SiteHistory, Sites
 
 from ..conftest import InProcess, federate, learner, silent
 from .test_gather import configured, poisoned
@@ -173,7 +173,9 @@ def test_a_thousand_sites_in_five_hundred_rounds_are_one_small_table_with_those_
     for number in range(1000):
         site = sites.by_name[f"site-{number}"] = SiteHistory()
         for round_number in range(1, 501):
-            site.put(round_number, Part.REJECTED if number == 700 and round_number > 250 else Part.ACCEPTED)
+            site.put(
+                round_number, Participation.REJECTED if number == 700 and round_number > 250 else Participation.ACCEPTED
+            )
     page = participation(sites, 500)
     assert len(page) < 200_000
     document = Document(page)
