@@ -35,7 +35,7 @@ ARROWS = {
     "maskdm_server.kits": "",
     "maskdm_server.flower": "door federation kits",
     "maskdm_server.report.page": "",
-    "maskdm_server.report": "aggregation federation report.page",
+    "maskdm_server.report": "aggregation door federation report.page",
     "maskdm_server.lab": "federation flower report report.page",
     "maskdm_server.lab.experiment": "federation lab report.page",
     "maskdm_server.commands": "federation flower kits lab lab.experiment report tracking",

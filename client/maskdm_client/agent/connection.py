@@ -49,6 +49,7 @@ def work(folder: Path, host: str, port: int, kit: OpenedKit | None, wait: float,
     Raises:
         FederationError: the server was not there for `wait` seconds, or the worker died again and again.
         DataError: this site's data cannot be used with the prior that came.
+        UsageError: the installed Flower lacks a name.
     """
     server, pause = Coordinator(folder, host, port, wait), FIRST_PAUSE
     with Caretaker(folder, check) as site:

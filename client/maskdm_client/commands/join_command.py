@@ -23,9 +23,10 @@ from maskdm.run.runfolder import claim, owned
 
 from ..agent.connection import work
 from ..flower.address import BANNER, address_of
+from ..folder.mailbox import Mailbox
 from ..folder.settings import SiteSettings
 from ..gate.changed_policy import warn_of_change
-from ..work.local_data import choose_slice
+from ..work.local_data import choose_slice, forget_pixels
 from ..work.quality import features_of
 
 MAY_CHANGE = tuple(f"site.{name}" for name in ("device", "precision", "threads", "features", "bundle", "approve"))
@@ -106,12 +107,14 @@ def join(
         # Another authority is another federation, or somebody who pretends to be this one.
         identity = {"site": settings.model_dump(mode="json"), "authority": opened.fingerprint() if opened else None}
         claim(out, "client", identity, may_change=(*MAY_CHANGE, *POLICY_KEYS))
-        model = opened.kit.model if opened else None
+        # Of a federation that is over nothing is trained on any more.
+        model = opened.kit.model if opened and not Mailbox(out).is_over() else None
         chosen, found = choose_slice(source, settings, out, model, interruption.check)
         say(_described(chosen, found))
         if opened is None:
             say(BANNER)
         work(out, host, port, opened, wait, interruption.check)
+        forget_pixels(out)
         say(f"done; the final model is {out / 'model.safetensors'}, what left is listed in {out / 'audit.jsonl'}")
 
 

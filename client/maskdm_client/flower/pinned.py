@@ -97,7 +97,7 @@ def run_supernode(site: Path) -> None:
 
 
 def run_superexec(site: Path) -> None:
-    """Flower's SuperExec, which can start nothing but our ClientApp, by whatever name or call another Flower would.
+    """Flower's SuperExec, which can start nothing but our ClientApp, whatever another Flower would.
 
     Raises:
         UsageError: the installed Flower lacks a name.
@@ -115,7 +115,9 @@ def begin_nothing_else(event: str, given: tuple[Any, ...]) -> None:
     Raises:
         PermissionError: it is none of ours.
     """
-    if event in BEGINNINGS and not (event == "subprocess.Popen" and given[0] == PROGRAM):
+    other = event in BEGINNINGS and not (event == "subprocess.Popen" and given[0] == PROGRAM)
+    # Processes of `multiprocessing` begin without an event of their own.
+    if other or (event == "import" and str(given[0]).startswith("multiprocessing.popen_")):
         raise PermissionError(f"Flower's superexec may start nothing but {PROGRAM}: {event}")
 
 

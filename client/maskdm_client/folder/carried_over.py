@@ -39,7 +39,7 @@ class CarriedOver:
         try:
             found = read_tensors(path)
         except (OSError, ValueError) as error:
-            path.unlink()
+            path.unlink(missing_ok=True)
             say_dropped(path, error)
             return {}
         return found if {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes else {}

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maskdm.run.tensorfile import Stored
 from maskdm.training.checkpoint import tensors_in
 
 from .events import LeftoverDropped, note
@@ -17,7 +16,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: it is not whole, or holds what is no number.
         OSError: it cannot be read.
     """
-    found = tensors_in(Stored(path))
+    found, _ = tensors_in(path)
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise ValueError("it holds what is no number")
     return found

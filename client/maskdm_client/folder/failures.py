@@ -16,7 +16,8 @@ def unexpected(site: Path, error: Exception) -> str:
     """Keep a traceback, the newest last and older ones as far as there is room; returns what to say of it, one line."""
     said = plain(f"unexpected {type(error).__name__}: {error}")
     when, path = time.strftime("%Y-%m-%d %H:%M:%S %z"), site / LOG
-    told = f"{when}\n{''.join(traceback.format_exception(error))}".encode(errors="backslashreplace")
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    told = "".join(f"{plain(line, 2000)}\n" for line in (when, *lines)).encode(errors="backslashreplace")
     with suppress(OSError):
         before = path.read_bytes() if path.exists() else b""
         atomic_write(path, (before + told)[-MOST_BYTES:], private=True)

@@ -19,7 +19,7 @@ SETTLED_NS = 2_000_000_000
 
 
 class Hashes:
-    """sha256 by name, size and time of the file; images that come within other ones' files are none of these."""
+    """sha256 by name, size, times and place of the file; images that come within other files are none of these."""
 
     def __init__(self, folder: Path) -> None:
         """What an earlier join left in a site's folder; nothing where that is damaged."""
@@ -75,5 +75,7 @@ def _status(entry: Entry) -> os.stat_result | None:
 
 def _stamp(entry: Entry, status: os.stat_result) -> bytes:
     assert isinstance(entry.content, Part)
-    known_by = f"{entry.name}\0{entry.content.offset}\0{status.st_size}\0{status.st_mtime_ns}"
+    # The last two: a copy in its place may keep size and time, e.g. one from which a name was taken out.
+    times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
+    known_by = f"{entry.name}\0{entry.content.offset}\0{status.st_size}\0{times}"
     return hashlib.blake2b(known_by.encode(errors="backslashreplace"), digest_size=STAMP).digest()

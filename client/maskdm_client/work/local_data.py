@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from maskdm.config import ModelConfig
 from maskdm.data.corpus import Corpus, is_corpus
@@ -27,6 +28,7 @@ from maskdm.data.preparation.slices import (
 from maskdm.data.sources.groups import with_groups
 from maskdm.data.sources.source import Entry, Source, listed, open_source
 from maskdm.errors import DataError
+from maskdm.metadata import first_problem
 from maskdm.run.reporting import WorkBar, say
 from maskdm.run.runfolder import atomic_write, write_json
 
@@ -119,11 +121,15 @@ def choose_slice(
         images = _together(Slice(**kept)) | {digest.hex(): found.names[digest] for digest in chosen}
         policy = _pixel_policy(settings, model.image_size, model.channels)
         corpus = _packed(lambda: SliceSource(plain, images, hashes), images, folder, policy, settings.threads)
-        alike = look_alike_as_packed(corpus)
-    parted = divide(chosen, found, held_out=settings.held_out, seed=settings.seed, alike=alike, earlier=earlier)
-    problem = settings.policy.problem_of_slice(len(parted.train))
-    if problem:
-        raise DataError(f"--data: {problem}: give more images, or a larger --fraction and another --out")
+        alike = look_alike_as_packed(corpus, chosen)
+    try:
+        parted = divide(chosen, found, held_out=settings.held_out, seed=settings.seed, alike=alike, earlier=earlier)
+        problem = settings.policy.problem_of_slice(len(parted.train))
+        if problem:
+            raise DataError(f"--data: {problem}: give more images, or a larger --fraction and another --out")
+    except DataError:
+        forget_pixels(folder)  # of a federation that the site does not join
+        raise
     if absent:
         say(f"WARNING: {absent:,} images of the recorded slice are not there now; their places are kept")
     write_json(folder / SLICE, {side: kept[side] | now for side, now in asdict(parted).items()})
@@ -182,7 +188,10 @@ def _together(parted: Slice) -> dict[str, str]:
 
 def _pixel_policy(settings: SiteSettings, image_size: int, channels: int) -> PixelPolicy:
     shape = {"image_size": image_size, "channels": channels}
-    return PixelPolicy.model_validate({**shape, "upscale": settings.upscale, "window": settings.window})
+    try:
+        return PixelPolicy.model_validate({**shape, "upscale": settings.upscale, "window": settings.window})
+    except ValidationError as error:
+        raise DataError(f"--data: no images for a model of {channels} channels: {first_problem(error)}") from error
 
 
 def _packed(

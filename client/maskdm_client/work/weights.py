@@ -18,8 +18,9 @@ from maskdm.federated.plan import RoundPlan, work_key
 from maskdm.metadata import first_problem
 from maskdm.networks.trainable import expected_shapes
 from maskdm.run.runfolder import atomic_write
-from maskdm.run.tensorfile import Arrays, Document, Stored, bytes_of, chunks, layout_of, unpack
+from maskdm.run.tensorfile import Arrays, Document, bytes_of, chunks, layout_of, unpack
 
+from ..folder.damage import read_tensors, say_dropped
 from ..refusals import PlanRefused, RestMissing
 
 
@@ -99,10 +100,16 @@ def _keep(rest: Arrays, plan: RoundPlan, folder: Path) -> None:
 
 
 def _rest(plan: RoundPlan, folder: Path | None) -> Arrays:
+    missing = RestMissing("only the weights that change came, and the others are not here; asking for them")
+    path = _path(plan, folder) if folder else None
+    if path is None or not path.exists():
+        raise missing
     try:
-        return Stored(_path(plan, folder)) if folder else {}
+        return {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
     except (OSError, ValueError) as error:
-        raise RestMissing("only the weights that change came, and the others are not here; asking for them") from error
+        path.unlink(missing_ok=True)
+        say_dropped(path, error)
+        raise missing from error
 
 
 def _path(plan: RoundPlan, folder: Path) -> Path:

@@ -1,4 +1,5 @@
-"""What crosses the wire as records of Flower's, in both directions; nothing else of `maskdm` imports Flower.
+"""What crosses the wire as records of Flower's, in both directions. But for `flower_names`, which looks names of it up,
+nothing else of `maskdm` imports Flower.
 
 Down goes `plan` (exchange, seconds to wait, document, nonce) with `weights`, up come `report` (numbers, nonce) and
 `update`. Arrays travel as one safetensors document, bit for bit. Who reads trusts nothing: what is not as written here

@@ -8,12 +8,13 @@ round.
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from mmap import mmap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +104,7 @@ class Stored(Mapping[str, NDArray[np.generic]]):
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the header; the file must stay as it is.
+        """Read the header; the file must stay as it is. Of one that is replaced now and then, see `read_whole`.
 
         Raises:
             ValueError: as `unpack` does.
@@ -111,12 +112,7 @@ class Stored(Mapping[str, NDArray[np.generic]]):
         """
         self._path = path
         with path.open("rb") as file:
-
-            def read(start: int, size: int) -> bytes:
-                file.seek(start)
-                return file.read(size)
-
-            self._places, self.metadata = _read(read, path.stat().st_size)
+            self._places, self.metadata = _header(file)
 
     @property
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -128,11 +124,8 @@ class Stored(Mapping[str, NDArray[np.generic]]):
         self._path = Path(shutil.move(self._path, path))
 
     def __getitem__(self, name: str) -> NDArray[np.generic]:
-        place = self._places[name]
-        count = math.prod(place.shape)
-        array = np.fromfile(self._path, place.dtype, count, offset=place.start)
-        assert array.size == count, f"{self._path} became shorter"
-        return array.reshape(place.shape)
+        with self._path.open("rb") as file:
+            return _array(file, self._places[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._places  # a mapping would read the array to know
@@ -142,6 +135,17 @@ class Stored(Mapping[str, NDArray[np.generic]]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def read_whole(path: Path) -> tuple[dict[str, NDArray[np.generic]], dict[str, str]]:
+    """All arrays of a file and its metadata, of one moment, also where other ones are put in its place meanwhile.
+
+    Raises:
+        ValueError, OSError: as of `Stored`.
+    """
+    with path.open("rb") as file:
+        places, metadata = _header(file)
+        return {name: _array(file, place) for name, place in places.items()}, metadata
 
 
 class Hashed(Stored):
@@ -189,6 +193,23 @@ class _Place(NamedTuple):
     end: int
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, _Place], dict[str, str]]:
+    def read(start: int, size: int) -> bytes:
+        file.seek(start)
+        return file.read(size)
+
+    return _read(read, os.fstat(file.fileno()).st_size)
+
+
+def _array(file: BinaryIO, place: _Place) -> NDArray[np.generic]:
+    count = math.prod(place.shape)
+    file.seek(place.start)
+    array = np.fromfile(file, place.dtype, count)
+    if array.size != count:
+        raise ValueError("the file became shorter while it was read")
+    return array.reshape(place.shape)
 
 
 def _read(read: Callable[[int, int], bytes], size: int) -> tuple[dict[str, _Place], dict[str, str]]:

@@ -183,11 +183,11 @@ class Exchange:
             except UpdateRejected as reason:
                 self._fail(site, str(reason), unchecked(parcel))
             else:
-                self._note("in", site, "accepted", message_about(parcel))
                 progress.over = True
                 self.accepted.add(site)
                 self.silent.discard(site)
                 self.failed.pop(site, None)
+                self._note("in", site, "accepted", message_about(parcel))
 
     def _is_of_another(self, reply: Reply) -> bool:
         """Whether a reply says that it belongs to another exchange."""

@@ -48,9 +48,12 @@ def begin(
             f"--max-upload {config.max_upload:,} bytes: an update of this model has {needed:,}: choose --encoding int8 "
             f"or topk, or --train norm-bias or adapters"
         )
-    if not (out / "prior.safetensors").exists():
+    copy = out / "prior.safetensors"
+    if not copy.exists():
         with prior.open("rb") as file:
-            atomic_write(out / "prior.safetensors", iter(lambda: file.read(PIECE), b""))
+            atomic_write(copy, iter(lambda: file.read(PIECE), b""))
+    if sha256_of(copy) != config.prior_sha256:  # sites would refuse it
+        raise UsageError(f"{copy} is not what the terms call the prior: it changed, or is damaged; delete it")
     if _is_done(out, config):
         say(f"all rounds are done: {out / 'model.safetensors'}")
         return True

@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from maskdm.errors import UsageError
 from maskdm.run.reporting import say
 
+from ..door.connections import Protocol
 from .federation_page import federation_page
 from .gather import FederationFolder
 from .page.blocks import colophon, page
@@ -35,6 +36,7 @@ REFRESH_SECONDS = 5
 STILL = "still"  # for who reads it slowly, or has it read aloud
 TOKEN_BYTES = 24
 SHARE = 20  # making a page takes one part in so many of the time, at most
+MOST_CONNECTIONS = 32
 LEAVE_SECONDS = 5  # for answers that are under way at the end
 
 HEADERS = {
@@ -95,7 +97,8 @@ class Dashboard:
         token = secrets.token_urlsafe(TOKEN_BYTES)
         config = uvicorn.Config(
             answering(LivePage(_maker(folder)), token),
-            http="h11",
+            http=Protocol,  # which ends connections that say nothing
+            limit_concurrency=MOST_CONNECTIONS,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -76,6 +76,8 @@ BEGINNINGS = [
     "os.execv('/bin/true', ['flwr-clientapp'])",
     "os.fork()",
     "os.posix_spawn('/bin/true', ['flwr-clientapp'], {})",
+    "__import__('multiprocessing').get_context('spawn').Process(target=print).start()",
+    "__import__('multiprocessing').get_context('fork').Process(target=print).start()",
 ]
 
 

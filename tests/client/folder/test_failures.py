@@ -44,3 +44,10 @@ def test_only_the_newest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_where_it_cannot_be_kept_the_line_is_all_there_is(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("in the way")
     assert unexpected(tmp_path, error("a")) == "unexpected KeyError: 'a'"
+
+
+def test_no_terminal_obeys_what_is_kept(tmp_path: Path) -> None:
+    unexpected(tmp_path, ValueError("a\x1b[2J\nb"))
+    kept = (tmp_path / LOG).read_text()
+    assert "\x1b" not in kept
+    assert "ValueError: a?[2J\nb\n" in kept

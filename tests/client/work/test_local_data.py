@@ -13,9 +13,10 @@ from PIL import Image
 from maskdm.config import ModelConfig
 from maskdm.data import pixels
 from maskdm.data.sources.source import open_source
+from maskdm.errors import DataError
 from maskdm_client.folder.hashes import HASHES
 from maskdm_client.folder.settings import SiteSettings
-from maskdm_client.work.local_data import choose_slice, local_images, read_slice
+from maskdm_client.work.local_data import CORPUS, choose_slice, local_images, read_slice
 from maskdm_server.lab.faces import draw_faces
 
 from ..conftest import LENIENT
@@ -165,3 +166,31 @@ def test_an_image_that_was_replaced_before_the_next_join_is_packed_anew(
     join(everything, tmp_path, MODEL)
     images = local_images(everything, tmp_path, 16, 3)
     assert len(images.train) + len(images.held_out) == IMAGES
+
+
+def test_a_join_that_is_refused_leaves_no_pixels(site: SiteSettings, tmp_path: Path) -> None:
+    refused = site.model_copy(update={"policy": LENIENT.model_copy(update={"min_images": IMAGES})})
+    with pytest.raises(DataError, match="min-images"):
+        join(refused, tmp_path, MODEL)
+    assert not (tmp_path / CORPUS).exists()
+
+
+def test_a_model_of_so_many_channels_that_no_image_has_them_is_refused_in_one_line(
+    site: SiteSettings, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="no images for a model of 4 channels"):
+        join(site, tmp_path, ModelConfig.preset("S", image_size=16, channels=4))
+
+
+def test_a_file_that_was_exchanged_for_one_of_its_size_and_time_is_hashed_again(
+    site: SiteSettings, tmp_path: Path, data: Path, count: Count
+) -> None:
+    """E.g. a copy from which a name was taken out, by a program that keeps times."""
+    chosen = join(site, tmp_path)
+    count()
+    path, other = sorted(data.rglob("*.png"))[0], tmp_path / "other.png"
+    other.write_bytes(path.read_bytes())
+    os.utime(other, (LONG_AGO, LONG_AGO))
+    other.replace(path)
+    assert join(site, tmp_path) == chosen
+    assert count()["hashed"] == 1

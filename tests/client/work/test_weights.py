@@ -69,11 +69,14 @@ def test_a_site_without_the_rest_asks_for_the_whole(make_site: MakeSite, part_of
     assert outcome(at(folder, part_of(train=train, exchange=1), 1)) == Outcome.UNKNOWN
 
 
-def test_so_does_one_whose_copy_was_damaged(make_site: MakeSite, ask: Ask, part_of: Ask) -> None:
+@pytest.mark.parametrize("damaged", [lambda content: content[:-5], lambda content: content[:-4] + b"\xff" * 4])
+def test_so_does_one_whose_copy_was_damaged(
+    make_site: MakeSite, ask: Ask, part_of: Ask, damaged: Callable[[bytes], bytes]
+) -> None:
     folder = make_site()
     at(folder, ask(train="norm-bias", exchange=1), 1)
     (kept,) = (folder / "work").glob("rest-*")
-    kept.write_bytes(kept.read_bytes()[:-5])
+    kept.write_bytes(damaged(kept.read_bytes()))
     question = part_of(train="norm-bias", exchange=2, round=2)
     assert outcome(at(folder, question, 2)) == Outcome.UNKNOWN
     assert outcome(at(folder, ask(train="norm-bias", exchange=3, round=2), 3)) == Outcome.DONE

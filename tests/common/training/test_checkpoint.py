@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from maskdm.errors import CheckpointError
 from maskdm.metadata import METADATA_KEY, CheckpointMetadata
 from maskdm.networks.model import build_model
 from maskdm.networks.trainable import expected_shapes
+from maskdm.run import tensorfile
 from maskdm.run.runfolder import sha256_of
 from maskdm.training.checkpoint import (
     describe_checkpoint,
@@ -329,3 +330,23 @@ def test_a_torn_state_cannot_be_resumed(tmp_path: Path, tiny: ModelConfig) -> No
 def test_the_hash_of_a_file_is_its_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_one_that_is_replaced_while_it_is_read_is_read_as_it_was(
+    tmp_path: Path, weights: dict[str, Tensor], metadata: CheckpointMetadata, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a federation is after each round: never weights of two rounds."""
+    path, newer = tmp_path / "model.safetensors", tmp_path / "newer.safetensors"
+    save_checkpoint(path, weights, metadata)
+    save_checkpoint(newer, {n: w + 1 for n, w in weights.items()}, metadata.model_copy(update={"rounds": 12345}))
+    array = tensorfile._array
+
+    def replaced_first(file: BinaryIO, place: Any) -> Any:
+        if newer.exists():
+            newer.replace(path)
+        return array(file, place)
+
+    monkeypatch.setattr(tensorfile, "_array", replaced_first)
+    found, about = load_checkpoint(path)
+    assert about == metadata
+    assert all(torch.equal(found[name], weights[name]) for name in weights)

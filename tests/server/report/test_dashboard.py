@@ -16,6 +16,7 @@ from maskdm.errors import UsageError
 from maskdm.run.processes import free_port
 from maskdm.run.runfolder import owned
 from maskdm_server.commands.app import app
+from maskdm_server.door import connections
 from maskdm_server.report.dashboard import REFRESH_SECONDS, SHARE, Dashboard, LivePage
 
 from ..conftest import InProcess, federate, learner
@@ -258,3 +259,10 @@ def test_what_goes_wrong_is_said_once_and_the_page_before_stays(capsys: pytest.C
 def test_a_config_that_is_not_whole_is_no_error(dashboard: Dashboard, folder: Path) -> None:
     (folder / "config.json").write_text('{"kind": "federation"')
     assert ask(dashboard)[0].status == 200
+
+
+def test_a_connection_that_says_nothing_ends(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else any user of this machine could hold as many as this process may have files."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", dashboard.port), timeout=60) as stranger:
+        assert stranger.recv(100) == b""

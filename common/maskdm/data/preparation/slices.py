@@ -4,7 +4,7 @@ An image is in because of a keyed hash of its content, on its side because of a 
 its group, or its near-duplicates. What was recorded once is kept, so that nothing ever changes sides.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -201,9 +201,11 @@ def look_alike(
     return _pairs(digests, thumbnails)
 
 
-def look_alike_as_packed(corpus: Corpus) -> list[tuple[bytes, bytes]]:
+def look_alike_as_packed(corpus: Corpus, chosen: Collection[bytes]) -> list[tuple[bytes, bytes]]:
     """The same links, found on pixels that are decoded already, of at least `duplicates.SIDE` a side."""
-    return _pairs([bytes(digest) for digest in corpus.index["sha256"]], [thumbnail(image) for image in corpus.pixels])
+    rows = [row for row, digest in enumerate(corpus.index["sha256"]) if bytes(digest) in chosen]
+    digests = [bytes(corpus.index["sha256"][row]) for row in rows]
+    return _pairs(digests, [thumbnail(corpus.pixels[row]) for row in rows])
 
 
 def _pairs(digests: list[bytes], thumbnails: list[NDArray[np.float32]]) -> list[tuple[bytes, bytes]]:
