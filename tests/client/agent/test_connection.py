@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from maskdm.commands.command_line import run
+from maskdm.config import ModelConfig
 from maskdm.errors import FederationError
 from maskdm.federated.parcel import Parcel
+from maskdm.federated.policy import UNATTENDED
 from maskdm_client.agent import connection as supervision
 from maskdm_client.commands import join_command
 from maskdm_client.commands.app import app
 from maskdm_client.folder.mailbox import Mailbox
+from maskdm_server.kits.provision import provision
 
 
 class World:
@@ -195,3 +198,27 @@ def test_what_killed_processes_left_half_written_is_removed_at_the_start(
     assert run(app, "maskdm-client", command) == 0
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in kept)
+
+
+def test_when_a_federation_is_over_no_pixels_stay_and_a_later_start_makes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 1), np.uint8)
+    np.savez(tmp_path / "pictures.npz", images=pictures)
+    model = ModelConfig(image_size=32, channels=1, patch_size=8, dim=16, depth=2, heads=2)
+    provision(tmp_path / "kits", "127.0.0.1:8000", ["a"], policy=UNATTENDED.encode(), model=model)
+    out, during = tmp_path / "out", list[bool]()
+
+    def work(*_: object) -> None:
+        during.append((out / "corpus").exists())
+        box = Mailbox(out)
+        box.ask(5, '{"action": "finish"}', b"weights")
+        box.reply(5, "key", Parcel({}, {"outcome": 0}))
+
+    monkeypatch.setattr(join_command, "work", work)
+    kit = str(tmp_path / "kits" / "a.zip")
+    command = ["--data", str(tmp_path / "pictures.npz"), "--out", str(out), "--kit", kit, "--fraction", "1"]
+    for _ in range(2):
+        assert run(app, "maskdm-client", command) == 0
+        assert not (out / "corpus").exists()
+    assert during == [True, False]
