@@ -1,8 +1,9 @@
 """A federation's folder: begun, taken up again, concluded."""
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,7 @@ def begin(
             f"or topk, or --train norm-bias or adapters"
         )
     copy = out / "prior.safetensors"
-    if not copy.exists():
-        with prior.open("rb") as file:
-            atomic_write(copy, iter(lambda: file.read(PIECE), b""))
-    if sha256_of(copy) != config.prior_sha256:  # sites would refuse it
+    if (sha256_of(copy) if copy.exists() else _copied(prior, copy)) != config.prior_sha256:  # sites would refuse it
         raise UsageError(f"{copy} is not what the terms call the prior: it changed, or is damaged; delete it")
     if _is_done(out, config):
         say(f"all rounds are done: {out / 'model.safetensors'}")
@@ -84,3 +82,17 @@ def _is_done(out: Path, config: FederationConfig) -> bool:
         return False
     stopped = result.get("stopped_by_patience")
     return bool(result["rounds"] >= config.rounds or (stopped and stopped == config.patience))
+
+
+def _copied(file: Path, copy: Path) -> str:
+    """Copy a file, and return the sha256 of what was copied."""
+    digest = hashlib.sha256()
+    with file.open("rb") as source:
+
+        def pieces() -> Iterator[bytes]:
+            while piece := source.read(PIECE):
+                digest.update(piece)
+                yield piece
+
+        atomic_write(copy, pieces())
+    return digest.hexdigest()
