@@ -255,7 +255,7 @@ def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "print('once', flush=True)\n"
-        "from maskdm.data import packing\n"
+        "from maskdm.data.preparation import pack as packing\n"
         "from maskdm.data.pixels import PixelPolicy\n"
         "from maskdm.data.sources.source import open_source\n"
         "packing.ALONE_SECONDS, packing.CHUNK_BYTES = 0.0, 64 * 8\n"
@@ -380,7 +380,8 @@ def test_workers_end_when_the_process_that_packs_is_killed(tmp_path: Path) -> No
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\n"
-        "from maskdm.data import packing, writer\n"
+        "from maskdm.data import writer\n"
+        "from maskdm.data.preparation import pack as packing\n"
         "from maskdm.data.pixels import PixelPolicy\n"
         "from maskdm.data.sources.source import open_source\n"
         "if __name__ == '__main__':\n"
