@@ -136,12 +136,6 @@ class Stage(Frozen):
 
 
 Sampler = Literal["dpmpp", "ddim", "ddpm", "heun", "euler"]
-
-
 DEFAULT_STEPS: dict[Sampler, int] = {"dpmpp": 25, "ddim": 100, "ddpm": 1000, "heun": 20, "euler": 50}
-
-
 Trainable = Literal["all", "norm-bias", "adapters"]
-
-
 Encoding = Literal["bf16", "fp32", "int8", "topk"]

@@ -8,11 +8,7 @@ from pydantic import Field, ValidationError
 from .config import DiffusionConfig, Frozen, MaskConfig, ModelConfig
 
 SCHEMA_VERSION: Literal[1] = 1
-
-
 METADATA_KEY = "maskdm"
-
-
 BINS = 32
 
 

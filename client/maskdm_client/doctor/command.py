@@ -15,8 +15,7 @@ import typer
 from pydantic import ValidationError
 from torch import Tensor
 
-from maskdm.commands import command_line as cli
-from maskdm.commands.image_options import Upscale, Window, window_of
+from maskdm.commands.image_options import Upscale, Window, pixel_policy, window_of
 from maskdm.config import DiffusionConfig, ModelConfig
 from maskdm.data.corpus import SKIPPED
 from maskdm.data.pixels import PixelPolicy
@@ -83,8 +82,7 @@ def doctor(
         opened, of_kit = _kit(kit, Path(private))
         terms, of_policy = checks.policy(policy, opened)
         shape = _shape(metadata.model if metadata else opened.kit.model if opened else None, image_size, source)
-        values = {"image_size": shape.image_size, "channels": shape.channels, "upscale": upscale}
-        pixels = cli.configure(PixelPolicy, {**values, "window": window_of(window)})
+        pixels = pixel_policy(shape.image_size, shape.channels, upscale, window_of(window))
         address = address_of(server, opened, insecure) if opened or (server and not kit) else None
         why_not = "the kit cannot be used" if kit else "neither --kit nor --server was given"
         found = []

@@ -10,7 +10,7 @@ from maskdm.federated.plan import RoundPlan
 from maskdm.run.runfolder import atomic_write
 from maskdm.run.tensorfile import chunks, fp32
 
-from .damage import read_tensors, say_dropped
+from .damage import read_or_drop
 
 KINDS = ("rest", "residual", "moments")  # files are named KIND-FEDERATION-…
 
@@ -33,15 +33,7 @@ class CarriedOver:
         is damaged: then it is dropped.
         """
         earlier = self._earlier() if self.wanted else []
-        if not earlier:
-            return {}
-        path = self._path(max(earlier))
-        try:
-            found = read_tensors(path)
-        except (OSError, ValueError) as error:
-            path.unlink(missing_ok=True)
-            say_dropped(path, error)
-            return {}
+        found = (read_or_drop(self._path(max(earlier))) if earlier else None) or {}
         return found if {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes else {}
 
     def keep(self, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], Tensor]) -> None:

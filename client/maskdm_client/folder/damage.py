@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from maskdm.run.tensorfile import Stored
 from maskdm.training.checkpoint import tensors_in
 
 from .events import LeftoverDropped, note
@@ -16,10 +17,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: it is not whole, or holds what is no number.
         OSError: it cannot be read.
     """
-    found, _ = tensors_in(path)
+    found = tensors_in(Stored(path))
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise ValueError("it holds what is no number")
     return found
+
+
+def read_or_drop(path: Path) -> dict[str, Tensor] | None:
+    """The same; None where it is damaged: then it is gone, and its owner told."""
+    try:
+        return read_tensors(path)
+    except (OSError, ValueError) as error:
+        path.unlink(missing_ok=True)
+        say_dropped(path, error)
+        return None
 
 
 def say_dropped(path: Path, error: BaseException) -> None:

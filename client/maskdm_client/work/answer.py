@@ -28,9 +28,7 @@ from maskdm.training.checkpoint import model_from, save_checkpoint
 
 from ..folder import events
 from ..folder.carried_over import CarriedOver, forget_others
-from ..folder.events import (
-    note,
-)
+from ..folder.events import note
 from ..folder.failures import unexpected
 from ..folder.job import Job
 from ..folder.mailbox import Mailbox

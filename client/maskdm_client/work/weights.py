@@ -20,7 +20,7 @@ from maskdm.networks.trainable import expected_shapes
 from maskdm.run.runfolder import atomic_write
 from maskdm.run.tensorfile import Arrays, Document, bytes_of, chunks, layout_of, unpack
 
-from ..folder.damage import read_tensors, say_dropped
+from ..folder.damage import read_or_drop
 from ..refusals import PlanRefused, RestMissing
 
 
@@ -100,16 +100,11 @@ def _keep(rest: Arrays, plan: RoundPlan, folder: Path) -> None:
 
 
 def _rest(plan: RoundPlan, folder: Path | None) -> Arrays:
-    missing = RestMissing("only the weights that change came, and the others are not here; asking for them")
     path = _path(plan, folder) if folder else None
-    if path is None or not path.exists():
-        raise missing
-    try:
-        return {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
-    except (OSError, ValueError) as error:
-        path.unlink(missing_ok=True)
-        say_dropped(path, error)
-        raise missing from error
+    found = read_or_drop(path) if path and path.exists() else None
+    if found is None:
+        raise RestMissing("only the weights that change came, and the others are not here; asking for them")
+    return {name: tensor.numpy() for name, tensor in found.items()}
 
 
 def _path(plan: RoundPlan, folder: Path) -> Path:

@@ -5,7 +5,9 @@ from typing import Annotated
 import typer
 
 from .. import quantities
+from ..data.pixels import PixelPolicy
 from ..errors import UsageError
+from .command_line import configure
 
 Upscale = Annotated[bool, typer.Option(help="Enlarge images smaller than the model instead of skipping them.")]
 Window = Annotated[
@@ -24,6 +26,14 @@ GroupCsv = Annotated[
 def window_of(text: str | None) -> tuple[float, float] | None:
     """The two values of --window."""
     return quantities.pair("--window", text) if text else None
+
+
+def pixel_policy(
+    image_size: int, channels: int, upscale: bool, window: tuple[float, float] | None = None
+) -> PixelPolicy:
+    """How images become pixels, from options."""
+    values = {"image_size": image_size, "channels": channels, "upscale": upscale, "window": window}
+    return configure(PixelPolicy, values)
 
 
 def channels_of(text: str) -> int | None:

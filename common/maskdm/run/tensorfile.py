@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -103,16 +104,22 @@ class Stored(Mapping[str, NDArray[np.generic]]):
     What is mapped instead stays in a process's memory once it was looked at, as much as if it had been read.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read the header; the file must stay as it is. Of one that is replaced now and then, see `read_whole`.
+    def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
+        """Read the header; the file must stay as it is. Of one that is replaced now and then, see `opened`.
+
+        Args:
+            file: the same, open, which all is read from.
 
         Raises:
             ValueError: as `unpack` does.
             OSError: it cannot be read.
         """
-        self._path = path
-        with path.open("rb") as file:
-            self._places, self.metadata = _header(file)
+        self._path, self._file = path, file
+        with self._reading() as reading:
+            self._places, self.metadata = _header(reading)
+
+    def _reading(self) -> AbstractContextManager[BinaryIO]:
+        return nullcontext(self._file) if self._file else self._path.open("rb")
 
     @property
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -124,8 +131,8 @@ class Stored(Mapping[str, NDArray[np.generic]]):
         self._path = Path(shutil.move(self._path, path))
 
     def __getitem__(self, name: str) -> NDArray[np.generic]:
-        with self._path.open("rb") as file:
-            return _array(file, self._places[name])
+        with self._reading() as reading:
+            return _array(reading, self._places[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._places  # a mapping would read the array to know
@@ -137,15 +144,15 @@ class Stored(Mapping[str, NDArray[np.generic]]):
         return len(self._places)
 
 
-def read_whole(path: Path) -> tuple[dict[str, NDArray[np.generic]], dict[str, str]]:
-    """All arrays of a file and its metadata, of one moment, also where other ones are put in its place meanwhile.
+@contextmanager
+def opened(path: Path) -> Iterator[Stored]:
+    """A file of which all is read as it is now, also where another one is put in its place meanwhile.
 
     Raises:
         ValueError, OSError: as of `Stored`.
     """
     with path.open("rb") as file:
-        places, metadata = _header(file)
-        return {name: _array(file, place) for name, place in places.items()}, metadata
+        yield Stored(path, file)
 
 
 class Hashed(Stored):

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors whose metadata is JSON. Strict names, shapes and dtypes; nothing is ever unpickled."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from ..networks.model import Network, network, resize_positions
 from ..networks.trainable import expected_shapes
 from ..run.processes import is_first
 from ..run.runfolder import atomic_write
-from ..run.tensorfile import Stored, chunks, fp32, read_whole
+from ..run.tensorfile import Stored, chunks, fp32, opened
 from .distributed import as_part_of, whole
 from .loop import TrainingState, optimizer_shapes, optimizer_tensors, put_weights, restore_optimizer
 
@@ -39,12 +40,8 @@ def load_checkpoint(path: Path, option: str = "--model") -> Checkpoint:
     Raises:
         CheckpointError: missing, truncated, foreign, from a newer version, or not fitting its own description.
     """
-    describe_checkpoint(path, option)  # before anything is read that may be as large as it likes
-    try:
-        weights, said = tensors_in(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{option} {path} is not a whole safetensors file ({error}): copy it again") from error
-    metadata = _described(said, {name: tuple(tensor.shape) for name, tensor in weights.items()}, path, option)
+    with _opened(path, option) as (stored, metadata):
+        weights = tensors_in(stored)
     for name, tensor in weights.items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise CheckpointError(f"{option} {path}: weight {name} is not finite fp32: the file is damaged")
@@ -57,25 +54,26 @@ def describe_checkpoint(path: Path, option: str = "--model") -> CheckpointMetada
     Raises:
         CheckpointError: as `load_checkpoint`, but for values.
     """
+    with _opened(path, option) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: Path, option: str) -> Iterator[tuple[Stored, CheckpointMetadata]]:
     if not path.is_file():
         raise CheckpointError(f"{option} {path} does not exist or is no file: give a .safetensors written by MaskDM")
     try:
-        stored = Stored(path)
+        with opened(path) as stored:
+            metadata = _parse_metadata(stored.metadata, path, option)
+            _check_shapes({name: shape for name, (_, shape) in stored.layout.items()}, metadata, path, option)
+            yield stored, metadata
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{option} {path} is not a whole safetensors file ({error}): copy it again") from error
-    return _described(stored.metadata, {name: shape for name, (_, shape) in stored.layout.items()}, path, option)
 
 
-def _described(said: dict[str, str], shapes: dict[str, tuple[int, ...]], path: Path, option: str) -> CheckpointMetadata:
-    metadata = _parse_metadata(said, path, option)
-    _check_shapes(shapes, metadata, path, option)
-    return metadata
-
-
-def tensors_in(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All arrays of a file, in memory of their own and of one moment, and its metadata; raises as `read_whole`."""
-    arrays, metadata = read_whole(path)
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}, metadata
+def tensors_in(stored: Stored) -> dict[str, Tensor]:
+    """All arrays of a file, in memory of their own."""
+    return {name: torch.from_numpy(array) for name, array in stored.items()}
 
 
 def model_from(weights: dict[str, Tensor], config: ModelConfig, device: torch.device | str = "cpu") -> Network:
@@ -124,8 +122,8 @@ def load_state(path: Path, state: TrainingState) -> None:
         CheckpointError: the file is damaged or belongs to another model; `state` is as it was.
     """
     try:
-        tensors, said = tensors_in(path)
-        counts = json.loads(said[METADATA_KEY])
+        stored = Stored(path)
+        counts, tensors = json.loads(stored.metadata[METADATA_KEY]), tensors_in(stored)
         numbers = [int(counts[name]) for name in ("images_seen", "steps", "skipped")]
         weights, average, moments = (_under(tensors, f"{kind}.") for kind in ("raw", "ema", "optimizer"))
         expected = {name: parameter.shape for name, parameter in state.model.named_parameters()}

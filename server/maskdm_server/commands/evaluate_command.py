@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from maskdm.commands.image_options import Upscale
+from maskdm.commands.image_options import Upscale, pixel_policy
 from maskdm.config import DEFAULT_STEPS
 from maskdm.diffusion.sampling import Options, check_steps, classes_in_turn
 from maskdm.errors import UsageError
@@ -15,18 +15,14 @@ from maskdm.evaluation.evaluate import Evaluated
 from maskdm.evaluation.evaluate import evaluate as measure
 from maskdm.evaluation.extractors.features import RANDOM, open_extractor
 from maskdm.evaluation.real import load_real
-from maskdm.evaluation.record import (
-    FOLDER,
-    lines,
-    write_record,
-)
+from maskdm.evaluation.record import FOLDER, lines, write_record
 from maskdm.evaluation.samples import DrawnSamples, StoredSamples
 from maskdm.networks.precision import pick_device, pick_precision
 from maskdm.run.pictures import save_png
 from maskdm.run.reporting import say
 from maskdm.training.checkpoint import load_checkpoint, model_from
 
-from .options import Device, PrecisionOption, Seed, pixel_policy
+from .options import Device, PrecisionOption, Seed
 from .sample_command import BatchSize, Eta, Guidance, SamplerOption, Steps
 
 

@@ -12,7 +12,7 @@ import typer
 
 from maskdm import quantities
 from maskdm.commands import command_line as cli
-from maskdm.commands.image_options import Channels, Upscale, channels_of
+from maskdm.commands.image_options import Channels, Upscale, channels_of, pixel_policy
 from maskdm.config import SIZES, DiffusionConfig, LossWeight, MaskConfig, MaskKind, ModelConfig, Prediction, Size
 from maskdm.data.corpus import Corpus
 from maskdm.data.preparation.cache import load_corpus
@@ -30,7 +30,7 @@ from ..lab.experiment.page import curves_file, experiment_page
 from ..lab.experiment.quality import Judge
 from ..lab.experiment.summary import ArmRun, sentences, table
 from ..lab.experiment.training import CURVE, PICTURE, Place, make_prior, run_federated, run_pooled
-from .options import Device, Out, PrecisionOption, pixel_policy
+from .options import Device, Out, PrecisionOption
 
 USUAL_ARMS = ",".join(name for name in known_arms(MaskConfig()) if name != "curriculum")
 

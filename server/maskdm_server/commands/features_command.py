@@ -8,7 +8,7 @@ import torch
 import typer
 
 from maskdm.commands import command_line as cli
-from maskdm.commands.image_options import Channels, Upscale, channels_of
+from maskdm.commands.image_options import Channels, Upscale, channels_of, pixel_policy
 from maskdm.data.preparation.cache import load_corpus
 from maskdm.data.preparation.pack import guess_channels
 from maskdm.data.sources.source import open_source
@@ -16,7 +16,7 @@ from maskdm.errors import UsageError
 from maskdm.evaluation.extractors.feature_net import FeatureNetConfig, accuracy, save_feature_net, train_feature_net
 from maskdm.run.reporting import WorkBar, say
 
-from .options import Seed, pixel_policy
+from .options import Seed
 
 HELD_OUT = 10  # every so-manieth image tells how often the network is right
 

@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from maskdm.commands import command_line as cli
 from maskdm.config import Precision
-from maskdm.data.pixels import PixelPolicy
 
 from ..tracking.follow import Log, check_installed
 
@@ -19,8 +17,3 @@ Seed = Annotated[int, typer.Option(help="All randomness follows from it.")]
 LogOption = Annotated[
     Log, typer.Option(callback=check_installed, help="Also log the run to OUT/tensorboard, or to MLflow.")
 ]
-
-
-def pixel_policy(image_size: int, channels: int, upscale: bool) -> PixelPolicy:
-    """How images become pixels, from options."""
-    return cli.configure(PixelPolicy, {"image_size": image_size, "channels": channels, "upscale": upscale})

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from maskdm import quantities
 from maskdm.commands import command_line as cli
-from maskdm.commands.image_options import Channels, Upscale, channels_of
+from maskdm.commands.image_options import Channels, Upscale, channels_of, pixel_policy
 from maskdm.config import (
     SIZES,
     USUAL_PREDICTION,
@@ -40,7 +40,7 @@ from maskdm.training.pretrain import pretrain as train_prior
 
 from ..tracking.follow import PRETRAINING, follow
 from .curriculum import recipe_names, stages_from, use_recipe
-from .options import Device, LogOption, Out, PrecisionOption, Seed, pixel_policy
+from .options import Device, LogOption, Out, PrecisionOption, Seed
 
 Data = Annotated[Path, typer.Option(help="Images: a folder of any depth, a zip, tar, .npz, .npy or packed corpus.")]
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import typer
 
+from maskdm.commands.image_options import pixel_policy
 from maskdm.config import ModelConfig, Sampler
 from maskdm.data.pixels import decode
 from maskdm.diffusion.sampling import Options, check_steps, classes_in_turn, inpaint, interpolate
@@ -19,7 +20,7 @@ from maskdm.run.reporting import WorkBar, say
 from maskdm.run.runfolder import atomic_write
 from maskdm.training.checkpoint import load_checkpoint, model_from
 
-from .options import Device, PrecisionOption, Seed, pixel_policy
+from .options import Device, PrecisionOption, Seed
 
 SamplerOption = Annotated[
     Sampler, typer.Option(help="dpmpp is DPM-Solver++(2M), ddpm ancestral, euler for --process flow.")

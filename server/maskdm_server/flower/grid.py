@@ -70,12 +70,18 @@ class GridLink:
         seconds: float,
         document: mmap | None = None,
     ) -> None:
-        messages = [
-            Message(content, site, MessageType.TRAIN, ttl=seconds)
-            for site, content in zip(sites, contents, strict=True)
-        ]
+        messages = self._messages(contents, sites, seconds)
         for site, message in zip(sites, self._grid.push_messages(messages), strict=True):
             self._asked[message] = Pending(site, question, time.time() + seconds)
+
+    def _messages(self, contents: Sequence[RecordDict], sites: Sequence[int], seconds: float) -> list[Message]:
+        return [
+            Message(content, self._node_of(site), MessageType.TRAIN, ttl=seconds)
+            for site, content in zip(sites, contents, strict=True)
+        ]
+
+    def _node_of(self, site: int) -> int:
+        return site
 
     def _forget_expired(self) -> None:
         now = time.time()

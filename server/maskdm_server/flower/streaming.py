@@ -15,7 +15,7 @@ from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
@@ -94,6 +94,9 @@ class StreamingLink(GridLink):
     def carried(self) -> Mapping[int, int]:
         return {self._roster.site(node): size for node, size in self._traffic.carried().items()}
 
+    def _node_of(self, site: int) -> int:
+        return self._nodes.get(site, site)
+
     def _weights_of(self, question: Question) -> Path:
         return question.changes or super()._weights_of(question)
 
@@ -147,10 +150,7 @@ class StreamingLink(GridLink):
     ) -> None:
         self._arrived.unlink(missing_ok=True)  # also that of the last round
         _give_back_memory()
-        messages = [
-            Message(content, self._nodes.get(site, site), MessageType.TRAIN, ttl=seconds)
-            for site, content in zip(sites, contents, strict=True)
-        ]
+        messages = self._messages(contents, sites, seconds)
         with no_object_id_recompute():  # every id is a hash of all that it names
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from maskdm.commands import command_line as cli
+from maskdm.commands.image_options import pixel_policy
 from maskdm.data.corpus import Corpus
-from maskdm.data.pixels import PixelPolicy
 from maskdm.data.preparation.cache import load_corpus
 from maskdm.data.preparation.pack import check_apart
 from maskdm.data.sources.source import open_source
@@ -89,8 +88,7 @@ def simulate(
         shares = None
         if len(data) == 1:
             shape = metadata.model
-            values = {"image_size": shape.image_size, "channels": shape.channels, "upscale": upscale}
-            policy = cli.configure(PixelPolicy, values)
+            policy = pixel_policy(shape.image_size, shape.channels, upscale)
             corpus = load_corpus(open_source(data[0]), policy)
             say(f"data: {corpus.summary()}")
             shares = _shares(corpus, clients, split, alpha, config.seed)

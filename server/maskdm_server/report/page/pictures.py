@@ -9,11 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 MOST_PIXELS = 100_000_000  # of a picture that is opened at all
-
-
 LARGEST_FILE = 150_000  # bytes of a picture that goes into a page as it is
-
-
 WIDEST = 900  # pixels of the others
 
 
